@@ -1,0 +1,68 @@
+"""The errors a person can cause, as one tree.
+
+    PeftStudyError
+    └── UserError            what went wrong, where, and the remedy; the CLI prints one line and exits with 2
+        ├── ConfigError      a setting that cannot be used (the field, its value)
+        ├── DataError        a file or one of its rows (file, row counted from 1)
+        ├── TemplateError    a chat template that cannot be rendered or whose answers cannot be located
+        ├── ModelError       a model or adapter folder that cannot be used
+        └── OutputError      a place that cannot be written, or that holds something worth keeping
+
+Everything else (``AssertionError``, ``TypeError``, ...) is a defect of this program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftStudyError(Exception):
+    """Root of the errors this package raises on purpose."""
+
+
+class UserError(PeftStudyError):
+    """A mistake the user can mend.
+
+    Args:
+        what: what is wrong, naming the field and the value.
+        where: file, row, YAML line or command-line flag it was found at.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        return text if self.remedy is None else f"{text}; {self.remedy}"
+
+
+class ConfigError(UserError):
+    """A setting that cannot be used."""
+
+
+class DataError(UserError):
+    """A data file, or one of its rows, that cannot be used."""
+
+
+class TemplateError(UserError):
+    """A chat template that cannot be rendered, or in which an answer cannot be located."""
+
+
+class ModelError(UserError):
+    """A model or adapter that cannot be loaded, or that does not fit the method."""
+
+
+class OutputError(UserError):
+    """An output that cannot be written, or a folder that holds another run."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Returns the remedy for an unknown name: the nearest valid one where there is one, else all of them."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"
