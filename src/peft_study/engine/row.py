@@ -1,0 +1,183 @@
+"""One packed row: from examples of several trials to losses, and back to gradients.
+
+    items:     [trial 0: ex 7][trial 0: ex 2][trial 1: ex 7      ]      (trial 1: prompt tuning, P = 2)
+    row:       | 0 1 2 3 4 5 | 0 1 2 3      | v v 0 1 2 3 4 5   |      tokens, v = virtual
+    positions: | 0 1 2 3 4 5 | 0 1 2 3      | 0 1 2 3 4 5 6 7   |      (a prefix of P starts them at P)
+    predicts:  |     * * *   |   * *        |       * * *       |      position before each supervised token
+
+Shape legend: T tokens of the row, S supervised tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from peft_study.data.conversation import Example
+from peft_study.methods.base import Adapter
+from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
+from peft_study.model.attention import Segment, SegmentLayout
+from peft_study.model.head import token_losses
+from peft_study.model.load import Base
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One example of one trial, to be placed in a row.
+
+    Attributes:
+        slot: the trial's place in the engine.
+        adapter: the trial's trainable part.
+        example: tokens and supervised mask.
+        weight: factor of each supervised token's loss in what is differentiated.
+        dropout: what dropout masks depend on; None in evaluation.
+    """
+
+    slot: int
+    adapter: Adapter
+    example: Example
+    weight: float = 1.0
+    dropout: DropoutKey | None = None
+
+    @property
+    def row_length(self) -> int:
+        """Tokens that the item takes in the row, virtual ones included."""
+        return self.adapter.row_tokens + len(self.example)
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What a row's forward pass gave.
+
+    Attributes:
+        total: weighted sum of all token losses, differentiable.
+        item_losses: sum of the token losses of each item, in nats, in the items' order.
+    """
+
+    total: Tensor
+    item_losses: list[float]
+
+
+class RowRunner:
+    """Computes rows on one base."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self.hooks = LinearHooks(base.model)
+
+    @contextmanager
+    def row(self, items: Sequence[Item]) -> Iterator[RowResult]:
+        """Runs the row forward; backward, if any, belongs inside the block (layers may be recomputed there).
+
+        Items of one slot must stand together.
+        """
+        spans, layout = _spans(items), self._layout(items)
+        for adapter in {id(item.adapter): item.adapter for item in items}.values():
+            self.hooks.ensure(adapter.adapted_modules())
+        with self.hooks.row(spans):
+            hidden_TE = self.base.model.get_decoder()(
+                inputs_embeds=self._embeddings(items)[None],
+                position_ids=self._positions(items)[None],
+                segments=layout,
+                use_cache=False,
+            ).last_hidden_state[0]
+            places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in _supervised(items, layout))
+            total, losses_S = token_losses(
+                hidden_TE[places_S], targets_S, weights_S, self.base.head, self.base.transform
+            )
+            sums = torch.zeros(len(items), dtype=torch.float64, device=owners_S.device if _float64(owners_S) else "cpu")
+            sums.index_add_(0, owners_S.to(sums.device), losses_S.to(sums.device, torch.float64))
+            yield RowResult(total, sums.tolist())
+
+    def _layout(self, items: Sequence[Item]) -> SegmentLayout:
+        segments, prefixes, start = [], {}, 0
+        for item in items:
+            segments.append(Segment(start, start + item.row_length, item.slot))
+            start += item.row_length
+            if item.adapter.prefix_tokens and item.slot not in prefixes:
+                stack = item.adapter.key_values()
+                assert stack is not None
+                prefixes[item.slot] = stack
+        return SegmentLayout(tuple(segments), prefixes)
+
+    def _embeddings(self, items: Sequence[Item]) -> Tensor:
+        ids_T = torch.from_numpy(np.concatenate([item.example.tokens_L for item in items])).long()
+        text_TE = self.base.embed(ids_T.to(self.base.device))
+        if not any(item.adapter.row_tokens for item in items):
+            return text_TE
+        virtual = {item.slot: item.adapter.embeddings() for item in items}
+        pieces, start = [], 0
+        for item in items:
+            vectors_PE = virtual[item.slot]
+            if vectors_PE is not None:
+                pieces.append(vectors_PE.to(text_TE.dtype))
+            pieces.append(text_TE[start : start + len(item.example)])
+            start += len(item.example)
+        return torch.cat(pieces)
+
+    def _positions(self, items: Sequence[Item]) -> Tensor:
+        first = [item.adapter.prefix_tokens for item in items]
+        pieces = [torch.arange(p, p + item.row_length) for p, item in zip(first, items, strict=True)]
+        return torch.cat(pieces).to(self.base.device)
+
+
+def _float64(tensor: Tensor) -> bool:
+    return tensor.device.type != "mps"  # which has no float64
+
+
+def _spans(items: Sequence[Item]) -> list[Span]:
+    """Joins neighbouring items of one slot."""
+    spans: list[Span] = []
+    start, slots = 0, [item.slot for item in items]
+    for slot in dict.fromkeys(slots):
+        own = [item for item in items if item.slot == slot]
+        first = slots.index(slot)
+        assert slots[first : first + len(own)] == [slot] * len(own), "items of one slot stand together"
+        end = start + sum(item.row_length for item in own)
+        keys = tuple(item.dropout for item in own if item.dropout is not None)
+        spans.append(Span(start, end, own[0].adapter, keys))
+        start = end
+    return spans
+
+
+def _supervised(items: Sequence[Item], layout: SegmentLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns for each supervised token: the place that predicts it, its id, its weight, its item."""
+    places, targets, weights, owners = [], [], [], []
+    for number, (item, segment) in enumerate(zip(items, layout.segments, strict=True)):
+        (index,) = np.nonzero(item.example.supervised_L)
+        assert not len(index) or index[0] > 0, "nothing precedes the first token"
+        places.append(index - 1 + segment.start + item.adapter.row_tokens)
+        targets.append(item.example.tokens_L[index])
+        weights.append(np.full(len(index), item.weight, dtype=np.float32))
+        owners.append(np.full(len(index), number))
+    return (
+        torch.from_numpy(np.concatenate(places)).long(),
+        torch.from_numpy(np.concatenate(targets)).long(),
+        torch.from_numpy(np.concatenate(weights)),
+        torch.from_numpy(np.concatenate(owners)).long(),
+    )
+
+
+def fill_rows(items: Sequence[Item], budget: int, *, packs: bool) -> Iterator[list[Item]]:
+    """Cuts items, in their order, into rows of at most `budget` tokens; a longer item has a row of its own.
+
+    Args:
+        items: what is to be run.
+        budget: tokens a row.
+        packs: False for models that take one example a row.
+    """
+    row: list[Item] = []
+    used = 0
+    for item in items:
+        if row and (not packs or used + item.row_length > budget):
+            yield row
+            row, used = [], 0
+        row.append(item)
+        used += item.row_length
+    if row:
+        yield row

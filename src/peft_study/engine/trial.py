@@ -1,0 +1,209 @@
+"""One trial inside the engine: its adapter, data order, optimizer and schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from peft_study.config import TrainingConfig
+from peft_study.data.conversation import Example
+from peft_study.engine.order import DataOrder
+from peft_study.engine.row import Item
+from peft_study.methods.base import Adapter
+from peft_study.methods.hooks import DropoutKey
+
+
+class Examples(Protocol):
+    """Anything with a length whose items are examples."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one optimizer step of one trial did.
+
+    Attributes:
+        step: optimizer steps taken, this one included.
+        loss: mean over the supervised tokens of the batch, in nats, before the step.
+        reduced_loss: what was differentiated (equal to `loss` unless the reduction is `sum`).
+        learning_rate: rate the step was taken with.
+        gradient_norm: before clipping.
+        tokens: data tokens of the batch; virtual tokens and padding do not count.
+        supervised: supervised tokens of the batch.
+        examples: indices of the batch's examples, and
+        example_losses: the sum of the token losses of each.
+        seconds: since the batch was begun.
+        skipped: True where float16 gradients overflowed and no step was taken.
+    """
+
+    step: int
+    loss: float
+    reduced_loss: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    supervised: int
+    examples: tuple[int, ...]
+    example_losses: tuple[float, ...]
+    seconds: float
+    skipped: bool = False
+
+
+@dataclass(slots=True)
+class _Batch:
+    """The optimizer batch in progress."""
+
+    indices: list[int]
+    items: deque[tuple[int, Item]]
+    supervised: int
+    tokens: int
+    started: float
+    sums: dict[int, float] = field(default_factory=dict)
+
+
+class Trial:
+    """One setting of one method in training.
+
+    Args:
+        name: unique among the trials of a run.
+        adapter: its trainable part.
+        training: optimizer, schedule and batch; `learning_rate` must be given.
+        examples: its training data.
+        scales_loss: True where gradients are float16.
+    """
+
+    def __init__(
+        self, name: str, adapter: Adapter, training: TrainingConfig, examples: Examples, *, scales_loss: bool = False
+    ) -> None:
+        from transformers import get_scheduler
+
+        assert training.learning_rate is not None, "the method's default was not filled in"
+        self.name, self.adapter, self.training, self.examples = name, adapter, training, examples
+        self.order = DataOrder(len(examples), training.batch_size, training.data_seed)
+        self.total_steps = training.steps or training.epochs * self.order.steps_per_epoch
+        self.step = 0
+        self.loss_scale = 2.0**16 if scales_loss else 1.0
+        self._scales_loss, self._good_steps = scales_loss, 0
+        self._batch: _Batch | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.parameters = adapter.parameters()
+        if self.parameters:
+            values = list(self.parameters.values())
+            self.optimizer = torch.optim.AdamW(
+                values,
+                lr=training.learning_rate,
+                weight_decay=training.weight_decay,
+                fused=values[0].device.type in ("cpu", "cuda"),
+            )
+            # int(): the schedules of open-instruct and TRL round the warm-up so or up; the first is this project's root
+            self.scheduler = get_scheduler(
+                training.schedule,
+                self.optimizer,
+                num_warmup_steps=int(self.total_steps * training.warmup_ratio),
+                num_training_steps=self.total_steps,
+            )
+
+    @property
+    def finished(self) -> bool:
+        """True when every step of the budget is taken."""
+        return self.step >= self.total_steps
+
+    def pending(self, slot: int) -> deque[tuple[int, Item]]:
+        """Returns the items of the current batch that no row has taken yet; begins the next batch where needed."""
+        if self._batch is None:
+            self._batch = self._begin(slot)
+        return self._batch.items
+
+    def _begin(self, slot: int) -> _Batch:
+        indices = self.order.batch(self.step)
+        chosen = [self.examples[i] for i in indices]
+        supervised = int(sum(example.supervised_L.sum() for example in chosen))
+        divisor = max(supervised, 1) if self.training.reduce_loss == "mean" else self.training.sum_divisor
+        items = deque(
+            (
+                place,
+                Item(
+                    slot,
+                    self.adapter,
+                    example,
+                    weight=self.loss_scale / divisor,
+                    dropout=DropoutKey(self.training.seed, self.step, index, self.adapter.row_tokens + len(example)),
+                ),
+            )
+            for place, (index, example) in enumerate(zip(indices, chosen, strict=True))
+        )
+        return _Batch(indices, items, supervised, sum(len(e) for e in chosen), time.perf_counter())
+
+    def record(self, place: int, loss_sum: float) -> None:
+        """Notes the summed loss of the batch's example number `place`."""
+        assert self._batch is not None
+        self._batch.sums[place] = loss_sum
+
+    @property
+    def batch_complete(self) -> bool:
+        """True when every example of the current batch has been through a row."""
+        return self._batch is not None and len(self._batch.sums) == len(self._batch.indices)
+
+    def finish_batch(self) -> StepReport:
+        """Clips, steps optimizer and schedule, and returns the report; the batch must be complete."""
+        assert self.batch_complete
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        rate = self.optimizer.param_groups[0]["lr"] if self.optimizer else 0.0
+        norm, skipped = (0.0, False) if self.optimizer is None else self._update()
+        self.step += 0 if skipped else 1
+        sums = [batch.sums[place] for place in range(len(batch.indices))]
+        loss = sum(sums) / max(batch.supervised, 1)
+        mean = self.training.reduce_loss == "mean"
+        return StepReport(
+            step=self.step,
+            loss=loss,
+            reduced_loss=loss if mean else sum(sums) / self.training.sum_divisor,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=batch.tokens,
+            supervised=batch.supervised,
+            examples=tuple(batch.indices),
+            example_losses=tuple(sums),
+            seconds=time.perf_counter() - batch.started,
+            skipped=skipped,
+        )
+
+    def _update(self) -> tuple[float, bool]:
+        """Takes the optimizer step; returns the gradient norm and whether float16 overflowed."""
+        assert self.optimizer is not None
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if self._scales_loss:
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
+        norm = _norm(gradients)
+        if self._scales_loss and not math.isfinite(norm):
+            self.loss_scale, self._good_steps = max(self.loss_scale / 2, 1.0), 0
+            self.optimizer.zero_grad(set_to_none=True)
+            return norm, self.loss_scale > 1.0
+        clip = self.training.clip_norm
+        if clip is not None and norm > clip:
+            torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.after_step()
+        self._good_steps += 1
+        if self._scales_loss and self._good_steps % 1000 == 0:
+            self.loss_scale *= 2
+        return norm, False
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    """Returns the L2 norm over all gradients of one trial, and of no other."""
+    if not gradients:
+        return 0.0
+    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients)))))

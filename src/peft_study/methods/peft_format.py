@@ -1,0 +1,157 @@
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, and nothing untrained.
+
+``peft_study.json`` beside them says which base the adapter was trained on; PEFT ignores it.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft_study.errors import ModelError
+from peft_study.methods.base import Adapter
+from peft_study.methods.lora import LoraAdapter, target_shapes
+from peft_study.methods.prefix_tuning import PrefixAdapter
+from peft_study.methods.prompt_tuning import PromptAdapter
+from peft_study.model.load import Base
+
+WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "peft_study.json"
+
+# settings of PEFT's LoRA that change the function and that this package does not compute
+_UNKNOWN_LORA = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+)
+
+
+def write(folder: Path, config: Any, tensors: dict[str, Tensor], base: Base) -> None:
+    """Writes an adapter's two PEFT files and the note on its base.
+
+    Args:
+        folder: created where missing.
+        config: the `peft` configuration.
+        tensors: PEFT's names and values; stored as float32.
+        base: the model the adapter belongs to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
+    note = {"base": base.path, "base_digest": base.digest, "base_origin": base.origin}
+    (folder / ORIGIN).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns an adapter's configuration.
+
+    Raises:
+        ModelError: when the folder holds no adapter.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise ModelError(f"holds no {CONFIG}", where=str(folder), remedy="give the adapter folder of a finished run")
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{CONFIG} is not valid JSON", where=str(folder), remedy="export the adapter again") from error
+    return values
+
+
+def base_mismatch(folder: Path, digest: str) -> str | None:
+    """Returns a warning when the adapter was trained on a base of other weights, else None."""
+    path = folder / ORIGIN
+    if not path.exists():
+        return None
+    note = json.loads(path.read_text())
+    if note["base_digest"] in (digest, "unknown") or digest == "unknown":
+        return None
+    return (
+        f"{folder}: trained on {note['base']} (weights {note['base_digest'][:12]}), "
+        f"but this base's weights are {digest[:12]}: expect other answers"
+    )
+
+
+def load_adapter(folder: Path, base: Base) -> Adapter:
+    """Loads a LoRA, prefix tuning or prompt tuning adapter in PEFT's format, whoever saved it.
+
+    Raises:
+        ModelError: when it is another method, uses settings that are not computed here, or does not fit the base.
+    """
+    values = read_config(folder)
+    mismatch = base_mismatch(folder, base.digest)
+    if mismatch:
+        warnings.warn(mismatch, stacklevel=2)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{WEIGHTS} cannot be read", where=str(folder), remedy="only safetensors are loaded; save it again"
+        ) from error
+    readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
+    kind = str(values.get("peft_type"))
+    if kind not in readers:
+        raise ModelError(f"method {kind} is not one of {', '.join(readers)}", where=str(folder))
+    adapter = readers[kind](folder, values, tensors, base)
+    return adapter
+
+
+def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
+    used = [name for name in _UNKNOWN_LORA if values.get(name)]
+    if values.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise ModelError(f"LoRA with {', '.join(used)} is not supported", where=str(folder))
+    targets = values["target_modules"]
+    config = LoraConfig(
+        rank=values["r"],
+        alpha=values["lora_alpha"],
+        dropout=values.get("lora_dropout", 0.0),
+        rslora=values.get("use_rslora", False),
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+    )
+    names = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
+    shapes = {name: shape for name, shape in target_shapes(base.model, "all-linear").items() if name in names}
+    adapter = LoraAdapter(config, shapes, base.device, seed=0)
+    ours = {f"{name}.lora_{x}": f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
+    return _fill(folder, adapter, {name: tensors.get(theirs) for name, theirs in ours.items()})
+
+
+def _read_prefix(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
+    table = tensors["prompt_embeddings"]
+    config = PrefixTuningConfig(tokens=values["num_virtual_tokens"], init="zero")
+    adapter = PrefixAdapter.create(config, base, None, seed=0)
+    return _fill(folder, adapter, {"table": table})
+
+
+def _read_prompt(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
+    config = PromptTuningConfig(tokens=values["num_virtual_tokens"])
+    adapter = PromptAdapter(config, torch.zeros(config.tokens, base.hidden, device=base.device))
+    return _fill(folder, adapter, {"embeddings": tensors["prompt_embeddings"]})
+
+
+@torch.no_grad()
+def _fill(folder: Path, adapter: Adapter, tensors: dict[str, Tensor | None]) -> Adapter:
+    """Copies loaded tensors into the adapter; every parameter must be there, in its shape."""
+    parameters = adapter.parameters()
+    for name in sorted(set(parameters) | set(tensors)):
+        found = tensors.get(name)
+        if name not in parameters or found is None or found.shape != parameters[name].shape:
+            raise ModelError(
+                f"does not fit this base at {name}", where=str(folder), remedy="load the base it was trained on"
+            )
+        parameters[name].copy_(found)
+    return adapter

@@ -1,0 +1,37 @@
+"""From a method's configuration to its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_study.config import MethodConfig
+from peft_study.errors import ConfigError
+from peft_study.methods.base import Adapter, Material
+from peft_study.methods.lora import LoraAdapter
+from peft_study.methods.prefix_tuning import PrefixAdapter
+from peft_study.methods.prompt_tuning import PromptAdapter
+from peft_study.methods.reference import FullAdapter, NoAdapter
+from peft_study.model.load import Base
+
+_CLASSES: dict[str, Any] = {
+    cls.method: cls for cls in (LoraAdapter, PrefixAdapter, PromptAdapter, NoAdapter, FullAdapter)
+}
+
+
+def create(config: MethodConfig, base: Base, material: Material | None, seed: int) -> Adapter:
+    """Makes a trial's adapter.
+
+    Args:
+        config: the method and its settings.
+        base: the model it is made for.
+        material: tokens of the training data, for initialisations that use them.
+        seed: the trial's; the same seed gives the same adapter.
+
+    Raises:
+        ModelError: when the method does not fit the model.
+        ConfigError: when the data is too small for the initialisation.
+    """
+    try:
+        return _CLASSES[config.method].create(config, base, material, seed)
+    except ValueError as error:
+        raise ConfigError(str(error), where=config.method, remedy="use fewer tokens, or another init") from error

@@ -1,0 +1,41 @@
+"""Fingerprints of model folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from peft_study.places import cache_root
+
+
+def folder_digest(folder: Path) -> str:
+    """Returns the sha256 over a model folder's config and weight files (names and contents).
+
+    Reading tens of gigabytes takes a while: the digest of each file is remembered under its path, size and time.
+    """
+    memo_path = cache_root() / "digests.json"
+    try:
+        memo: dict[str, str] = json.loads(memo_path.read_text())
+    except (OSError, ValueError):
+        memo = {}
+    known = dict(memo)
+    total = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        if not path.exists():
+            continue
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in memo:
+            memo[key] = file_digest(path)
+        total.update(f"{path.name}:{memo[key]}\n".encode())
+    if memo != known:
+        memo_path.parent.mkdir(parents=True, exist_ok=True)
+        memo_path.write_text(json.dumps(memo))
+    return total.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

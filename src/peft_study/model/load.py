@@ -1,0 +1,204 @@
+"""Loads the one frozen base that all trials share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_study.errors import ModelError
+from peft_study.model import attention
+from peft_study.model.digest import folder_digest
+from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
+from peft_study.model.head import Transform, head_transform
+from peft_study.model.precision import Placement, choose
+from peft_study.model.proof import Proof, prove
+
+
+@dataclass(slots=True)
+class Base:
+    """The frozen base model and what methods need to know of its shape.
+
+    Attributes:
+        model: the causal language model; no parameter requires gradients.
+        tokenizer: its tokenizer.
+        path: what `from_pretrained` loads it from (a folder that exists, or a hub id).
+        digest: sha256 of its weight files.
+        origin: where a converted model came from, else None.
+        layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: str
+    digest: str
+    origin: str | None
+    placement: Placement
+    transform: Transform
+    proof: Proof
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return self.placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the base."""
+        return self.placement.dtype
+
+    @property
+    def head(self) -> nn.Module:
+        """The output projection."""
+        return self.model.get_output_embeddings()
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Returns the input embeddings (T, E) from the embedding module: some models scale inside it."""
+        return self.model.get_input_embeddings()(ids_T)
+
+    def parameter_count(self) -> int:
+        """Returns the number of parameters of the base."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def resolve_model(name: str) -> str:
+    """Returns what `from_pretrained` takes: the embedded model's folder for its name, else the name itself.
+
+    Raises:
+        ModelError: when `name` is a path that is not a model folder.
+    """
+    if name.lower() == EMBEDDED:
+        return str(embedded_folder())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError("is a folder without config.json", where=name, remedy="give a model folder or a hub id")
+    elif path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError("no such model folder", where=name, remedy=f"give a folder, a hub id, or {EMBEDDED!r}")
+    return name
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Returns the fast tokenizer of a model folder, hub id or the embedded name.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded ({_first_line(error)})",
+            where=name,
+            remedy="give a folder that holds tokenizer.json, or name another with --tokenizer",
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "only a slow tokenizer is there, which cannot map characters to tokens",
+            where=name,
+            remedy="save a fast one into the folder (tokenizer.json)",
+        )
+    return tokenizer
+
+
+def load_base(
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    revision: str | None = None,
+    placement: Placement | None = None,
+    quantization: str | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
+    """Loads the model, freezes it, registers segment attention and proves packing and head.
+
+    Raises:
+        ModelError: when the folder or hub id cannot be loaded, or is no causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    placement = placement or choose()
+    path = resolve_model(name)
+    words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
+    attention.register()
+    options: dict[str, Any] = {"dtype": placement.dtype, "attn_implementation": attention.NAME}
+    if quantization == "nf4":
+        options |= _nf4(placement)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelError(
+            f"no causal language model could be loaded ({_first_line(error)})",
+            where=name,
+            remedy="give a folder that holds config.json and *.safetensors, or a hub id when online",
+        ) from error
+    return wrap(model.to(placement.device), words, placement, path=path)
+
+
+def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str) -> Base:
+    """Makes a Base of a model that is already in memory (tests build theirs in process)."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    model.requires_grad_(False)
+    model.eval()
+    for module in model.modules():
+        # the base is evaluated as it is: its own dropout would be noise that depends on neighbours in the row
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    transform = head_transform(config)
+    proof = prove(model, model.get_output_embeddings(), transform, config.vocab_size)
+    folder = Path(path)
+    return Base(
+        model=model,
+        tokenizer=tokenizer,
+        path=str(folder.resolve()) if folder.is_dir() else path,
+        digest=folder_digest(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None) or "unknown",
+        origin=origin(folder) if folder.is_dir() else None,
+        placement=placement,
+        transform=transform,
+        proof=proof,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden=config.hidden_size,
+    )
+
+
+def _nf4(placement: Placement) -> dict[str, Any]:
+    """Returns the loading options of a 4-bit NormalFloat base, or says why there is none."""
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401  (only whether it is there)
+    except ImportError as error:
+        raise ModelError(
+            "a 4-bit base (NF4) needs bitsandbytes, which is not installed",
+            remedy="run: pip install 'peft-study[quantized]'",
+        ) from error
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=placement.dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": placement.device}}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,68 @@
+"""Where the base model runs and in which precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from peft_study.errors import ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Device and precision of the frozen base, and one line on why where the choice may surprise."""
+
+    device: torch.device
+    dtype: torch.dtype
+    note: str | None = None
+
+    @property
+    def scales_loss(self) -> bool:
+        """True where gradients are small enough to vanish: float16 needs its loss scaled up."""
+        return self.dtype == torch.float16
+
+
+def choose(device: str = "auto", dtype: str = "auto") -> Placement:
+    """Returns device and precision for what the user asked for.
+
+    Args:
+        device: auto, cpu, cuda or mps; auto takes cuda, then mps, then cpu.
+        dtype: auto, float32, bfloat16 or float16; auto takes bfloat16 where the device computes in it, else float32.
+
+    Raises:
+        ConfigError: when the device is not there or cannot compute in the precision.
+    """
+    name = _device(device)
+    if name == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif name == "mps":
+        able = True
+    else:
+        able = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == "auto":
+        if able:
+            return Placement(torch.device(name), torch.bfloat16)
+        hint = "" if name == "cpu" else "; --dtype float16 halves the memory and scales the loss"
+        return Placement(
+            torch.device(name), torch.float32, f"this {name} device does not compute in bfloat16: float32 is used{hint}"
+        )
+    if dtype == "bfloat16" and not able and name == "cuda":
+        raise ConfigError(
+            "this card does not compute in bfloat16", where="--dtype", remedy="use --dtype float16 or float32"
+        )
+    note = "float16: the loss is scaled, and steps whose gradients overflow are skipped" if dtype == "float16" else None
+    return Placement(torch.device(name), _DTYPES[dtype], note)
+
+
+def _device(wanted: str) -> str:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return next(name for name, is_there in there.items() if is_there)
+    if not there[wanted]:
+        raise ConfigError(
+            f"no {wanted} device is available", where="--device", remedy="use --device auto, or install a torch for it"
+        )
+    return wanted
