@@ -63,7 +63,9 @@ class DataConfig(Strict):
     """Rows, their tokens, and the part that is held out."""
 
     train: tuple[Source, ...] = Field(description="training sources, in order", min_length=1)
-    held_out: float | str = Field(64, description="above 1: rows; below 1: share; a path: rows of that file")
+    held_out: float | str | None = Field(
+        None, description="from 1: rows; below 1: share; a path: rows of that file; None: 64, at most a tenth"
+    )
     split: str | None = Field(None, description="split of the sources, where they have several")
     mapping: dict[str, str] | None = Field(None, description="other column names, e.g. {messages: chat}")
     max_length: int | None = Field(1024, gt=0, description="tokens an example; the rest is cut off")
@@ -80,9 +82,9 @@ class DataConfig(Strict):
 
     @field_validator("held_out")
     @classmethod
-    def _held_out(cls, value: float | str) -> float | str:
-        if not isinstance(value, str) and value < 0:
-            raise ValueError("is below 0")
+    def _held_out(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError("a comparison needs held-out rows: give a number above 0")
         return value
 
 
@@ -108,7 +110,7 @@ class LoraConfig(Strict):
 class PrefixTuningConfig(Strict):
     """Trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 1e-4, 0.3)
+    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 3e-4, 0.3)
     method: Literal["prefix_tuning"] = "prefix_tuning"
     tokens: int = Field(30, ge=1, description="virtual tokens: keys and values a layer and head")
     init: Literal["text", "zero", "random"] = Field("text", description="text: the base's own keys and values of it")

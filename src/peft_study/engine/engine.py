@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from peft_study.engine.guards import refuse_strangers
 from peft_study.engine.row import Item, RowRunner
@@ -38,13 +39,7 @@ class Engine:
         self.runner = RowRunner(base)
         self.row_tokens = row_tokens or DEFAULT_ROW_TOKENS[base.device.type]
         self._slots: dict[int, Trial] = {}
-        if gradient_checkpointing:
-            # non-reentrant: the reentrant kind drops gradients of what enters a layer beside its input (prefixes)
-            base.model.gradient_checkpointing_enable({"use_reentrant": False})
-            base.model.train()  # transformers recomputes only in training mode; the base's dropouts are off
-        else:
-            base.model.gradient_checkpointing_disable()
-            base.model.eval()
+        _recompute_layers(base.model, gradient_checkpointing)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -115,3 +110,16 @@ def _divergence(report: StepReport) -> str | None:
     if not math.isfinite(report.gradient_norm) and not report.skipped:
         return f"the gradient became {report.gradient_norm} at step {report.step}"
     return None
+
+
+def _recompute_layers(model: Any, wanted: bool) -> None:
+    """Turns recomputation of decoder layers in the backward pass on or off."""
+    # transformers 5.2x renamed the methods; the old names warn there, the new ones are missing before
+    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if wanted:
+        # non-reentrant: the reentrant kind drops gradients of what enters a layer beside its input (prefixes)
+        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{prefix}_checkpointing_disable")()
+    # transformers recomputes only in training mode; the base's own dropouts are off in either
+    model.train(wanted)

@@ -79,6 +79,7 @@ class BaseLosses:
     def save(self) -> None:
         """Writes what is known to disk."""
         if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._path.with_suffix(".tmp.npy")
             np.save(temporary, self._losses_N)
             temporary.replace(self._path)

@@ -91,6 +91,7 @@ class Trial:
         self.order = DataOrder(len(examples), training.batch_size, training.data_seed)
         self.total_steps = training.steps or training.epochs * self.order.steps_per_epoch
         self.step = 0
+        self.tokens = 0
         self.loss_scale = 2.0**16 if scales_loss else 1.0
         self._scales_loss, self._good_steps = scales_loss, 0
         self._batch: _Batch | None = None
@@ -116,6 +117,17 @@ class Trial:
     def finished(self) -> bool:
         """True when every step of the budget is taken."""
         return self.step >= self.total_steps
+
+    def restore(self, step: int, loss_scale: float) -> None:
+        """Puts step, schedule and loss scale where a checkpoint had them; parameters are the caller's."""
+        self.step, self.loss_scale, self._batch = step, loss_scale, None
+        if self.optimizer is not None:
+            # the schedule is a function of the step: LambdaLR recomputes the rate from its counter
+            self.scheduler.last_epoch = step
+            rates = [base * f(step) for base, f in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.adapter.after_step()
 
     def pending(self, slot: int) -> deque[tuple[int, Item]]:
         """Returns the items of the current batch that no row has taken yet; begins the next batch where needed."""
@@ -161,6 +173,7 @@ class Trial:
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer else 0.0
         norm, skipped = (0.0, False) if self.optimizer is None else self._update()
         self.step += 0 if skipped else 1
+        self.tokens += batch.tokens
         sums = [batch.sums[place] for place in range(len(batch.indices))]
         loss = sum(sums) / max(batch.supervised, 1)
         mean = self.training.reduce_loss == "mean"

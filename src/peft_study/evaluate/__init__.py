@@ -1,1 +1,1 @@
-"""."""
+"""Numbers with their noise, and answers of trained adapters."""

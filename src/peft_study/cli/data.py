@@ -1,0 +1,167 @@
+"""``peft-study data convert | sample | stats``: parse, call, print."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+app = typer.Typer(name="data", help="Convert, sample and measure instruction data.", no_args_is_help=True)
+
+_Sources = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="SRC...",
+        help="save_to_disk folder, hub snapshot, folder of shards, .arrow, .parquet, .json or .jsonl file "
+        "(also .gz, .zst), or a hub id owner/name.",
+        show_default=False,
+    ),
+]
+_Split = Annotated[str | None, typer.Option(help="Split to take of each SRC; needed where one has several.")]
+_Map = Annotated[
+    str | None,
+    typer.Option(
+        "--map", help="Column names: messages=COL or prompt=COL,response=COL; also system, tools, id, source."
+    ),
+]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class _ManyValues(TyperCommand):
+    """A command whose ``--sizes`` takes several values in a row, as in ``--sizes 9000 90000``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeats the option before each further number; the parser knows only one value an option."""
+        spread: list[str] = []
+        in_sizes = False
+        for arg in args:
+            number = re.fullmatch(r"-?\d+", arg) is not None
+            if in_sizes and number and spread[-1] != "--sizes":
+                spread.append("--sizes")
+            spread.append(arg)
+            in_sizes = arg.partition("=")[0] == "--sizes" or (in_sizes and number)
+        return super().parse_args(ctx, spread)
+
+
+@app.command()
+def convert(
+    sources: _Sources,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File to write: .jsonl, also .jsonl.gz or .jsonl.zst.")
+    ],
+    split: _Split = None,
+    mapping: _Map = None,
+    on_error: Annotated[
+        Literal["fail", "skip"],
+        typer.Option(help="At an unusable row: stop, or leave it out and write it to OUT.rejects.jsonl."),
+    ] = "fail",
+    overwrite: _Overwrite = False,
+) -> None:
+    """Turn data of any known form into JSON lines of {"id", "messages", "source"}."""
+    from peft_study.data.convert import convert as convert_data
+    from peft_study.data.formats import parse_mapping
+
+    with _progress("converting") as on_progress:
+        report = convert_data(
+            sources,
+            output,
+            split=split,
+            mapping=parse_mapping(mapping),
+            on_error=on_error,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
+    speed = report.rows / max(report.seconds, 1e-9)
+    typer.echo(f"{report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} rows/s) -> {report.output}")
+    typer.echo(f"sha256 {report.sha256}")
+    if report.rejects is not None:
+        typer.echo(f"{report.rejected:,} rows left out, with their reasons -> {report.rejects}")
+
+
+@app.command(cls=_ManyValues)
+def sample(
+    sources: _Sources,
+    sizes: Annotated[
+        list[int], typer.Option(help="Rows of each sample, as in --sizes 9000 90000.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for sample-N.jsonl and manifest.json.")],
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 42,
+    by: Annotated[str | None, typer.Option(help="Column whose proportions to keep, for example source.")] = None,
+    split: _Split = None,
+    mapping: _Map = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Draw nested random samples, uniform or stratified by a column, in one pass."""
+    from peft_study.data.formats import parse_mapping
+    from peft_study.data.sample import SampleSpec
+    from peft_study.data.sample import sample as draw
+
+    spec = SampleSpec(tuple(sizes), seed=seed, by=by, split=split, mapping=parse_mapping(mapping))
+    with _progress("sampling") as on_progress:
+        manifest = draw(sources, output, spec, overwrite=overwrite, on_progress=on_progress)
+    for size, entry in manifest["samples"].items():
+        typer.echo(f"{int(size):,} of {manifest['rows']:,} rows -> {output / entry['file']}")
+    typer.echo(f"seed, counts per source and sha256 -> {output / 'manifest.json'}")
+
+
+@app.command()
+def stats(
+    sources: _Sources,
+    model: Annotated[str, typer.Option(help="Model folder or name whose tokenizer and chat template to use.")],
+    max_length: Annotated[int | None, typer.Option(help="Tokens after which an example is cut.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="tulu, another built-in name, or a Jinja file; else the tokenizer's own.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the lengths to write, as .png.")] = None,
+    split: _Split = None,
+    mapping: _Map = None,
+) -> None:
+    """Count rows and tokens per source, lengths, what is cut, what is supervised, duplicates."""
+    from rich.console import Console
+
+    from peft_study.data.formats import parse_mapping
+    from peft_study.data.stats import compute_stats, plot_stats, render_stats
+
+    with _progress("counting") as on_progress:
+        measured = compute_stats(
+            sources,
+            model=model,
+            max_length=max_length,
+            chat_template=chat_template,
+            split=split,
+            mapping=parse_mapping(mapping),
+            on_progress=on_progress,
+        )
+    Console().print(render_stats(measured))
+    if plot is not None:
+        plot_stats(measured, plot)
+        typer.echo(f"histogram -> {plot}")
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, float], None]]:
+    """Shows a bar with rows and rows per second while the block runs; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %  {task.fields[rows]:,} rows, {task.fields[speed]:,.0f} rows/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=1.0, rows=0, speed=0.0)
+
+        def on_progress(rows: int, share: float) -> None:
+            elapsed = bar.tasks[0].elapsed or 1e-9
+            bar.update(task, completed=share, rows=rows, speed=rows / elapsed)
+
+        yield on_progress

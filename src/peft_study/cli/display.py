@@ -1,0 +1,185 @@
+"""What a person sees while a run goes on: live on a terminal, quiet lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from peft_study.engine.trial import StepReport, Trial
+    from peft_study.study.comparison import Comparison, TrialResult
+    from peft_study.study.single import Finished
+
+LINE_SECONDS = 10.0
+"""Where there is no terminal, a step is told at most this often."""
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own bars and notices out of the display; errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+class _Display:
+    """Common to both displays: a bar of the trial under way below lines that stay."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._live = Live(self._progress, console=self.console, transient=True, refresh_per_second=4)
+        self._task: TaskID | None = None
+        self._told = 0.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.console.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """Prints a warning that stays."""
+        self.console.print(f"WARNING: {line}", style="bold yellow", markup=False)
+
+    def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
+        """Moves the bar; without a terminal, prints a line now and then."""
+        numbers = f"loss {report.loss:.3f}"
+        if base_loss is not None:
+            numbers += f" (base {report.loss - base_loss:+.3f})"
+        numbers += f"  lr {report.learning_rate:.2g}  {report.tokens / report.seconds:,.0f} tokens/s"
+        if self.console.is_terminal:
+            if self._task is None:
+                self._task = self._progress.add_task(trial.name, total=trial.total_steps, numbers="")
+            self._progress.update(self._task, completed=report.step, numbers=numbers)
+            if trial.finished:
+                self._progress.remove_task(self._task)
+                self._task = None
+        elif time.monotonic() - self._told > LINE_SECONDS or trial.finished:
+            self._told = time.monotonic()
+            self.say(f"{trial.name}  step {report.step}/{trial.total_steps}  {numbers}")
+
+
+class RunDisplay(_Display):
+    """Shows one run."""
+
+    def __enter__(self) -> RunDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
+        """Prints each held-out loss."""
+        self.say(f"step {trial.step}: held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)")
+
+    def conclude(self, finished: Finished) -> None:
+        """Prints how the run ended and what to do next."""
+        if finished.diverged:
+            self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")
+            return
+        self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")
+        self.say(f"against the untouched base: {finished.minus_base}")
+        self.say(f"adapter: {finished.folder / 'adapter'}")
+        self.say(f"try it: peft-study chat {finished.folder / 'adapter'}")
+
+
+class StudyDisplay(_Display):
+    """Shows a study: a line a trial as it ends, the trial under way, and the table at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: list[str] = []
+        self._done = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> StudyDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def planned(self, names: list[str]) -> None:
+        """Notes the trials to come."""
+        self._names = names
+        self.say(f"{len(names)} trials")
+
+    def began(self, name: str) -> None:
+        """Heads the bar with the place of the trial in the study."""
+        if self.console.is_terminal:
+            left = ""
+            if self._done:
+                seconds = (time.monotonic() - self._started) / self._done * (len(self._names) - self._done)
+                left = f", about {seconds / 60:.1f} min left"
+            head = f"trial {self._done + 1} of {len(self._names)}: {name}{left}"
+            self._live.update(Group(head, self._progress))
+
+    def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
+        """Prints the loss at step 0 against the base: it shows what an initialisation does."""
+        if trial.step == 0:
+            self.say(f"  step 0: held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)")
+
+    def ended(self, name: str, result: TrialResult) -> None:
+        """Prints a line for a trial that ended."""
+        self._done += 1
+        reason = f" ({result.reason})" if result.reason else ""
+        self.say(f"  {name}: {result.status}{reason} in {result.seconds:.0f} s")
+
+    def conclude(self, comparison: Comparison, folder: Path) -> None:
+        """Prints the table and a sentence a method."""
+        from peft_study.study.findings import rows, sentences
+
+        self.console.print(study_table(rows(comparison)))
+        for sentence in sentences(comparison):
+            self.say(f"- {sentence}")
+        self.say(f"adapters, metrics and record: {folder}")
+
+
+def study_table(rows: list) -> Table:  # type: ignore[type-arg]
+    """Returns the table of a study: a row a setting, best of each method marked."""
+    table = Table(title="Held-out loss (nats a token, 95 % interval over examples, one seed)", title_justify="left")
+    for name, justify in (
+        ("method", "left"),
+        ("learning rate", "right"),
+        ("trained", "right"),
+        ("step 0", "right"),
+        ("after", "right"),
+        ("against the base", "right"),
+        ("", "left"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        result = row.result
+        rate = "" if result.learning_rate is None else f"{result.learning_rate:g}"
+        verdict = "best of its method" if row.best and rate else (result.status if row.loss is None else "")
+        table.add_row(
+            result.method.replace("_", " "),
+            rate,
+            f"{result.trainable:,}",
+            f"{row.start.value:.3f}",
+            str(row.loss) if row.loss else "-",
+            str(row.minus_base) if row.minus_base else "-",
+            verdict,
+            style="bold" if verdict.startswith("best") else None,
+        )
+    return table

@@ -1,0 +1,74 @@
+"""``peft-study run | finetune``: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    app.command()(run)
+    app.command(
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+        help="Train one adapter; takes the flags of open-instruct's finetune.py and of accelerate launch.",
+    )(finetune)
+
+
+def run(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to compare.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study that lies in its output folder.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps a trial, instead of the file's.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, instead of the file's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
+) -> None:
+    """Compare methods over their learning rates on one model and one data set."""
+    from peft_study.cli.display import StudyDisplay, quiet_libraries
+    from peft_study.cli.yaml_file import load_yaml, override
+    from peft_study.config import StudyConfig, validate
+    from peft_study.study.comparison import compare
+    from peft_study.study.stop import StopRequest
+
+    quiet_libraries()
+    given = load_yaml(study)
+    override(given, "training.steps", steps)
+    override(given, "model.device", device)
+    override(given, "model.dtype", dtype)
+    override(given, "output", None if output is None else str(output))
+    config = validate(StudyConfig, given, where=str(study))
+    with StopRequest().listening() as stop, StudyDisplay() as display:
+        comparison = compare(config, given, display, stop, overwrite=overwrite)
+    display.conclude(comparison, config.output)
+
+
+def finetune(context: typer.Context) -> None:
+    """Train one adapter."""
+    import os
+
+    from peft_study.cli.display import RunDisplay, quiet_libraries
+    from peft_study.compat.finetune import to_run
+    from peft_study.compat.launcher import refuse_several_processes
+    from peft_study.compat.parsing import parse, usage
+    from peft_study.study.single import train
+    from peft_study.study.stop import StopRequest
+
+    arguments: list[str] = list(context.args)
+    if not arguments or {"--help", "-h"} & set(arguments):
+        typer.echo(usage())
+        return
+    quiet_libraries()
+    refuse_several_processes(os.environ)
+    planned = to_run(parse(arguments))
+    given: dict[str, Any] = {"command": ["peft-study", "finetune", *arguments], "name": planned.name}
+    with StopRequest().listening() as stop, RunDisplay() as display:
+        for warning in planned.warnings:
+            display.warn(warning)
+        for note in planned.notes:
+            display.say(note)
+        finished = train(
+            planned.config, given, display, stop, overwrite=planned.overwrite, resume_from=planned.resume_from
+        )
+    display.conclude(finished)

@@ -1,0 +1,153 @@
+"""Files that appear whole or not at all.
+
+    write  ->  .NAME.xxxx.tmp  --fsync-->  os.replace  ->  NAME
+
+The temporary file lies in the folder of the final one, because a rename is atomic only inside one file system.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TextIO
+
+from peft_study.errors import OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def output_error(error: OSError, path: Path) -> OutputError:
+    """Returns the one-line error for an ``OSError`` met while writing ``path``."""
+    if error.errno in _FULL:
+        what, remedy = "the disk is full", "free some space or name a folder on another disk (nothing was left behind)"
+    elif error.errno in _FORBIDDEN:
+        what, remedy = "this place cannot be written", "name another folder or change its permissions"
+    else:
+        what, remedy = f"writing failed: {error.strerror or error}", "name another place (nothing was left behind)"
+    return OutputError(what, where=str(path), remedy=remedy)
+
+
+class AtomicFiles:
+    """Several files that appear together when the ``with`` block ends well, in the order they were opened.
+
+    All of them are complete and on the disk before the first is renamed. On any error the temporary files are
+    removed, what stood under the names stays, and an ``OSError`` of writing becomes an `OutputError`.
+    """
+
+    def __init__(self) -> None:
+        self._files: list[tuple[BinaryIO, Path, Path]] = []
+
+    def __enter__(self) -> AtomicFiles:
+        return self
+
+    def open(self, path: Path) -> BinaryIO:
+        """Opens a temporary file that is to become ``path``; raises `OutputError` where it cannot be made."""
+        target = Path(os.path.realpath(path))  # a link stays a link: its target is replaced
+        if target.is_dir():
+            raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
+        try:
+            _remove_leftovers(target)
+            temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+            handle = temporary.open("xb")
+        except OSError as error:
+            raise output_error(error, path) from error
+        # The lock dies with the process, even with kill -9: so the next run can tell a leftover from a file in use.
+        # Where the file system has no locks, a leftover stays until somebody removes it; nothing else depends on it.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._files.append((handle, temporary, target))
+        return handle
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._commit()
+            elif isinstance(error, OSError) and self._is_ours(error):
+                raise output_error(error, self._files[0][2] if self._files else Path.cwd()) from error
+        finally:
+            for handle, temporary, _ in self._files:
+                with contextlib.suppress(OSError):  # a full disk refuses the last flush once more
+                    handle.close()
+                temporary.unlink(missing_ok=True)
+
+    def _commit(self) -> None:
+        for handle, _, target in self._files:
+            try:
+                handle.flush()
+                os.fsync(handle.fileno())
+            except OSError as error:
+                raise output_error(error, target) from error
+        for _, temporary, target in self._files:
+            try:
+                temporary.replace(target)
+                _sync_folder(target.parent)
+            except OSError as error:
+                raise output_error(error, target) from error
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Returns whether the error may come from writing: a write names no file."""
+        return error.filename is None or any(str(error.filename) == str(path) for _, path, _ in self._files)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path) -> Iterator[TextIO]:
+    """Yields a UTF-8 text file that becomes ``path`` when the block ends well; errors as in `AtomicFiles`."""
+    with AtomicFiles() as files:
+        text = io.TextIOWrapper(files.open(path), encoding="utf-8", newline="\n", write_through=True)
+        yield text
+        text.detach()  # the binary file underneath is synced and closed by AtomicFiles
+
+
+@contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Makes ``path`` and its missing parents; if the block fails, removes again those that it made.
+
+    Raises:
+        OutputError: the folder cannot be made, or a file stands in its place.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError("is a file, not a folder", where=str(path), remedy="name another folder") from error
+    except OSError as error:
+        raise output_error(error, path) from error
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
+                folder.rmdir()
+        raise
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the temporary files of runs that were killed while writing ``target``."""
+    for path in target.parent.glob(f".{_escaped(target.name)}.????????.tmp"):
+        with contextlib.suppress(OSError), path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+            path.unlink()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power cut, where the file system lets a folder be synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,180 @@
+"""Any source to JSON lines of ``{"id", "messages", "source"}``, streaming.
+
+SRC... --parsed_rows--> Conversation --line_of--> OUT.jsonl          (and OUT.rejects.jsonl with `skip`)
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from peft_study.data.atomic import AtomicFiles, made_folder
+from peft_study.data.conversation import Conversation
+from peft_study.data.formats import OnProgress, ParsedRow, parsed_rows
+from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, data_suffix
+from peft_study.data.sources import Source, open_sources
+from peft_study.data.turns import SKIP
+from peft_study.errors import DataError, OutputError
+
+OnError = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What a conversion did. ``sha256`` is that of the file as it lies on the disk; ``rejects`` only where it is."""
+
+    output: Path
+    rows: int
+    rejected: int
+    seconds: float
+    sha256: str
+    rejects: Path | None
+
+
+class LineWriter:
+    """Writes lines into a binary file, compressed if ``name`` says so, and hashes what reaches the disk.
+
+    The same lines give the same bytes at any time and under any name.
+    """
+
+    def __init__(self, handle: BinaryIO, name: Path) -> None:
+        self._sink = _HashedFile(handle)
+        self._packed: Any = None
+        if name.suffix.lower() == ".gz":
+            self._packed = gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=self._sink, mtime=0)
+        elif name.suffix.lower() == ".zst":
+            import zstandard
+
+            sink = cast(BinaryIO, self._sink)  # it has all that is called
+            self._packed = zstandard.ZstdCompressor().stream_writer(sink, closefd=False)
+
+    def write(self, line: bytes) -> None:
+        """Writes one line, which brings its own line feed."""
+        (self._packed or self._sink).write(line)
+
+    def close(self) -> str:
+        """Ends the compressed stream, leaves the file open, and returns the sha256 of all bytes."""
+        if self._packed is not None:
+            self._packed.close()
+        return self._sink.hash.hexdigest()
+
+
+class _HashedFile:
+    """As much of a binary file as compressors need."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self.hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        return self._handle.write(data)
+
+    def flush(self) -> None:
+        self._handle.flush()
+
+
+def line_of(conversation: Conversation, where: str) -> bytes:
+    """Returns the row as one line of JSON: UTF-8 as it is, role before content.
+
+    Raises:
+        DataError: a value beside the texts cannot be written as JSON.
+    """
+    try:
+        return (json.dumps(conversation.to_dict(), ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"cannot be written as JSON ({error})", where=where, remedy=SKIP) from error
+
+
+def convert(
+    sources: Sequence[str],
+    output: Path,
+    *,
+    split: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+    on_error: OnError = "fail",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> ConvertReport:
+    """Converts sources, one after the other, into one file that appears only when it is complete.
+
+    Args:
+        sources: files, folders or hub ids.
+        output: the file to write; ``.gz`` and ``.zst`` compress it.
+        split: the split to take of each source.
+        mapping: what `parse_mapping` returned.
+        on_error: ``fail`` stops at the first unusable row; ``skip`` writes file, row and reason of such rows into
+            ``OUT.rejects.jsonl``. A file that cannot be read to its end is always an error.
+        overwrite: whether an existing output may be replaced.
+        on_progress: called now and then with rows so far and the share (0..1) that is behind.
+
+    Raises:
+        DataError: a source or a row cannot be used, or no row is left.
+        OutputError: the output exists, is one of the sources, or cannot be written.
+    """
+    start = time.perf_counter()
+    rejects = _rejects_path(output)
+    opened = open_sources(sources, split)
+    _check_output(output, rejects, opened, overwrite)
+    rows = rejected = 0
+    with made_folder(output.parent), AtomicFiles() as files:
+        writer = LineWriter(files.open(output), output)
+        rejects_file: BinaryIO | None = None
+        for row in parsed_rows(opened, mapping, on_progress):
+            line, error = _line_or_error(row)
+            if error is None:
+                writer.write(line)
+                rows += 1
+                continue
+            if on_error == "fail":
+                raise error
+            rejects_file = rejects_file or files.open(rejects)
+            rejects_file.write(_reject_line(row, error))
+            rejected += 1
+            if rejected == 1:
+                first_error = error
+        if rows == 0:
+            what = f"all {rejected} rows are unusable, the first because: {first_error}"
+            raise DataError(what, where=", ".join(sources))
+        sha256 = writer.close()
+    if rejects_file is None:
+        rejects.unlink(missing_ok=True)  # one of an earlier conversion would be taken for this one's
+    seconds = time.perf_counter() - start
+    return ConvertReport(output, rows, rejected, seconds, sha256, rejects if rejects_file else None)
+
+
+def _line_or_error(row: ParsedRow) -> tuple[bytes, DataError | None]:
+    if row.conversation is None:
+        return b"", row.error
+    try:
+        return line_of(row.conversation, row.raw.where), None
+    except DataError as error:
+        return b"", error
+
+
+def _reject_line(row: ParsedRow, error: DataError) -> bytes:
+    entry = {"file": str(row.raw.file), "row": row.raw.row, "reason": error.what}
+    # A reason may quote what is not valid Unicode.
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def _rejects_path(output: Path) -> Path:
+    suffix = data_suffix(output)
+    if suffix not in JSON_SUFFIXES:
+        endings = ", ".join([".jsonl", *(f".jsonl{ending}" for ending in COMPRESSED_SUFFIXES)])
+        raise OutputError("JSON lines are written", where=str(output), remedy=f"name a file ending in {endings}")
+    return output.with_name(output.name[: output.name.lower().rindex(suffix)] + ".rejects.jsonl")
+
+
+def _check_output(output: Path, rejects: Path, sources: Sequence[Source], overwrite: bool) -> None:
+    for path in (output, rejects):
+        if any(path.exists() and file.exists() and path.samefile(file) for source in sources for file in source.files):
+            raise OutputError("is one of the sources", where=str(path), remedy="name another output file")
+        if path.exists() and not overwrite:
+            raise OutputError("the file exists", where=str(path), remedy="give --overwrite or name another file")

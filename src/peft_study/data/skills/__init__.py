@@ -1,0 +1,99 @@
+"""The embedded data set: short instructions in twelve skills whose answers can be checked, made from a seed.
+
+    Draws(seed) --Skill.make--> question, reason, result --> Conversation(source="skills/<name>")
+    question    --Skill.truth--> result, worked out from the text alone  --Skill.agrees--> True or False
+
+Every answer has the same form, which a base model does not know and a fine-tuned one learns: one line of
+reasoning, then ``Answer: <result>``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from peft_study.data.atomic import atomic_writer, made_folder
+from peft_study.data.conversation import Conversation, Message
+from peft_study.data.skills import dates, numbers, text
+from peft_study.data.skills.base import Draws, Skill, result_of
+from peft_study.errors import ConfigError, DataError
+
+EMBEDDED_NAME = "skills"
+"""Name of the data set on the command line and in configuration files."""
+
+VERSION = 1
+"""Grows with every change that makes other rows from the same seed, so that caches do not mix them."""
+
+SKILLS: dict[str, Skill] = {skill.name: skill for skill in (*dates.SKILLS, *numbers.SKILLS, *text.SKILLS)}
+
+# A skill whose next fresh instruction takes more draws than this has run out of them.
+_MOST_DRAWS = 500
+
+
+def generate(count: int = 2000, seed: int = 0) -> list[Conversation]:
+    """Returns ``count`` conversations of one user and one assistant turn, all user turns different.
+
+    The same seed gives the same conversations everywhere, and fewer of them are the beginning of more. Every run
+    of ``len(SKILLS)`` conversations holds each skill once, in random order.
+
+    Raises:
+        ConfigError: ``count`` is below 1, or above what the skills can make without repeating themselves.
+    """
+    if count < 1:
+        raise ConfigError(f"count is {count}", remedy="ask for at least 1 conversation")
+    draw = Draws(seed)
+    seen: set[str] = set()
+    rows: list[Conversation] = []
+    order: list[Skill] = []
+    while len(rows) < count:
+        order = order or draw.sample(tuple(SKILLS.values()), len(SKILLS))
+        skill = order.pop()
+        for _ in range(_MOST_DRAWS):
+            task = skill.make(draw)
+            if task.question not in seen:
+                break
+        else:
+            raise ConfigError(
+                f"count is {count}, but skill {skill.name!r} has no new instruction after {len(rows)} conversations",
+                remedy=f"ask for at most {len(rows)}",
+            )
+        seen.add(task.question)
+        turns = (Message("user", task.question), Message("assistant", task.answer))
+        rows.append(Conversation(f"{EMBEDDED_NAME}-{seed}-{len(rows):06d}", turns, f"{EMBEDDED_NAME}/{skill.name}"))
+    return rows
+
+
+def check(conversation: Conversation, answer: str | None = None) -> bool:
+    """Returns whether ``answer`` (default: the conversation's own) ends in the right result.
+
+    The right result is worked out again from the text of the user's turn; the stored answer is not looked at.
+
+    Raises:
+        DataError: the conversation is not one of this data set.
+    """
+    name = conversation.source.removeprefix(f"{EMBEDDED_NAME}/")
+    if name not in SKILLS:
+        raise DataError(
+            f"source {conversation.source!r} has no answer check",
+            where=conversation.id,
+            remedy=f"only conversations of the embedded data set {EMBEDDED_NAME!r} can be checked",
+        )
+    question = next(message.content for message in conversation.messages if message.role == "user")
+    given = result_of(conversation.messages[-1].content if answer is None else answer)
+    skill = SKILLS[name]
+    return given is not None and skill.agrees(skill.truth(question), given)
+
+
+def write(path: str | Path, count: int = 2000, seed: int = 0) -> Path:
+    """Writes the conversations to ``path`` as JSON lines, whole or not at all, and returns the path.
+
+    Raises:
+        ConfigError: see ``generate``.
+        OutputError: the file cannot be written.
+    """
+    target = Path(path)
+    rows = generate(count, seed)
+    with made_folder(target.parent), atomic_writer(target) as file:
+        for row in rows:
+            file.write(json.dumps(row.to_dict(), ensure_ascii=False) + "\n")
+    return target

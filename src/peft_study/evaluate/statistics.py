@@ -1,0 +1,76 @@
+"""Held-out losses with their noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+CONFIDENCE = 0.95
+RESAMPLES = 4000
+
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over supervised tokens, in nats a token, and its 95 % interval over examples."""
+
+    value: float
+    low: float
+    high: float
+
+    def excludes_zero(self) -> bool:
+        """True where zero lies outside the interval."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def mean_loss(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+    """Returns the loss a supervised token, with an interval from resampling examples.
+
+    Tokens of one example depend on each other, so examples are resampled, not tokens.
+
+    Args:
+        sums_N: summed token loss of each example, in nats.
+        counts_N: supervised tokens of each example.
+    """
+    return _ratio(sums_N, counts_N)
+
+
+def difference(sums_N: Losses, others_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+    """Returns how much the first loss is above the second, paired by example, with its interval."""
+    return _ratio(sums_N - others_N, counts_N)
+
+
+def _ratio(numerators_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+    """Returns sum(numerators) / sum(counts) with scipy's bias-corrected bootstrap interval."""
+    from scipy.stats import bootstrap
+
+    def statistic(numerators: Losses, counts: Losses, axis: int = -1) -> Losses:
+        total: Losses = numerators.sum(axis=axis) / counts.sum(axis=axis)
+        return total
+
+    counts = counts_N.astype(np.float64)
+    value = float(statistic(numerators_N, counts))
+    if not np.isfinite(value) or len(counts) < 2:
+        return Estimate(value, float("-inf"), float("inf"))
+    # where every example has the same ratio no resample differs, and BCa would divide by that spread
+    if np.allclose(numerators_N, value * counts, rtol=1e-12, atol=1e-12):
+        return Estimate(value, value, value)
+    interval = bootstrap(
+        (numerators_N, counts),
+        statistic,
+        paired=True,
+        vectorized=True,
+        confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
+        # BCa's jackknife takes memory with the square of the examples, and matters only where they are few
+        method="BCa" if len(counts) <= 1000 else "percentile",
+        batch=100,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))

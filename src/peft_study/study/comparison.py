@@ -1,0 +1,184 @@
+"""A small study: every method over its own learning rates, one trial after another on one base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.config import MethodSpace, StudyConfig, TrainConfig
+from peft_study.engine import checkpoint
+from peft_study.study.record import environment
+from peft_study.study.session import describe, open_session
+from peft_study.study.single import with_rate
+from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.store import RunFolder, Status, identity
+from peft_study.study.trial_run import TrialRunner, Watcher
+
+Losses = npt.NDArray[np.float64]
+_RESULT = "result.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """One row of the comparison.
+
+    Attributes:
+        method, learning_rate: the setting (no rate for the untouched base).
+        status, reason: how it ended.
+        sums_N: summed held-out loss of each example after the last step, in nats; None where it did not finish.
+        start_N: the same before step 1.
+        trainable: numbers that train.
+        seconds: wall time.
+    """
+
+    method: str
+    learning_rate: float | None
+    status: Status
+    reason: str | None
+    sums_N: Losses | None
+    start_N: Losses | None
+    trainable: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All rows, with what they are measured against.
+
+    Attributes:
+        results: in the order of the configuration.
+        base_N: the untouched base's summed losses, and
+        counts_N: the supervised tokens, of each held-out example.
+    """
+
+    results: tuple[TrialResult, ...]
+    base_N: Losses
+    counts_N: npt.NDArray[np.int64]
+
+
+class StudyWatcher(Watcher, Protocol):
+    """Who is told how a study goes."""
+
+    def planned(self, names: list[str]) -> None:
+        """Receives the names of all trials before the first."""
+
+    def began(self, name: str) -> None:
+        """Receives the name of the trial that starts."""
+
+    def ended(self, name: str, result: TrialResult) -> None:
+        """Receives how a trial ended."""
+
+
+def trial_name(method: str, rate: float | None) -> str:
+    """Returns a trial's name, which is also its folder's."""
+    return method if rate is None else f"{method}-{rate:g}"
+
+
+def compare(
+    config: StudyConfig, given: Any, watcher: StudyWatcher, stop: StopRequest, *, overwrite: bool = False
+) -> Comparison:
+    """Runs every setting and returns the rows; an unfinished study of the same settings is gone on with.
+
+    Raises:
+        OutputError: when the output folder holds another study.
+        Interrupted: when asked to stop; a checkpoint was written.
+    """
+    folder = RunFolder(config.output)
+    folder.claim(
+        config, given, overwrite=overwrite, remedy="replace it with --overwrite, or give another output folder"
+    )
+    folder.set_status("running")
+    try:
+        comparison = _run(config, folder, watcher, stop)
+    except Interrupted as reason:
+        folder.set_status("interrupted", str(reason))
+        raise
+    except BaseException as error:
+        folder.set_status("failed", f"{type(error).__name__}: {error}")
+        raise
+    folder.set_status("finished")
+    return comparison
+
+
+def _run(config: StudyConfig, folder: RunFolder, watcher: StudyWatcher, stop: StopRequest) -> Comparison:
+    session = open_session(config.model, config.data, config.training, watcher.say)
+    for note in session.notes:
+        watcher.say(note)
+    folder.write_record({**environment(), **describe(session)})
+    plan = [(space, rate) for space in config.methods for rate in _rates(space)]
+    watcher.planned([trial_name(space.settings.method, rate) for space, rate in plan])
+    runner = TrialRunner(session, config.logging, watcher, stop)
+    results = [_trial(config, folder, runner, watcher, space, rate) for space, rate in plan]
+    return Comparison(
+        tuple(results), session.base_held_out.of(range(len(session.held_out))), session.held_out.counts()
+    )
+
+
+def _rates(space: MethodSpace) -> tuple[float | None, ...]:
+    return (None,) if space.settings.learning_rates is None else space.learning_rates
+
+
+def _trial(
+    config: StudyConfig,
+    folder: RunFolder,
+    runner: TrialRunner,
+    watcher: StudyWatcher,
+    space: MethodSpace,
+    rate: float | None,
+) -> TrialResult:
+    """Runs one trial, or reads its result where it is there already."""
+    name = trial_name(space.settings.method, rate)
+    trial = TrainConfig(
+        model=config.model,
+        data=config.data,
+        method=space.settings,
+        training=with_rate(config.training, rate),
+        logging=config.logging,
+        output=folder.path / "trials" / name,
+    )
+    own = RunFolder(trial.output)
+    # the study's claim covers its trials: a folder of a trial can only be of these settings
+    own.claim(trial, trial.model_dump(mode="json"), overwrite=False, remedy="give another output folder")
+    if (own.path / _RESULT).exists():
+        result = _read(own)
+        watcher.ended(name, result)
+        return result
+    watcher.began(name)
+    resume = next(iter(reversed(checkpoint.find(own.checkpoints))), None)
+    outcome = runner.run(name, trial.method, trial.training, own, identity=identity(trial), resume=resume)
+    status: Status = "diverged" if outcome.diverged else "finished"
+    values = {
+        "method": space.settings.method,
+        "learning_rate": rate,
+        "status": status,
+        "reason": outcome.diverged,
+        "sums": None if outcome.diverged else outcome.end_N.tolist(),
+        "start": outcome.start_N.tolist(),
+        "trainable": outcome.trainable.trainable,
+        "by_module": outcome.trainable.by_module,
+        "steps": outcome.steps,
+        "tokens": outcome.tokens,
+        "seconds": outcome.seconds,
+    }
+    own.write(_RESULT, values)
+    own.set_status(status, outcome.diverged)
+    result = _read(own)
+    watcher.ended(name, result)
+    return result
+
+
+def _read(folder: RunFolder) -> TrialResult:
+    values = folder.read(_RESULT)
+    return TrialResult(
+        values["method"],
+        values["learning_rate"],
+        values["status"],
+        values["reason"],
+        None if values["sums"] is None else np.array(values["sums"]),
+        np.array(values["start"]),
+        values["trainable"],
+        values["seconds"],
+    )

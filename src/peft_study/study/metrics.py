@@ -1,0 +1,60 @@
+"""Measurements of a run as JSON lines, and the same as TensorBoard event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+
+class MetricsWriter:
+    """Appends records; a resumed run first drops what lies behind its checkpoint.
+
+    Args:
+        path: of the JSON lines.
+        tensorboard: folder for event files, or None.
+        from_step: records of later steps are dropped.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None, *, from_step: int = 0) -> None:
+        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+        path.write_text("".join(kept))
+        self._file: TextIO = path.open("a")
+        self._events: Any = None
+        if tensorboard is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        """Writes one record: its kind (``train`` or ``held_out``), the step, and the values."""
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(f"{event}/{name}", value, step)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a metrics file; a last line that was cut off by a kill is left out."""
+    return [json.loads(line) for line in _whole_lines(path)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,142 @@
+"""One run of one method: what `peft-study finetune` does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_study.config import TrainConfig, TrainingConfig
+from peft_study.engine import checkpoint
+from peft_study.errors import OutputError
+from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.study.record import environment
+from peft_study.study.session import describe, open_session
+from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.store import RunFolder, identity
+from peft_study.study.trial_run import TrialRunner, Watcher
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a run ended.
+
+    Attributes:
+        folder: where everything lies.
+        before, after: held-out loss before step 1 and after the last step, and
+        minus_base: how far the last is above the untouched base's, paired by example.
+        diverged: the reason, where it ended early.
+    """
+
+    folder: Path
+    before: Estimate
+    after: Estimate
+    minus_base: Estimate
+    diverged: str | None
+
+
+def with_rate(training: TrainingConfig, rate: float | None) -> TrainingConfig:
+    """Returns the settings with the learning rate filled in (methods without one get a rate that is never used)."""
+    return training.model_copy(update={"learning_rate": rate or 1.0})
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Returns the settings with the method's own learning rate where none was given."""
+    rates = config.method.learning_rates
+    rate = config.training.learning_rate or (rates.default if rates else None)
+    return config.model_copy(update={"training": with_rate(config.training, rate)})
+
+
+def train(
+    config: TrainConfig,
+    given: Any,
+    watcher: Watcher,
+    stop: StopRequest,
+    *,
+    overwrite: bool = False,
+    resume_from: Path | None = None,
+) -> Finished:
+    """Runs one setting from data to adapter.
+
+    Args:
+        config: what to run.
+        given: what the user said, kept in the record.
+        watcher: is told how it goes.
+        stop: asked between steps.
+        overwrite: replace what lies in the output folder.
+        resume_from: a checkpoint folder, or a run's folder (its newest checkpoint). Left out, an unfinished run of the
+            same settings in the output folder is gone on with.
+
+    Raises:
+        OutputError: when the output folder holds another run, or a finished one.
+        Interrupted: when asked to stop; a checkpoint was written.
+    """
+    config = resolve(config)
+    own = identity(config)
+    folder = RunFolder(config.output)
+    remedy = "replace it with --overwrite_output_dir, or give another --output_dir"
+    # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
+    resume = _checkpoint(resume_from, own) if resume_from else None
+    if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
+        raise OutputError(
+            "would be deleted with the output folder", where=str(resume.folder), remedy="leave out --overwrite_output_dir"
+        )
+    if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
+        status = folder.status()
+        if status is not None and status[0] == "finished":
+            raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=remedy)
+        resume = resume or next(iter(reversed(checkpoint.find(folder.checkpoints))), None)
+        folder.set_status("running")
+    try:
+        finished = _run(config, folder, watcher, stop, resume)
+    except Interrupted as reason:
+        folder.set_status("interrupted", str(reason))
+        raise
+    except BaseException as error:
+        folder.set_status("failed", f"{type(error).__name__}: {error}")
+        raise
+    folder.set_status("diverged" if finished.diverged else "finished", finished.diverged)
+    return finished
+
+
+def _run(
+    config: TrainConfig, folder: RunFolder, watcher: Watcher, stop: StopRequest, resume: checkpoint.Found | None
+) -> Finished:
+    session = open_session(config.model, config.data, config.training, watcher.say)
+    for note in session.notes:
+        watcher.say(note)
+    record = {**environment(), **describe(session)}
+    folder.write_record(record)
+    runner = TrialRunner(session, config.logging, watcher, stop)
+    outcome = runner.run(
+        config.method.method, config.method, config.training, folder, identity=identity(config), resume=resume
+    )
+    folder.write_record({**record, "trainable": outcome.trainable.by_module, "parameters": outcome.trainable.total})
+    counts_N = session.held_out.counts()
+    base_N = session.base_held_out.of(range(len(session.held_out)))
+    return Finished(
+        folder.path,
+        mean_loss(outcome.start_N, counts_N),
+        mean_loss(outcome.end_N, counts_N),
+        difference(outcome.end_N, base_N, counts_N),
+        outcome.diverged,
+    )
+
+
+def _checkpoint(path: Path, own: str) -> checkpoint.Found:
+    """Returns the checkpoint in `path`, or the newest one of the run in `path`."""
+    found = checkpoint.read(path)
+    if found is None:
+        several = checkpoint.find(path / "checkpoints") or checkpoint.find(path)
+        if not several:
+            raise OutputError(
+                "holds no whole checkpoint", where=str(path), remedy="give RUN/checkpoints/step_N, or the run's folder"
+            )
+        found = several[-1]
+    if found.identity != own:
+        raise OutputError(
+            "was made with other settings (method, data, training or model)",
+            where=str(found.folder),
+            remedy="resume with the command it was made with, or start a new run",
+        )
+    return found

@@ -1,0 +1,37 @@
+"""Stopping between two steps: once for a checkpoint and a clean end, twice for at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from peft_study.errors import PeftStudyError
+
+
+class Interrupted(PeftStudyError):
+    """The run was asked to stop, and did so between two steps, with a checkpoint."""
+
+
+class StopRequest:
+    """Whether somebody asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Listens for SIGINT and SIGTERM inside the block; a second signal stops at once (KeyboardInterrupt)."""
+
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,124 @@
+"""The folder of a run: what was asked, what it ran on, what it measured, how it ended.
+
+    RUN/
+        config.given.json     what the user said
+        config.resolved.json  every setting, defaults filled in
+        record.json           code state, versions, hardware, data, base, trainable parameters
+        metrics.jsonl         one line a logged step or evaluation
+        tensorboard/          the same as event files
+        checkpoints/step_N/   while it runs
+        adapter/              in PEFT's format
+        status.json           running, finished, diverged, failed or interrupted, with the reason
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from peft_study.data.atomic import atomic_writer
+from peft_study.errors import OutputError
+
+Status = Literal["running", "finished", "diverged", "failed", "interrupted"]
+_STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
+
+
+def identity(config: BaseModel, *, without: frozenset[str] = frozenset({"output", "logging"})) -> str:
+    """Returns a digest of the settings that decide a run's numbers."""
+    values = config.model_dump(mode="json", exclude=set(without))
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class RunFolder:
+    """One run's folder; all writes are atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter goes."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints go."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The JSON lines of measurements."""
+        return self.path / "metrics.jsonl"
+
+    def status(self) -> tuple[Status, str | None] | None:
+        """Returns status and reason, or None where there is no run."""
+        values = self._read(_STATUS)
+        return None if values is None else (values["status"], values.get("reason"))
+
+    def identity(self) -> str | None:
+        """Returns the identity of the settings of the run that lies here, or None."""
+        values = self._read(_STATUS)
+        return None if values is None else values["identity"]
+
+    def claim(self, config: BaseModel, given: Any, *, overwrite: bool, remedy: str) -> bool:
+        """Makes the folder this run's; returns True where an unfinished or finished run of the same settings lies here.
+
+        Args:
+            config: the resolved settings.
+            given: what the user said, to be kept.
+            overwrite: delete what lies here.
+            remedy: how this command replaces or resumes, for the error.
+
+        Raises:
+            OutputError: when the folder holds another run or other files, or cannot be written.
+        """
+        own = identity(config)
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("is a file", where=str(self.path), remedy="give a folder")
+        if overwrite and self.identity() is not None:
+            shutil.rmtree(self.path)
+        elif self.identity() is not None:
+            if self.identity() != own:
+                raise OutputError("holds another run, with other settings", where=str(self.path), remedy=remedy)
+            return True
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made ({error.strerror})", where=str(self.path)) from error
+        self.write(_GIVEN, given)
+        self.write(_RESOLVED, config.model_dump(mode="json"))
+        self.set_status("running", own=own)
+        return False
+
+    def set_status(self, status: Status, reason: str | None = None, *, own: str | None = None) -> None:
+        """Writes how the run stands."""
+        self.write(_STATUS, {"status": status, "reason": reason, "identity": own or self.identity()})
+
+    def write_record(self, values: dict[str, Any]) -> None:
+        """Writes what the run was made of."""
+        self.write(_RECORD, values)
+
+    def write(self, name: str, values: Any) -> None:
+        """Writes a JSON file into the folder, whole or not at all."""
+        text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
+        with atomic_writer(self.path / name) as file:
+            file.write(text)
+
+    def read(self, name: str) -> Any:
+        """Returns a JSON file of the folder; it must be there."""
+        return json.loads((self.path / name).read_text())
+
+    def _read(self, name: str) -> Any:
+        try:
+            return self.read(name)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise OutputError(f"{name} is damaged", where=str(self.path), remedy="give another folder") from error

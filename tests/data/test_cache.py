@@ -1,0 +1,320 @@
+"""The token cache: what it holds, when it serves, and what breaks it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from peft_study.data import cache, parallel, tokenized
+from peft_study.data.cache import TokenizedData, cache_root, tokenize
+from peft_study.data.chat import ChatEncoder
+from peft_study.data.formats import read_conversations
+from peft_study.errors import DataError, OutputError, TemplateError
+
+TOKENIZER = tiny_tokenizer()
+
+
+def row(number: int, answer: str = "The sum is {}.") -> dict[str, object]:
+    return {
+        "id": f"r{number}",
+        "messages": [
+            {"role": "user", "content": f"What is {number} + 1?" + " please" * (number % 7)},
+            {"role": "assistant", "content": answer.format(number + 1)},
+        ],
+        "source": f"s{number % 3}",
+    }
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows), encoding="utf-8")
+    return path
+
+
+def encoder(max_length: int | None = None) -> ChatEncoder:
+    return ChatEncoder(TOKENIZER, template="tulu", max_length=max_length)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write(tmp_path / "rows.jsonl", [row(n) for n in range(20)])
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of rows of every chunk that is encoded."""
+    chunks: list[int] = []
+    genuine = parallel.encode_chunk
+
+    def counted(conversations: list[object], encode: ChatEncoder) -> object:
+        chunks.append(len(conversations))
+        return genuine(conversations, encode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parallel, "encode_chunk", counted)
+    return chunks
+
+
+def assert_same(data: TokenizedData, other: TokenizedData) -> None:
+    assert list(data.ids) == list(other.ids)
+    assert list(data.sources) == list(other.sources)
+    assert data.digests == other.digests
+    for one, two in zip(data, other, strict=True):
+        assert one.tokens_L.tolist() == two.tokens_L.tolist()
+        assert one.supervised_L.tolist() == two.supervised_L.tolist()
+
+
+def test_holds_what_the_encoder_gives(data: Path, tmp_path: Path) -> None:
+    encode = encoder(60)
+    result = tokenize([data], encode, cache_dir=tmp_path / "cache")
+    conversations = list(read_conversations([str(data)]))
+    assert len(result) == 20
+    assert list(result.ids) == [f"r{n}" for n in range(20)]
+    assert list(result.sources) == [f"s{n % 3}" for n in range(20)]
+    for number, conversation in enumerate(conversations):
+        whole, example = encode.encode_whole(conversation), encode.encode(conversation)
+        stored = result[number]
+        assert stored.tokens_L.dtype == np.int32
+        assert stored.supervised_L.dtype == np.bool_
+        assert stored.tokens_L.tolist() == example.tokens_L.tolist()
+        assert stored.supervised_L.tolist() == example.supervised_L.tolist()
+        assert result.lengths_N[number] == len(example)
+        assert result.whole_lengths_N[number] == len(whole)
+        assert result.supervised_N[number] == example.supervised_L.sum() > 0
+        assert result.first_N[number] == whole.supervised_L.argmax()
+    assert result.truncated == sum(len(encode.encode_whole(c)) > 60 for c in conversations) > 0
+    assert isinstance(result._tokens, np.memmap)
+    assert result[-1].tokens_L.tolist() == result[19].tokens_L.tolist()
+    with pytest.raises(IndexError):
+        result[20]
+
+
+def test_second_start_does_not_tokenise_again(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+    first = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert encoded == [20]
+    assert_same(first, tokenize([data], encoder(), cache_dir=tmp_path / "cache"))
+    assert encoded == [20]
+
+
+def test_key_follows_what_decides_the_tokens(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+    def key(source: Path, encode: ChatEncoder, **options: object) -> str:
+        return tokenize([source], encode, cache_dir=tmp_path / "cache", **options).key  # type: ignore[arg-type]
+
+    base = key(data, encoder())
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    assert key(Path(shutil.copy(data, moved / data.name)), encoder()) == base  # content counts, not the path
+    assert encoded == [20]
+    others = {base, key(data, encoder(70)), key(data, encoder(), mapping={"id": "source"})}
+    data.write_text(data.read_text().replace("The sum", "the sum"), encoding="utf-8")
+    others.add(key(data, encoder()))
+    assert len(others) == 4
+    assert encoded == [20] * 4
+
+
+@pytest.mark.parametrize("name", ["tokens.int32", "supervised.uint8", "offsets.int64", "ids.jsonl", "meta.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_cache_is_built_again(name: str, damage: str, data: Path, tmp_path: Path, encoded: list[int]) -> None:
+    good = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    copy = TokenizedData(Path(shutil.copytree(good.folder, tmp_path / "copy")), good.meta)
+    path = good.folder / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
+    assert_same(tokenize([data], encoder(), cache_dir=tmp_path / "cache"), copy)
+    assert encoded == [20, 20]
+    tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert encoded == [20, 20]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [good.key]
+
+
+def test_meta_data_that_was_edited_is_not_believed(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+    good = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    meta = json.loads((good.folder / "meta.json").read_text())
+    (good.folder / "meta.json").write_text(json.dumps({**meta, "dropped": 7}))
+    assert tokenize([data], encoder(), cache_dir=tmp_path / "cache").dropped == 0
+    assert encoded == [20, 20]
+
+
+def test_killed_writer_leaves_nothing_that_counts(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_install", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert encoded == [20, 20]
+
+
+def test_leftovers_of_the_killed_are_removed_once_old(data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "cache"
+    old, young, foreign = root / f".{'a' * 16}.old", root / f".{'b' * 16}.young", root / ".somebody.else"
+    for folder in (old, young, foreign):
+        folder.mkdir(parents=True)
+        (folder / "tokens.int32").touch()
+    yesterday = time.time() - 2 * 24 * 3600
+    import os
+
+    for path in (old / "tokens.int32", old, foreign / "tokens.int32", foreign):
+        os.utime(path, (yesterday, yesterday))
+    tokenize([data], encoder(), cache_dir=root)
+    assert not old.exists()
+    assert young.exists()
+    assert foreign.exists()
+
+
+def _tokenize_elsewhere(data: Path, folder: Path, barrier: object) -> None:
+    barrier.wait(30)  # type: ignore[attr-defined]
+    tokenize([data], ChatEncoder(TOKENIZER, template="tulu"), cache_dir=folder, workers=1)
+
+
+def test_two_writers_of_one_key(data: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    others = [context.Process(target=_tokenize_elsewhere, args=(data, tmp_path / "cache", barrier)) for _ in range(3)]
+    for process in others:
+        process.start()
+    for process in others:
+        process.join(60)
+    assert [process.exitcode for process in others] == [0, 0, 0]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    result = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert_same(result, tokenize([data], encoder(), cache_dir=tmp_path / "fresh"))
+
+
+def test_the_whole_one_of_two_results_stays(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While this process encodes, another finishes the same key."""
+    reference = tokenize([data], encoder(), cache_dir=tmp_path / "fresh")
+    install = cache._install
+
+    def late(temporary: Path, folder: Path) -> None:
+        shutil.copytree(reference.folder, folder)
+        (folder / "mine").touch()
+        install(temporary, folder)
+
+    monkeypatch.setattr(cache, "_install", late)
+    result = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert (result.folder / "mine").exists()
+    assert_same(result, reference)
+
+
+def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "IN_PROCESS_ROWS", 40)
+    monkeypatch.setattr(parallel, "CHUNK_ROWS", 16)
+    data = write(tmp_path / "rows.jsonl", [row(n) for n in range(150)])
+    seen: list[int] = []
+    encode = encoder(50)
+    pooled = tokenize([data], encode, cache_dir=tmp_path / "a", workers=2, on_progress=seen.append)
+    alone = tokenize([data], encode, cache_dir=tmp_path / "b", workers=1)
+    assert_same(pooled, alone)
+    conversations = list(read_conversations([str(data)]))
+    assert list(pooled.ids) == [conversation.id for conversation in conversations]
+    for conversation, stored in zip(conversations, pooled, strict=True):
+        assert stored.tokens_L.tolist() == encode.encode(conversation).tokens_L.tolist()
+    assert seen == [*range(16, 150, 16), 150]
+    assert (pooled.truncated, pooled.dropped) == (alone.truncated, alone.dropped)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("untold", "broken"), [(60, 100), (100, 60)])
+def test_first_error_in_row_order(
+    workers: int, untold: int, broken: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row cannot be rendered, another cannot be read: the earlier one is reported, with all its parts."""
+    monkeypatch.setattr(parallel, "IN_PROCESS_ROWS", 40)
+    monkeypatch.setattr(parallel, "CHUNK_ROWS", 16)
+    rows = [row(n) for n in range(150)]
+    rows[untold]["messages"][1]["content"] = "forbidden"  # type: ignore[index]
+    rows[broken]["messages"] = []
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m.content + eos_token }}{% endfor %}"
+    )
+    encode = ChatEncoder(TOKENIZER, template=str(template))
+    source = write(tmp_path / "rows.jsonl", rows)
+    expected = TemplateError if untold < broken else DataError
+    with pytest.raises(expected) as caught:
+        tokenize([source], encode, cache_dir=tmp_path / "cache", workers=workers)
+    assert str(min(untold, broken) + (expected is DataError)) in str(caught.value.where)
+    assert caught.value.remedy
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_rows_that_lose_all_supervision(tmp_path: Path) -> None:
+    rows = [row(0), row(1), row(2)]
+    rows[1]["messages"][0]["content"] = "long " * 100  # type: ignore[index]
+    result = tokenize([write(tmp_path / "r.jsonl", rows)], encoder(100), cache_dir=tmp_path / "cache")
+    assert list(result.ids) == ["r0", "r2"]
+    assert (result.dropped, result.truncated, len(result.dropped_lengths)) == (1, 1, 1)
+    again = tokenize([tmp_path / "r.jsonl"], encoder(100), cache_dir=tmp_path / "cache")
+    assert (again.dropped, again.truncated) == (1, 1)
+
+
+def test_a_length_at_which_nothing_is_supervised(data: Path, tmp_path: Path) -> None:
+    shortest = min(int(e.supervised_L.argmax()) for e in tokenize([data], encoder(), cache_dir=tmp_path / "cache")) + 1
+    with pytest.raises(DataError, match=rf"max_length {shortest - 1} is so short.* at least {shortest},"):
+        tokenize([data], encoder(shortest - 1), cache_dir=tmp_path / "cache")
+    assert len(tokenize([data], encoder(shortest), cache_dir=tmp_path / "cache")) > 0
+
+
+@pytest.mark.parametrize("moment", ["write", "sync"])
+def test_disk_full(moment: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tokenized._Checked, moment, full)
+    with pytest.raises(OutputError, match="disk is full"):
+        tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_cache_folder_that_cannot_be_made(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        tokenize([data], encoder(), cache_dir=tmp_path / "file" / "cache")
+
+
+def test_missing_source(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        tokenize([tmp_path / "absent.jsonl"], encoder(), cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_cache_lies_where_the_user_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "mine"))
+    assert cache_root() == tmp_path / "mine"
+    assert tokenize([data], encoder()).folder.parent == tmp_path / "mine" / "tokens"
+
+
+def test_memory_holds_no_more_than_the_chunks_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read only as chunks are taken: a slow consumer keeps a million rows on disk."""
+    monkeypatch.setattr(parallel, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(parallel, "IN_PROCESS_ROWS", 8)
+    source = write(tmp_path / "rows.jsonl", [row(n) for n in range(200)])
+    read = 0
+
+    def counted() -> Iterator[object]:
+        nonlocal read
+        for conversation in read_conversations([str(source)]):
+            read += 1
+            yield conversation
+
+    chunks = parallel.encode_rows(counted(), encoder(), workers=2)  # type: ignore[arg-type]
+    assert next(chunks).ids == ["r0", "r1", "r2", "r3"]
+    assert read <= 4 * 3 * 2 + 4
+    assert sum(len(chunk.ids) for chunk in chunks) == 196

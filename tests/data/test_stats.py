@@ -1,0 +1,116 @@
+"""Statistics of a data set, against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_tokenizer import tiny_tokenizer
+
+from peft_study.data.chat import ChatEncoder
+from peft_study.data.formats import read_conversations
+from peft_study.data.stats import DataStats, compute_stats, plot_stats, render_stats
+from peft_study.errors import ConfigError, OutputError
+
+TOKENIZER = tiny_tokenizer()
+MAX_LENGTH = 60
+
+
+def row(number: int, source: str, question: str, answer: str) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"id": str(number), "messages": messages, "source": source}
+
+
+ROWS = [
+    row(0, "a", "short?", "yes"),
+    row(1, "a", "short?", "yes " + "indeed " * 20),
+    row(2, "b", "long " * 60, "lost"),
+    row(3, "b", "short?", "yes"),
+    row(4, "b", " short?\n", "yes"),
+    row(5, "b", "short?", "no"),
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    return str(tmp_path / "model")
+
+
+def stats(source: str, model: str, max_length: int | None) -> DataStats:
+    return compute_stats([source], model=model, max_length=max_length, chat_template="tulu", split=None, mapping=None)
+
+
+def test_counts(source: str, model: str) -> None:
+    result = stats(source, model, MAX_LENGTH)
+    encode = ChatEncoder(TOKENIZER, template="tulu")
+    examples = [encode.encode(conversation) for conversation in read_conversations([source])]
+    assert result.total.rows == 6
+    assert result.total.tokens == sum(map(len, examples))
+    assert result.total.kept_tokens == sum(min(len(e), MAX_LENGTH) for e in examples)
+    assert result.total.supervised == sum(int(e.supervised_L[:MAX_LENGTH].sum()) for e in examples)
+    assert result.total.truncated == 2
+    assert result.total.unsupervised == 1
+    # Rows 3 and 4 say what row 0 says: source, id and white space do not count.
+    assert result.total.duplicates == 2
+    assert [(s.name, s.rows, s.truncated, s.unsupervised, s.duplicates) for s in result.by_source] == [
+        ("b", 4, 1, 1, 2),
+        ("a", 2, 1, 0, 0),
+    ]
+    assert sum(s.tokens for s in result.by_source) == result.total.tokens
+    assert sum(s.supervised for s in result.by_source) == result.total.supervised
+    lengths = sorted(map(len, examples))
+    assert result.quantiles[0.0] == lengths[0]
+    assert result.quantiles[0.5] == lengths[3]
+    assert result.quantiles[1.0] == lengths[-1]
+
+
+def test_without_a_cut(source: str, model: str) -> None:
+    result = stats(source, model, None)
+    assert (result.total.truncated, result.total.unsupervised) == (0, 0)
+    assert result.total.kept_tokens == result.total.tokens
+
+
+def test_what_is_printed(source: str, model: str) -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - not to the screen
+    result = stats(source, model, MAX_LENGTH)
+    console.print(render_stats(result))
+    text = console.export_text()
+    assert "cuts 2 of 6 rows (33.3%)" in text
+    assert "1 row left with nothing supervised" in text
+    assert "2 rows saying the same as an earlier one" in text
+    assert f"{result.total.tokens:,}" in text
+    console.print(render_stats(stats(source, model, None)))
+    assert "truncated" not in console.export_text()
+
+
+def test_picture(source: str, model: str, tmp_path: Path) -> None:
+    plot_stats(stats(source, model, MAX_LENGTH), tmp_path / "lengths.png")
+    picture = (tmp_path / "lengths.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 5000
+    with pytest.raises(OutputError):
+        plot_stats(stats(source, model, None), tmp_path / "absent" / "lengths.png")
+
+
+def test_rows_of_one_length_can_be_drawn(tmp_path: Path, model: str, source: str) -> None:
+    Path(source).write_text("".join(json.dumps(one) + "\n" for one in ROWS[:1]))
+    plot_stats(stats(source, model, None), tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()
+
+
+def test_length_below_one(source: str, model: str) -> None:
+    with pytest.raises(ConfigError, match="max_length is 0"):
+        stats(source, model, 0)
