@@ -44,6 +44,18 @@ QWEN3 = (
     "{% else %}{{ '<|im_start|>' + m.role + '\\n' + content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# What depends on how the environment is set up: block trimming, undefined keys, loop controls, JSON without escapes.
+LAYOUT = """{% for m in messages %}
+    {% if m.role == 'system' %}
+        {% continue %}
+    {% endif %}
+{{ m.role }}: {{ m | tojson }} {{ 'thinks' if m.reasoning_content is defined }}
+    {%- if m.thinking is defined %}
+
+    {{ m.thinking }}
+    {% endif %}
+{% endfor %}
+{{ eos_token }}"""
 TAGGED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim + '<|im_end|>' }}{% endgeneration %}"

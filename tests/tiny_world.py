@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from peft_study.data.conversation import Example
+from peft_study.methods import Adapter, Material
 from peft_study.model.load import Base, wrap
 from peft_study.model.precision import Placement
 
@@ -77,7 +78,9 @@ def model(family: str = "llama", *, dtype: torch.dtype = torch.float32, implemen
     return built.to(dtype).eval()
 
 
-def base(family: str = "llama", *, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: Any = None) -> Base:
+def base(
+    family: str = "llama", *, dtype: torch.dtype = torch.float32, device: str = "cpu", tokenizer: Any = None
+) -> Base:
     """Returns that model as the engine's base."""
     placement = Placement(torch.device(device), dtype)
     return wrap(model(family, dtype=dtype).to(device), tokenizer, placement, path="tiny")
@@ -94,3 +97,27 @@ def examples(lengths: list[int], *, seed: int = 0) -> list[Example]:
             mask[2] = True
         made.append(Example(tokens, mask))
     return made
+
+
+def material(*, bos: int | None = 1, opening: int = 64, seed: int = 5) -> Material:
+    """Returns what initialisations draw on: characters are tokens, and the data says `opening` random tokens."""
+    tokens = [int(t) for t in np.random.default_rng(seed).integers(3, VOCABULARY, size=opening)]
+    counts = np.zeros(VOCABULARY, dtype=np.int64)
+    np.add.at(counts, tokens, 1)
+    return Material(
+        encode=lambda text: [3 + ord(letter) % (VOCABULARY - 3) for letter in text],
+        opening=tokens if bos is None else [bos, *tokens],
+        counts_V=counts,
+        bos=bos,
+        special=frozenset({0, 1, 2}),
+    )
+
+
+def randomise(adapter: Adapter, *, std: float = 0.1, seed: int = 1) -> Adapter:
+    """Adds noise to every parameter, so that none is zero and every gradient is there; returns the adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter.parameters().values():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.device) * std)
+    return adapter

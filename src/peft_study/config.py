@@ -183,7 +183,9 @@ class LoggingConfig(Strict):
 
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
     evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
-    checkpoint_every: int | Literal["epoch"] | None = Field(None, description="optimizer steps, or epoch; None: end only")
+    checkpoint_every: int | Literal["epoch"] | None = Field(
+        None, description="optimizer steps, or epoch; None: end only"
+    )
     keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept; -1: all")
     tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")
     base_loss: bool = Field(True, description="log the loss minus the untouched base's on the same examples")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import zstandard
+from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 from peft_study.cli.data import app
@@ -276,6 +277,19 @@ def test_command_line(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 rows in 0.0 s" in done.output
     assert "1 rows left out, with their reasons ->" in done.output.replace("\n", " ")
+
+
+def test_command_line_of_stats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "cache"))
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    source = write(tmp_path / "a.jsonl", *[{"q": "Is it so?", "gold": "It is."}] * 9)
+    arguments = ("--model", tmp_path / "model", "--chat-template", "tulu", "--max-length", "64")
+    picture = tmp_path / "lengths.png"
+    done = run("stats", source, *arguments, "--map", "prompt=q,response=gold", "--plot", picture)
+    assert done.exit_code == 0, done.exception
+    assert "9" in done.output
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

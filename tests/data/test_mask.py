@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from chat_cases import (
     GEMMA,
+    LAYOUT,
     LLAMA3,
     QWEN3,
     TAGGED,
@@ -64,7 +65,7 @@ def test_markers_find_what_generation_tags_say(tmp_path: Path) -> None:
         assert one.supervised_L.tolist() == other.supervised_L.tolist()
 
 
-@pytest.mark.parametrize("template", [LLAMA3.replace("strftime_now('%d %b %Y')", "'x'"), QWEN3, TAGGED, GEMMA])
+@pytest.mark.parametrize("template", [LLAMA3.replace("strftime_now('%d %b %Y')", "'x'"), QWEN3, TAGGED, GEMMA, LAYOUT])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_renders_as_transformers(template: str, prompt: bool, tmp_path: Path) -> None:
     messages = [
@@ -75,7 +76,8 @@ def test_renders_as_transformers(template: str, prompt: bool, tmp_path: Path) ->
     reference = TOKENIZER.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
     )
-    said = [Message(m["role"], m["content"]) for m in messages]  # type: ignore[arg-type]
+    said = [Message(m["role"], m["content"]) for m in messages[:1]]  # type: ignore[arg-type]
+    said += [Message("assistant", messages[1]["content"], {"reasoning_content": None}), Message("user", " q")]  # type: ignore[arg-type]
     assert encoder(template, tmp_path).render(said, add_generation_prompt=prompt) == reference
 
 

@@ -36,8 +36,12 @@ def merge(
 
 def generate(
     adapter: _Adapter,
-    prompts: Annotated[Path, typer.Option(help="File of prompts: any form `data convert` takes, or a line a prompt (.txt).")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="JSON lines to write; left out: printed.")] = None,
+    prompts: Annotated[
+        Path, typer.Option(help="File of prompts: any form `data convert` takes, or a line a prompt (.txt).")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="JSON lines to write; left out: printed.")
+    ] = None,
     base: _Base = None,
     max_new_tokens: _Tokens = 256,
     device: _Device = "auto",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 from typer.core import TyperCommand
@@ -30,6 +30,12 @@ _Map = Annotated[
     ),
 ]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+class _OnProgress(Protocol):
+    """Hears the rows so far, and the share (0..1) that is behind where the caller knows it."""
+
+    def __call__(self, rows: int, share: float | None = None, /) -> None: ...
 
 
 class _ManyValues(TyperCommand):
@@ -135,7 +141,7 @@ def stats(
             chat_template=chat_template,
             split=split,
             mapping=parse_mapping(mapping),
-            on_progress=on_progress,
+            on_progress=lambda rows: on_progress(rows, 0.0),
         )
     Console().print(render_stats(measured))
     if plot is not None:
@@ -143,9 +149,24 @@ def stats(
         typer.echo(f"histogram -> {plot}")
 
 
+@app.command()
+def skills(
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    count: Annotated[int, typer.Option(help="Conversations.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+) -> None:
+    """Write the embedded data set: short instructions in twelve skills with checkable answers."""
+    from peft_study.data.skills import write
+
+    typer.echo(f"{count:,} conversations -> {write(output, count, seed)}")
+
+
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, float], None]]:
-    """Shows a bar with rows and rows per second while the block runs; nothing where stderr is no terminal."""
+def _progress(what: str) -> Iterator[_OnProgress]:
+    """Shows rows and rows per second while the block runs, with a bar once a share is known.
+
+    Shows nothing where stderr is no terminal.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -158,10 +179,11 @@ def _progress(what: str) -> Iterator[Callable[[int, float], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=1.0, rows=0, speed=0.0)
+        task = bar.add_task(what, total=None, rows=0, speed=0.0)
 
-        def on_progress(rows: int, share: float) -> None:
+        def on_progress(rows: int, share: float | None = None) -> None:
             elapsed = bar.tasks[0].elapsed or 1e-9
-            bar.update(task, completed=share, rows=rows, speed=rows / elapsed)
+            total = None if share is None else 1.0
+            bar.update(task, completed=share or 0.0, total=total, rows=rows, speed=rows / elapsed)
 
         yield on_progress

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -28,9 +30,16 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.showwarning = _plain_warning
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _plain_warning(message: Warning | str, category: type[Warning], *_place: object, **_more: object) -> None:
+    """Shows this program's own warnings in one line; notices of libraries about themselves are not the user's."""
+    if category is UserWarning and "peft_study" in str(_place[0]):
+        print(f"warning: {message}", file=sys.stderr)
 
 
 class _Display:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,10 +19,14 @@ def register(app: typer.Typer) -> None:
 
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to compare.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a study that lies in its output folder.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a study that lies in its output folder.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a trial, instead of the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, instead of the file's.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
 ) -> None:
     """Compare methods over their learning rates on one model and one data set."""
@@ -49,7 +53,7 @@ def finetune(context: typer.Context) -> None:
     import os
 
     from peft_study.cli.display import RunDisplay, quiet_libraries
-    from peft_study.compat.finetune import to_run
+    from peft_study.compat.finetune import said, to_run
     from peft_study.compat.launcher import refuse_several_processes
     from peft_study.compat.parsing import parse, usage
     from peft_study.study.single import train
@@ -61,14 +65,14 @@ def finetune(context: typer.Context) -> None:
         return
     quiet_libraries()
     refuse_several_processes(os.environ)
-    planned = to_run(parse(arguments))
-    given: dict[str, Any] = {"command": ["peft-study", "finetune", *arguments], "name": planned.name}
+    command = parse(arguments)
+    planned = to_run(command)
     with StopRequest().listening() as stop, RunDisplay() as display:
         for warning in planned.warnings:
             display.warn(warning)
         for note in planned.notes:
             display.say(note)
         finished = train(
-            planned.config, given, display, stop, overwrite=planned.overwrite, resume_from=planned.resume_from
+            planned.config, said(command), display, stop, overwrite=planned.overwrite, resume_from=planned.resume_from
         )
     display.conclude(finished)

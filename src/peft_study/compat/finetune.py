@@ -97,6 +97,12 @@ def to_run(command: Command) -> Run:
     )
 
 
+def said(command: Command) -> dict[str, Any]:
+    """Returns the arguments that were given, for the run's record; the launcher's may hold secrets and stay out."""
+    both = {**dataclasses.asdict(command.arguments), **dataclasses.asdict(command.extra)}
+    return {name: value for name, value in both.items() if name in command.given}
+
+
 def _model(command: Command) -> dict[str, Any]:
     arguments, extra = command.arguments, command.extra
     name = arguments.model_name_or_path

@@ -1,6 +1,6 @@
 """The two forms data takes inside the program.
 
-    a row of a file  --formats-->  Conversation  --chat-->  Example (tokens + supervised mask)
+a row of a file  --formats-->  Conversation  --chat-->  Example (tokens + supervised mask)
 """
 
 from __future__ import annotations

@@ -313,7 +313,7 @@ def _uncompressed(path: Path) -> Iterator[Path]:
 def _parquet_batches(path: Path, tick: Tick) -> Iterator[Any]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+    with pyarrow.parquet.ParquetFile(path) as file:
         rows, done = file.metadata.num_rows, 0
         for batch in file.iter_batches(batch_size=_BATCH):
             yield batch
@@ -326,14 +326,14 @@ def _arrow_batches(path: Path, tick: Tick) -> Iterator[Any]:
     import pyarrow.ipc
 
     size = path.stat().st_size
-    with pyarrow.memory_map(str(path)) as mapped:
-        if mapped.read(6) == b"ARROW1":
-            file = pyarrow.ipc.open_file(mapped)
+    with pyarrow.OSFile(str(path)) as opened:
+        if opened.read(6) == b"ARROW1":
+            file = pyarrow.ipc.open_file(opened)
             for index in range(file.num_record_batches):
                 yield file.get_batch(index)
                 tick((index + 1) / file.num_record_batches)
             return
-        mapped.seek(0)
-        for batch in pyarrow.ipc.open_stream(mapped):
+        opened.seek(0)
+        for batch in pyarrow.ipc.open_stream(opened):
             yield batch
-            tick(mapped.tell() / size)
+            tick(opened.tell() / size)

@@ -29,7 +29,15 @@ GENERATION_START, GENERATION_END = "\ufdd0\ufdd1", "\ufdd1\ufdd0"
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # What a template's own code can raise, beyond Jinja's errors, on data it did not expect.
-_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
 
 class _GenerationTag(jinja2.ext.Extension):

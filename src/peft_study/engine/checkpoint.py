@@ -106,8 +106,7 @@ def load(trial: Trial, found: Found) -> None:
             parameter.copy_(saved)
             if trial.optimizer is not None and f"exp_avg/{name}" in tensors:
                 trial.optimizer.state[parameter] = {
-                    kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device)
-                    for kind in _STATE
+                    kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device) for kind in _STATE
                 }
                 if parameter.is_cuda:  # the fused kernel keeps its step counter beside the parameters
                     state = trial.optimizer.state[parameter]

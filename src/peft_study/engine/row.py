@@ -22,7 +22,7 @@ from peft_study.data.conversation import Example
 from peft_study.methods.base import Adapter
 from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
 from peft_study.model.attention import Segment, SegmentLayout
-from peft_study.model.head import token_losses
+from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
 
 
@@ -80,16 +80,21 @@ class RowRunner:
         for adapter in {id(item.adapter): item.adapter for item in items}.values():
             self.hooks.ensure(adapter.adapted_modules())
         with self.hooks.row(spans):
-            hidden_TE = self.base.model.get_decoder()(
-                inputs_embeds=self._embeddings(items)[None],
-                position_ids=self._positions(items)[None],
-                segments=layout,
-                use_cache=False,
-            ).last_hidden_state[0]
+            inputs = {
+                "inputs_embeds": self._embeddings(items)[None],
+                "position_ids": self._positions(items)[None],
+                "segments": layout,
+                "use_cache": False,
+            }
             places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in _supervised(items, layout))
-            total, losses_S = token_losses(
-                hidden_TE[places_S], targets_S, weights_S, self.base.head, self.base.transform
-            )
+            if self.base.proof.chunked_head:
+                hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
+                total, losses_S = token_losses(
+                    hidden_TE[places_S], targets_S, weights_S, self.base.head, self.base.transform
+                )
+            else:  # the model does more to its logits than is known here: it makes them itself, all at once
+                logits_SV = self.base.model(**inputs, logits_to_keep=places_S).logits[0]
+                total, losses_S = logit_losses(logits_SV, targets_S, weights_S)
             sums = torch.zeros(len(items), dtype=torch.float64, device=owners_S.device if _float64(owners_S) else "cpu")
             sums.index_add_(0, owners_S.to(sums.device), losses_S.to(sums.device, torch.float64))
             yield RowResult(total, sums.tolist())

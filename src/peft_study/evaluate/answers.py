@@ -13,9 +13,10 @@ import torch
 from peft_study.data.atomic import atomic_writer
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
+from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.errors import DataError, ModelError, OutputError
-from peft_study.methods.peft_format import ORIGIN, base_mismatch, read_config
+from peft_study.methods.peft_format import base_mismatch, encoding, read_config
 from peft_study.model.digest import folder_digest
 from peft_study.model.load import load_tokenizer, resolve_model
 from peft_study.model.precision import choose
@@ -54,7 +55,7 @@ class Answerer:
         """
         placement = choose(device)
         model, tokenizer, _ = _load(adapter, base, dtype=placement.dtype, device=placement.device)
-        return cls(model, tokenizer, ChatEncoder(tokenizer, **_encoding(adapter)))
+        return cls(model, tokenizer, ChatEncoder(tokenizer, **encoding(adapter)))
 
     def answer(
         self, messages: Sequence[dict[str, str]], max_new_tokens: int, stream: Callable[[str], None] | None = None
@@ -85,13 +86,6 @@ class Answerer:
             )
         text: str = self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return text
-
-
-def _encoding(adapter: Path) -> dict[str, Any]:
-    """Returns the chat template that the adapter was trained with, as its run recorded it."""
-    path = adapter / ORIGIN
-    note = json.loads(path.read_text()) if path.exists() else {}
-    return {key: note[key] for key in ("template", "add_bos") if key in note}
 
 
 def merge(adapter: Path, output: Path, *, base: str | None = None) -> None:
@@ -128,16 +122,21 @@ def read_prompts(path: Path) -> list[list[dict[str, str]]]:
         if not path.exists():
             raise DataError("no such file", where=str(path), remedy="give a file of prompts")
         found = [
-            [{"role": "user", "content": line}] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+            [{"role": "user", "content": line}]
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if line.strip()
         ]
     else:
-        found = [_prompt(row.values, f"{row.file} row {row.row}") for row in open_sources([str(path)])]
+        found = [_prompt(row) for source in open_sources([str(path)]) for row in source.rows(lambda _share: None)]
     if not found:
         raise DataError("holds no prompts", where=str(path), remedy="write a prompt a line")
     return found
 
 
-def _prompt(values: dict[str, Any], where: str) -> list[dict[str, str]]:
+def _prompt(row: RawRow) -> list[dict[str, str]]:
+    if row.broken is not None:
+        raise row.broken
+    values = row.values
     if isinstance(values.get("messages"), list):
         turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in values["messages"]]
         while turns and turns[-1]["role"] == "assistant":
@@ -151,7 +150,7 @@ def _prompt(values: dict[str, Any], where: str) -> list[dict[str, str]]:
             return [{"role": "user", "content": text}]
     raise DataError(
         f"has no prompt among its columns {', '.join(values)}",
-        where=where,
+        where=row.where,
         remedy="name a column messages, prompt, instruction or question",
     )
 

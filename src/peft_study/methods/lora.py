@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_study.config import LoraConfig
 from peft_study.errors import ModelError, nearest
@@ -71,7 +71,7 @@ class LoraAdapter(Adapter):
             use_rslora=self.config.rslora,
             target_modules=_shortest_names(base.model, self._pairs),
         )
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, (A, B) in self._pairs.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = A
             tensors[f"base_model.model.{name}.lora_B.weight"] = B

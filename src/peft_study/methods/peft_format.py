@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from peft_study.methods.prompt_tuning import PromptAdapter
 from peft_study.model.load import Base
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "peft_study.json"
+TEMPLATE = "chat_template.jinja"
+"""Where transformers, too, looks for a tokenizer's chat template."""
 
 # settings of PEFT's LoRA that change the function and that this package does not compute
 _UNKNOWN_LORA = (
@@ -38,7 +41,7 @@ _UNKNOWN_LORA = (
 )
 
 
-def write(folder: Path, config: Any, tensors: dict[str, Tensor], base: Base) -> None:
+def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) -> None:
     """Writes an adapter's two PEFT files and the note on its base.
 
     Args:
@@ -53,6 +56,26 @@ def write(folder: Path, config: Any, tensors: dict[str, Tensor], base: Base) -> 
     save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
     note = {"base": base.path, "base_digest": base.digest, "base_origin": base.origin}
     (folder / ORIGIN).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def note_encoding(folder: Path, template: str, *, add_bos: bool) -> None:
+    """Keeps with an adapter how its training text was written, so that it is used with the same; none: no folder."""
+    if folder.is_dir():
+        (folder / TEMPLATE).write_text(template)
+        path = folder / ORIGIN
+        note = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**note, "add_bos": add_bos}, indent=2) + "\n")
+
+
+def encoding(folder: Path) -> dict[str, Any]:
+    """Returns the chat encoder's arguments that an adapter was trained with, as far as they were kept."""
+    path = folder / ORIGIN
+    note = json.loads(path.read_text()) if path.exists() else {}
+    template = folder / TEMPLATE
+    return {
+        "add_bos": bool(note.get("add_bos", False)),
+        "template": str(template) if template.exists() else None,
+    }
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,7 +100,7 @@ def base_mismatch(folder: Path, digest: str) -> str | None:
     if not path.exists():
         return None
     note = json.loads(path.read_text())
-    if note["base_digest"] in (digest, "unknown") or digest == "unknown":
+    if note.get("base_digest", "unknown") in (digest, "unknown") or digest == "unknown":
         return None
     return (
         f"{folder}: trained on {note['base']} (weights {note['base_digest'][:12]}), "
@@ -105,8 +128,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     kind = str(values.get("peft_type"))
     if kind not in readers:
         raise ModelError(f"method {kind} is not one of {', '.join(readers)}", where=str(folder))
-    adapter = readers[kind](folder, values, tensors, base)
-    return adapter
+    return readers[kind](folder, values, tensors, base)
 
 
 def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
@@ -121,7 +143,7 @@ def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor],
         alpha=values["lora_alpha"],
         dropout=values.get("lora_dropout", 0.0),
         rslora=values.get("use_rslora", False),
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
     )
     names = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
     shapes = {name: shape for name, shape in target_shapes(base.model, "all-linear").items() if name in names}

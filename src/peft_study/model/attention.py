@@ -16,12 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # builds without it use the loop over segments
-    varlen_attn = None
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 NAME = "peft_study_segments"
 """Name under which the function and its mask function are registered."""
@@ -68,7 +64,7 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 
 def segment_attention(
-    module: nn.Module,
+    module: Any,
     query_1HTD: Tensor,
     key_1GTD: Tensor,
     value_1GTD: Tensor,
@@ -150,12 +146,7 @@ def _bottom_right_causal(queries: int, keys: int, window: int | None, device: to
 
 def _varlen_serves(query_1HTD: Tensor, softcap: float | None) -> bool:
     """True where the variable-length kernel can run: half precision on CUDA, no capped scores."""
-    return (
-        varlen_attn is not None
-        and query_1HTD.is_cuda
-        and query_1HTD.dtype in (torch.bfloat16, torch.float16)
-        and softcap is None
-    )
+    return query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16) and softcap is None
 
 
 def _varlen(
@@ -204,10 +195,8 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             key_KGD, value_KGD = (x.repeat_interleave(groups, dim=1) for x in (key_KGD, value_KGD))
-    bounds_q, bounds_k = (
-        torch.tensor(x, device=device).cumsum(0, dtype=torch.int32) for x in (lengths_q, lengths_k)
-    )
-    return varlen_attn(
+    bounds_q, bounds_k = (torch.tensor(x, device=device).cumsum(0, dtype=torch.int32) for x in (lengths_q, lengths_k))
+    out = varlen_attn(
         query_HTD.transpose(0, 1).contiguous(),
         key_KGD.contiguous(),
         value_KGD.contiguous(),
@@ -217,3 +206,5 @@ def _varlen(
         max(lengths_k),
         **options,
     )
+    assert isinstance(out, Tensor), "nothing beside the output was asked for"
+    return out

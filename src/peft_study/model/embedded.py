@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from peft_study.places import cache_root
 from peft_study.errors import ModelError
+from peft_study.places import cache_root
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the embedded base model on the command line and in configuration files."""
@@ -70,7 +69,7 @@ def _convert(source: Path, folder: Path) -> None:
         model.save_pretrained(temporary)
         (temporary / _ORIGIN).write_text(json.dumps({"description": DESCRIPTION, "file": _FILE}))
         try:
-            os.replace(temporary, folder)
+            temporary.replace(folder)
         except OSError:
             if not (folder / _ORIGIN).exists():
                 raise

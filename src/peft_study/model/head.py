@@ -61,6 +61,18 @@ def token_losses(
     return _FrozenHeadLoss.apply(hidden_SE, targets_S, weights_S, head, transform)
 
 
+def logit_losses(logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what `token_losses` does, from logits that the model made itself.
+
+    Args:
+        logits_SV: the model's own logits at the positions that predict.
+        targets_S: token ids to be predicted.
+        weights_S: weight of each token in the sum, float32.
+    """
+    losses_S = F.cross_entropy(logits_SV.float(), targets_S, reduction="none")
+    return (losses_S * weights_S).sum(), losses_S.detach()
+
+
 def _chunks(count: int, vocabulary: int) -> list[slice]:
     size = max(1, CHUNK_LOGITS // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
@@ -113,6 +125,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return (losses_S * weights_S).sum(), losses_S
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient_SE,) = ctx.saved_tensors
         return (None if gradient_SE is None else gradient_SE * gradients[0]), None, None, None, None

@@ -37,16 +37,14 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(model: nn.Module, head: nn.Module, transform: Transform, vocabulary: int) -> Proof:
+def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) -> Proof:
     """Compares packed with alone and the chunked head with the model's logits, on random tokens."""
     parameter = next(model.parameters())
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 4e-2
     generator = torch.Generator().manual_seed(0)
     worst_pack, worst_head = 0.0, 0.0
     for lengths in _LENGTHS:
-        pieces = [
-            torch.randint(vocabulary, (length,), generator=generator).to(parameter.device) for length in lengths
-        ]
+        pieces = [torch.randint(vocabulary, (length,), generator=generator).to(parameter.device) for length in lengths]
         packed = _logits(model, pieces)
         alone = torch.cat([_logits(model, [piece]) for piece in pieces])
         worst_pack = max(worst_pack, _relative(packed, alone))
@@ -66,7 +64,7 @@ def rope_looks_at_the_row(config: Any) -> bool:
     return any(rope.get("rope_type") in ("dynamic", "longrope") for rope in [parameters, *nested])
 
 
-def _inputs(model: nn.Module, pieces: list[Tensor]) -> dict[str, object]:
+def _inputs(model: Any, pieces: list[Tensor]) -> dict[str, object]:
     segments, start = [], 0
     for piece in pieces:
         segments.append(Segment(start, start + len(piece), slot=0))
@@ -80,11 +78,11 @@ def _inputs(model: nn.Module, pieces: list[Tensor]) -> dict[str, object]:
     }
 
 
-def _logits(model: nn.Module, pieces: list[Tensor]) -> Tensor:
+def _logits(model: Any, pieces: list[Tensor]) -> Tensor:
     return model(**_inputs(model, pieces)).logits[0].float()
 
 
-def _hidden(model: nn.Module, pieces: list[Tensor]) -> Tensor:
+def _hidden(model: Any, pieces: list[Tensor]) -> Tensor:
     return model.get_decoder()(**_inputs(model, pieces)).last_hidden_state[0]
 
 

@@ -112,9 +112,7 @@ def _run(config: StudyConfig, folder: RunFolder, watcher: StudyWatcher, stop: St
     watcher.planned([trial_name(space.settings.method, rate) for space, rate in plan])
     runner = TrialRunner(session, config.logging, watcher, stop)
     results = [_trial(config, folder, runner, watcher, space, rate) for space, rate in plan]
-    return Comparison(
-        tuple(results), session.base_held_out.of(range(len(session.held_out))), session.held_out.counts()
-    )
+    return Comparison(tuple(results), session.base_held_out.of(range(len(session.held_out))), session.held_out.counts())
 
 
 def _rates(space: MethodSpace) -> tuple[float | None, ...]:

@@ -76,7 +76,9 @@ def _sentence(own: Sequence[Row], examples: int) -> str:
     if own[0].result.learning_rate is None:
         loss = own[0].loss
         assert loss is not None
-        return f"untouched base: {loss.value:.2f} (95 % {loss.low:.2f}-{loss.high:.2f} over {examples} held-out examples)"
+        return (
+            f"untouched base: {loss.value:.2f} (95 % {loss.low:.2f}-{loss.high:.2f} over {examples} held-out examples)"
+        )
     failed = [row for row in own if row.loss is None]
     best = next((row for row in own if row.best), None)
     if best is None:
@@ -137,4 +139,3 @@ def _rate(row: Row) -> str:
 def _list(members: Sequence[Row]) -> str:
     names = [_rate(row) for row in members]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-

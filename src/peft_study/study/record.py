@@ -17,10 +17,9 @@ _PACKAGES = ("peft-study", "torch", "transformers", "peft", "tokenizers", "numpy
 
 
 def environment() -> dict[str, object]:
-    """Returns versions, hardware, threads, the command, and the code's commit where it lies in a git checkout."""
+    """Returns versions, hardware, threads, and the code's commit where it lies in a git checkout."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "machine": {
@@ -65,7 +64,12 @@ def _code_state() -> dict[str, object] | None:
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "."], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+            ["git", "status", "--porcelain", "--", "."],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

