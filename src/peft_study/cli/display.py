@@ -105,7 +105,7 @@ class RunDisplay(_Display):
 
     def conclude(self, finished: Finished) -> None:
         """Prints how the run ended and what to do next."""
-        if finished.diverged:
+        if finished.diverged or finished.after is None:
             self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")
             return
         self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")

@@ -153,7 +153,7 @@ def _trial(
         "learning_rate": rate,
         "status": status,
         "reason": outcome.diverged,
-        "sums": None if outcome.diverged else outcome.end_N.tolist(),
+        "sums": None if outcome.end_N is None else outcome.end_N.tolist(),
         "start": outcome.start_N.tolist(),
         "trainable": outcome.trainable.trainable,
         "by_module": outcome.trainable.by_module,

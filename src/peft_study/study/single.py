@@ -23,15 +23,16 @@ class Finished:
 
     Attributes:
         folder: where everything lies.
-        before, after: held-out loss before step 1 and after the last step, and
-        minus_base: how far the last is above the untouched base's, paired by example.
+        before: held-out loss before step 1.
+        after: the same after the last step, and
+        minus_base: how far it is above the untouched base's, paired by example; None where the run diverged.
         diverged: the reason, where it ended early.
     """
 
     folder: Path
     before: Estimate
-    after: Estimate
-    minus_base: Estimate
+    after: Estimate | None
+    minus_base: Estimate | None
     diverged: str | None
 
 
@@ -116,11 +117,12 @@ def _run(
     folder.write_record({**record, "trainable": outcome.trainable.by_module, "parameters": outcome.trainable.total})
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
+    end_N = outcome.end_N
     return Finished(
         folder.path,
         mean_loss(outcome.start_N, counts_N),
-        mean_loss(outcome.end_N, counts_N),
-        difference(outcome.end_N, base_N, counts_N),
+        None if end_N is None else mean_loss(end_N, counts_N),
+        None if end_N is None else difference(end_N, base_N, counts_N),
         outcome.diverged,
     )
 

@@ -49,14 +49,14 @@ class Outcome:
 
     Attributes:
         diverged: the reason, where its numbers stopped being finite.
-        start_N, end_N: summed held-out losses of each example before step 1 and after the last step.
+        start_N, end_N: summed held-out losses of each example before step 1 and after the last step (None: diverged).
         trainable: parameter counts.
         steps, tokens, seconds: what it took; tokens are data tokens.
     """
 
     diverged: str | None
     start_N: Losses
-    end_N: Losses
+    end_N: Losses | None
     trainable: Trainable
     steps: int
     tokens: int
@@ -76,6 +76,8 @@ class TrialRunner:
     def __init__(self, session: Session, logging: LoggingConfig, watcher: Watcher, stop: StopRequest) -> None:
         self._session, self._logging, self._watcher, self._stop = session, logging, watcher, stop
         self._counts_N = session.held_out.counts()
+        # held-out losses at step 0 by initialisation: trials that differ in their rates alone share them
+        self._initial: dict[str, Losses] = {}
 
     def run(
         self,
@@ -99,22 +101,28 @@ class TrialRunner:
         started, session = time.perf_counter(), self._session
         adapter = create(method, session.base, session.material, training.seed)
         trial = Trial(name, adapter, training, session.train, scales_loss=session.base.placement.scales_loss)
-        if resume is not None:
-            checkpoint.load(trial, resume)
-            self._watcher.say(f"{name}: goes on from step {trial.step} of {trial.total_steps} ({resume.folder})")
         trainable = count_trainable(session.base, adapter)
         self._watcher.say(trainable.sentence(name))
         # the base's own losses are measured before an exclusive method changes the base
         base_N = session.base_held_out.of(range(len(session.held_out)))
         session.base_held_out.save()
         tensorboard = folder.path / "tensorboard" if self._logging.tensorboard else None
-        with MetricsWriter(folder.metrics, tensorboard, from_step=trial.step) as metrics:
+        with MetricsWriter(folder.metrics, tensorboard, from_step=resume.step if resume else 0) as metrics:
             session.engine.admit(trial)
             try:
-                start_N = end_N = self._evaluate(trial, metrics, base_N)
-                diverged = None
+                start = f"{method.model_dump_json()} {training.seed}"
+                start_N = self._initial.get(start)
+                if start_N is None:
+                    start_N = self._initial[start] = self._losses(trial)
+                if resume is None:
+                    self._tell(trial, metrics, start_N, base_N)
+                else:
+                    checkpoint.load(trial, resume)
+                    self._watcher.say(f"{name}: goes on from step {trial.step} of {trial.total_steps}")
+                diverged: str | None = None
+                end_N: Losses | None = start_N
                 if trial.optimizer is not None:
-                    diverged, end_N = self._train(trial, metrics, folder, identity, (start_N, base_N))
+                    diverged, end_N = self._train(trial, metrics, folder, identity, base_N)
                 if diverged is None:
                     adapter.save(folder.adapter, session.base)
                     note_encoding(folder.adapter, session.encoder.template_text, add_bos=session.add_bos)
@@ -133,27 +141,25 @@ class TrialRunner:
         )
 
     def _train(
-        self, trial: Trial, metrics: MetricsWriter, folder: RunFolder, identity: str, losses: tuple[Losses, Losses]
-    ) -> tuple[str | None, Losses]:
-        """Steps until the budget is used up; returns why it diverged, if it did, and the last held-out losses."""
-        end_N, base_N = losses
+        self, trial: Trial, metrics: MetricsWriter, folder: RunFolder, identity: str, base_N: Losses
+    ) -> tuple[str | None, Losses | None]:
+        """Steps until the budget is used up; returns why it diverged, if it did, and the held-out losses at the end."""
         every = self._logging.evaluate_every or max(1, trial.total_steps // 4)
         saving = self._checkpoint_interval(trial)
-        evaluated = trial.step
         while not trial.finished:
             for event in self._session.engine.step():
                 if event.diverged:
-                    return event.diverged, end_N
+                    return event.diverged, None
                 self._log(trial, event, metrics)
-                if trial.step % every == 0 and trial.step > evaluated:
-                    end_N, evaluated = self._evaluate(trial, metrics, base_N), trial.step
+                if trial.step % every == 0 and not trial.finished:
+                    self._tell(trial, metrics, self._losses(trial), base_N)
                 if saving and trial.step % saving == 0:
                     self._save(trial, folder, identity)
             if self._stop.asked and not trial.finished:
                 self._save(trial, folder, identity)
                 raise Interrupted(f"stopped at step {trial.step} of {trial.total_steps}")
-        if evaluated < trial.step:
-            end_N = self._evaluate(trial, metrics, base_N)
+        end_N = self._losses(trial)
+        self._tell(trial, metrics, end_N, base_N)
         return None, end_N
 
     def _checkpoint_interval(self, trial: Trial) -> int:
@@ -190,15 +196,13 @@ class TrialRunner:
                 skipped=report.skipped,
             )
 
-    def _evaluate(self, trial: Trial, metrics: MetricsWriter, base_N: Losses) -> Losses:
-        session = self._session
-        sums_N = example_losses(
-            session.engine.runner,
-            trial.adapter,
-            session.held_out,
-            range(len(session.held_out)),
-            session.engine.row_tokens,
-        )
+    def _losses(self, trial: Trial) -> Losses:
+        """Returns the summed held-out loss of each example."""
+        engine, rows = self._session.engine, self._session.held_out
+        return example_losses(engine.runner, trial.adapter, rows, range(len(rows)), engine.row_tokens)
+
+    def _tell(self, trial: Trial, metrics: MetricsWriter, sums_N: Losses, base_N: Losses) -> None:
+        """Writes down the held-out losses and tells the watcher."""
         loss, above = mean_loss(sums_N, self._counts_N), difference(sums_N, base_N, self._counts_N)
         metrics.write(
             "held_out",
@@ -212,4 +216,3 @@ class TrialRunner:
             examples=len(sums_N),
         )
         self._watcher.evaluated(trial, loss.value, above.value)
-        return sums_N
