@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from peft_study.engine.guards import Trainable
     from peft_study.engine.trial import StepReport, Trial
     from peft_study.study.comparison import Comparison, TrialResult
     from peft_study.study.single import Finished
@@ -99,6 +100,10 @@ class RunDisplay(_Display):
             self._live.start()
         return self
 
+    def counted(self, trial: Trial, trainable: Trainable) -> None:
+        """Prints what trains."""
+        self.say(trainable.sentence(trial.name))
+
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
         """Prints each held-out loss."""
         self.say(f"step {trial.step}: held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)")
@@ -121,6 +126,9 @@ class StudyDisplay(_Display):
         super().__init__()
         self._names: list[str] = []
         self._done = 0
+        self._methods: set[str] = set()
+        self._new_method = False
+        self._last = ""
         self._started = time.monotonic()
 
     def __enter__(self) -> StudyDisplay:
@@ -143,16 +151,26 @@ class StudyDisplay(_Display):
             head = f"trial {self._done + 1} of {len(self._names)}: {name}{left}"
             self._live.update(Group(head, self._progress))
 
+    def counted(self, trial: Trial, trainable: Trainable) -> None:
+        """Prints what trains, once a method."""
+        self._new_method = trial.adapter.method not in self._methods
+        self._methods.add(trial.adapter.method)
+        if self._new_method:
+            self.say(trainable.sentence(trial.adapter.method))
+
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
-        """Prints the loss at step 0 against the base: it shows what an initialisation does."""
-        if trial.step == 0:
-            self.say(f"  step 0: held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)")
+        """Prints the loss at step 0 against the base once a method: it shows what the initialisation does."""
+        self._last = f"held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)"
+        if trial.step == 0 and self._new_method:
+            self.say(f"  step 0: {self._last}")
 
     def ended(self, name: str, result: TrialResult) -> None:
-        """Prints a line for a trial that ended."""
+        """Prints a line for a trial that ended, now or in an earlier start of this study."""
         self._done += 1
+        numbers = f"{self._last}, " if self._last and result.status == "finished" else ""
         reason = f" ({result.reason})" if result.reason else ""
-        self.say(f"  {name}: {result.status}{reason} in {result.seconds:.0f} s")
+        self.say(f"  {name}: {numbers}{result.status}{reason} in {result.seconds:.0f} s")
+        self._last = ""
 
     def conclude(self, comparison: Comparison, folder: Path) -> None:
         """Prints the table and a sentence a method."""

@@ -36,6 +36,9 @@ class Watcher(Protocol):
     def say(self, line: str) -> None:
         """Receives a line for the user."""
 
+    def counted(self, trial: Trial, trainable: Trainable) -> None:
+        """Receives what trains, before step 1."""
+
     def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
         """Receives each optimizer step; `base_loss` is the untouched base's on the batch, where it was measured."""
 
@@ -102,7 +105,7 @@ class TrialRunner:
         adapter = create(method, session.base, session.material, training.seed)
         trial = Trial(name, adapter, training, session.train, scales_loss=session.base.placement.scales_loss)
         trainable = count_trainable(session.base, adapter)
-        self._watcher.say(trainable.sentence(name))
+        self._watcher.counted(trial, trainable)
         # the base's own losses are measured before an exclusive method changes the base
         base_N = session.base_held_out.of(range(len(session.held_out)))
         session.base_held_out.save()
