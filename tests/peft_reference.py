@@ -113,7 +113,9 @@ class Reference:
             sums.append(_sum(self.model, [example], padding=0))
         return sums
 
-    def gradients(self, examples: Sequence[Example], before: Callable[[int], None] | None = None) -> tuple[float, Gradients]:
+    def gradients(
+        self, examples: Sequence[Example], before: Callable[[int], None] | None = None
+    ) -> tuple[float, Gradients]:
         """Returns mean token loss and its gradients, which are cleared."""
         loss = torch.stack(self.losses(examples, before)).sum() / supervised(examples)
         return self._backward(loss)

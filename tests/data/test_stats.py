@@ -50,7 +50,7 @@ def model(tmp_path: Path) -> str:
 
 
 def stats(source: str, model: str, max_length: int | None) -> DataStats:
-    return compute_stats([source], model=model, max_length=max_length, chat_template="tulu", split=None, mapping=None)
+    return compute_stats([source], ChatEncoder(TOKENIZER, template="tulu"), model=model, max_length=max_length)
 
 
 def test_counts(source: str, model: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_world as tw
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from peft_study.config import (
@@ -76,10 +77,7 @@ def test_a_continued_run_is_bit_equal(name: str, dtype: torch.dtype, tmp_path: P
     while second.step < 9:
         late += [event.report.loss for event in engine.step()]
     assert early + late == losses
-    for parameter, tensor in values(second).items():
-        if name == "prefix, projected" or name == "prefix":
-            continue
-        assert torch.equal(tensor, values(whole)[parameter]), parameter
+    assert second.tokens == whole.tokens
     for parameter, tensor in values(second).items():
         assert torch.equal(tensor, values(whole)[parameter]), parameter
 
@@ -113,13 +111,13 @@ def test_a_damaged_checkpoint_is_refused_and_the_trial_untouched(damage: str, tm
     assert all(torch.equal(before[name], p) for name, p in values(trial).items())
 
 
-def test_a_half_written_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("manifest", ['{"step": 2', "", "[]", "{}", '{"step": 2}'])
+def test_a_folder_without_a_whole_manifest_is_no_checkpoint(manifest: str, tmp_path: Path) -> None:
     _, found = saved(tmp_path)
-    manifest = found.folder / "checkpoint.json"
-    manifest.write_text(manifest.read_text()[:20])
+    (found.folder / "checkpoint.json").write_text(manifest)
     assert checkpoint.read(found.folder) is None
     assert checkpoint.find(tmp_path) == []
-    manifest.unlink()
+    (found.folder / "checkpoint.json").unlink()
     assert checkpoint.find(tmp_path) == []
 
 
@@ -162,11 +160,21 @@ def test_saving_twice_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
-def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_one_error_and_leaves_nothing(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trial, _ = saved(tmp_path)
 
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     trial.step = 3
@@ -175,16 +183,10 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
 
 
-def test_safetensors_own_write_error_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors import SafetensorError
-
-    trial, _ = saved(tmp_path)
-
-    def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    trial.step = 3
-    with pytest.raises(OutputError, match="No space left on device"):
-        checkpoint.save(trial, tmp_path, "mine")
-    assert [path.name for path in tmp_path.iterdir()] == ["step_2"]
+def test_a_resumed_loss_scale_doubles_when_it_would_have(tmp_path: Path) -> None:
+    base = tw.base("llama")
+    first, second = trial_of(base, LoraConfig(rank=2)), trial_of(base, LoraConfig(rank=2))
+    first.step, first.good_steps, first.loss_scale = 4, 999, 512.0
+    checkpoint.save(first, tmp_path, "mine")
+    checkpoint.load(second, checkpoint.find(tmp_path)[0])
+    assert (second.step, second.good_steps, second.loss_scale) == (4, 999, 512.0)

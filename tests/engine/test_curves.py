@@ -28,11 +28,19 @@ def data() -> list[Example]:
 
 
 def training(method: str, **changed: Any) -> TrainingConfig:
-    values = {"learning_rate": RATES[method], "steps": STEPS, "batch_size": 4, "warmup_ratio": 0.2, "weight_decay": 0.01}
+    values = {
+        "learning_rate": RATES[method],
+        "steps": STEPS,
+        "batch_size": 4,
+        "warmup_ratio": 0.2,
+        "weight_decay": 0.01,
+    }
     return TrainingConfig(**(values | changed))
 
 
-def engine_run(config: MethodConfig, training: TrainingConfig, row_tokens: int = 64) -> tuple[list[StepReport], Adapter]:
+def engine_run(
+    config: MethodConfig, training: TrainingConfig, row_tokens: int = 64
+) -> tuple[list[StepReport], Adapter]:
     base = tw.base("llama")
     trial = Trial("t", create(config, base, tw.material(), training.seed), training, data())
     engine = Engine(base, row_tokens=row_tokens)

@@ -68,9 +68,8 @@ def test_the_base_is_put_back_bit_by_bit(dtype: torch.dtype) -> None:
         assert torch.equal(parameter, before[name]), name
         assert not parameter.requires_grad
         assert parameter.grad is None
-    loss, gradients = pr.ours(base, adapter := pr.adapter_of(pr.METHODS["lora"], base), tw.examples([9, 14]))
-    again = tw.base("llama", dtype=dtype)
-    assert (loss, gradients.keys()) == (pr.ours(again, adapter, tw.examples([9, 14]))[0], gradients.keys())
+    adapter, examples = pr.adapter_of(pr.METHODS["lora"], base), tw.examples([9, 14])
+    assert pr.ours(base, adapter, examples)[0] == pr.ours(tw.base("llama", dtype=dtype), adapter, examples)[0]
 
 
 def test_updates_too_small_for_bfloat16_add_up_in_the_masters() -> None:
@@ -85,7 +84,8 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_masters() -> None:
     assert moved.abs().max() < 2e-6 * STEPS
     assert trial.adapter.parameters()[name].dtype == torch.float32
     assert torch.equal(base.model.get_parameter(name), trial.adapter.parameters()[name].to(torch.bfloat16))
-    assert torch.equal(base.model.get_parameter(name).float(), start) or (moved.abs() > 0).any()
+    rounded = base.model.get_parameter(name).float()
+    assert (rounded == start).float().mean() > 0.9, "the steps were not small"
 
 
 def test_gradients_of_several_rows_add_up() -> None:

@@ -32,7 +32,9 @@ def test_same_place_same_mask_whatever_was_drawn_before() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"seed": 2}, {"step": 3}, {"example": 4}, {"module": "model.layers.1.q_proj"}], ids=lambda c: next(iter(c))
+    "changed",
+    [{"seed": 2}, {"step": 3}, {"example": 4}, {"module": "model.layers.1.q_proj"}],
+    ids=lambda c: next(iter(c)),
 )
 def test_another_place_another_mask(changed: dict[str, Any]) -> None:
     one, other = mask() > 0, mask(**changed) > 0
@@ -65,7 +67,9 @@ def test_order_and_neighbours_do_not_change_a_trials_masked_loss() -> None:
     other = pr.adapter_of(LoraConfig(rank=2, dropout=0.2), base, seed=2)
 
     def item(slot: int, number: int) -> Item:
-        return Item(slot, (one, other)[slot], examples[number], dropout=DropoutKey(slot, 5, number, len(examples[number])))
+        return Item(
+            slot, (one, other)[slot], examples[number], dropout=DropoutKey(slot, 5, number, len(examples[number]))
+        )
 
     def losses(items: list[Item]) -> list[float]:
         with RowRunner(base).row(items) as result:

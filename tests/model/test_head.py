@@ -49,9 +49,7 @@ def test_chunks_of_any_size_give_the_models_own_losses(
 
 @pytest.mark.parametrize("positions", [1, 3, 1000])
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
-def test_chunks_of_any_size_give_pefts_gradients(
-    family: str, positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_of_any_size_give_pefts_gradients(family: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "CHUNK_LOGITS", positions * tw.VOCABULARY)
     base, config, examples = tw.base(family), pr.METHODS["prefix, random"], tw.examples(LENGTHS)
     adapter = pr.adapter_of(config, base)
@@ -139,9 +137,7 @@ def test_full_fine_tuning_through_the_models_own_logits_is_the_same(monkeypatch:
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_a_row_without_supervision_has_no_loss_and_no_gradient(
-    chunked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_without_supervision_has_no_loss_and_no_gradient(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not chunked:
         ignore_transform(monkeypatch)
     base, (example,) = tw.base("gemma2"), tw.examples([9])

@@ -130,18 +130,21 @@ def stats(
     """Count rows and tokens per source, lengths, what is cut, what is supervised, duplicates."""
     from rich.console import Console
 
+    from peft_study.data.chat import ChatEncoder
     from peft_study.data.formats import parse_mapping
     from peft_study.data.stats import compute_stats, plot_stats, render_stats
+    from peft_study.model.load import load_tokenizer
 
+    encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
     with _progress("counting") as on_progress:
         measured = compute_stats(
             sources,
+            encoder,
             model=model,
             max_length=max_length,
-            chat_template=chat_template,
             split=split,
             mapping=parse_mapping(mapping),
-            on_progress=lambda rows: on_progress(rows, 0.0),
+            on_progress=on_progress,
         )
     Console().print(render_stats(measured))
     if plot is not None:

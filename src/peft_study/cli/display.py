@@ -6,10 +6,12 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -18,7 +20,9 @@ from rich.table import Table
 if TYPE_CHECKING:
     from peft_study.engine.guards import Trainable
     from peft_study.engine.trial import StepReport, Trial
+    from peft_study.evaluate.statistics import Estimate
     from peft_study.study.comparison import Comparison, TrialResult
+    from peft_study.study.findings import Row
     from peft_study.study.single import Finished
 
 LINE_SECONDS = 10.0
@@ -182,31 +186,32 @@ class StudyDisplay(_Display):
         self.say(f"adapters, metrics and record: {folder}")
 
 
-def study_table(rows: list) -> Table:  # type: ignore[type-arg]
-    """Returns the table of a study: a row a setting, best of each method marked."""
-    table = Table(title="Held-out loss (nats a token, 95 % interval over examples, one seed)", title_justify="left")
-    for name, justify in (
-        ("method", "left"),
-        ("learning rate", "right"),
-        ("trained", "right"),
-        ("step 0", "right"),
-        ("after", "right"),
-        ("against the base", "right"),
-        ("", "left"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+def study_table(rows: Sequence[Row]) -> Table:
+    """Returns the table of a study, a row a setting; it fits 80 columns."""
+    table = Table(
+        title="Held-out loss, nats a token (95 % interval over examples, one seed)",
+        caption="* best of its method",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("method")
+    for name in ("rate", "step 0", "after the last step", "against the base"):
+        table.add_column(name, justify="right")
     for row in rows:
-        result = row.result
-        rate = "" if result.learning_rate is None else f"{result.learning_rate:g}"
-        verdict = "best of its method" if row.best and rate else (result.status if row.loss is None else "")
+        rate = row.result.learning_rate
+        mark = "*" if row.best and rate is not None else " "
         table.add_row(
-            result.method.replace("_", " "),
-            rate,
-            f"{result.trainable:,}",
+            row.result.method.replace("_", " "),
+            "" if rate is None else f"{rate:g} {mark}",
             f"{row.start.value:.3f}",
-            str(row.loss) if row.loss else "-",
-            str(row.minus_base) if row.minus_base else "-",
-            verdict,
-            style="bold" if verdict.startswith("best") else None,
+            _short(row.loss) if row.loss else row.result.status,
+            _short(row.minus_base) if row.minus_base else "-",
+            style="bold" if mark == "*" else None,
         )
     return table
+
+
+def _short(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"

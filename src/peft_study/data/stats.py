@@ -71,34 +71,31 @@ class DataStats:
 
 def compute_stats(
     sources: list[str],
+    encoder: ChatEncoder,
     *,
     model: str,
     max_length: int | None,
-    chat_template: str | None,
-    split: str | None,
-    mapping: Mapping[str, str] | None,
+    split: str | None = None,
+    mapping: Mapping[str, str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> DataStats:
     """Tokenises the sources at full length (from the cache where they are there) and counts.
 
     Args:
         sources: files, folders or hub ids.
-        model: a folder, a hub id or the embedded model's name; only its tokenizer is loaded.
+        encoder: template and tokenizer, without a ``max_length`` of its own.
+        model: name of the model whose tokenizer that is, for the report.
         max_length: the cut to report on, in tokens; None for no cut.
-        chat_template: as in ``ChatEncoder``.
         split: the split to take of each source.
         mapping: what ``parse_mapping`` returned.
         on_progress: hears the number of rows tokenised so far.
 
     Raises:
-        UserError: of the data, the template, the model folder or the cache.
+        UserError: of the data, the template or the cache.
     """
-    # The one place where data asks the model: its folder knows how a name becomes a tokenizer.
-    from peft_study.model.load import load_tokenizer
-
+    assert encoder.max_length is None, "statistics need whole examples"
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length is {max_length}", remedy="give at least 1 token")
-    encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
     data = tokenize(sources, encoder, split=split, mapping=mapping, on_progress=on_progress)
     return stats_of(data, max_length=max_length, model=model, template=encoder.template_name)
 

@@ -2,7 +2,7 @@
 
     step_120/
         tensors.safetensors   parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-        checkpoint.json       step, loss scale, identity of the run, sha256 of the tensors; written last
+        checkpoint.json       step, tokens, loss scale, identity of the run, sha256 of the tensors; written last
 
 Data order, schedule and dropout are functions of the step, so nothing else has to be kept.
 """
@@ -60,7 +60,9 @@ def save(trial: Trial, folder: Path, identity: str) -> Path:
         _sync(path)
         manifest = {
             "step": trial.step,
+            "tokens": trial.tokens,
             "loss_scale": trial.loss_scale,
+            "good_steps": trial.good_steps,
             "identity": identity,
             "sha256": file_digest(path),
         }
@@ -70,9 +72,9 @@ def save(trial: Trial, folder: Path, identity: str) -> Path:
             shutil.rmtree(target)
         temporary.rename(target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise OutputError(
-            f"the checkpoint could not be written ({error.strerror})", where=str(target), remedy="free some space"
+            f"the checkpoint could not be written ({error})", where=str(target), remedy="free some space"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,9 +90,9 @@ def load(trial: Trial, found: Found) -> None:
     manifest = json.loads((found.folder / _MANIFEST).read_text())
     path = found.folder / _TENSORS
     broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one")
-    if file_digest(path) != manifest["sha256"]:
-        raise broken
     try:
+        if file_digest(path) != manifest["sha256"]:
+            raise broken
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise broken from error
@@ -111,7 +113,9 @@ def load(trial: Trial, found: Found) -> None:
                 if parameter.is_cuda:  # the fused kernel keeps its step counter beside the parameters
                     state = trial.optimizer.state[parameter]
                     state["step"] = state["step"].to(parameter.device)
-    trial.restore(manifest["step"], manifest["loss_scale"])
+    trial.restore(
+        manifest["step"], manifest["loss_scale"], tokens=manifest["tokens"], good_steps=manifest["good_steps"]
+    )
 
 
 def find(folder: Path) -> list[Found]:
@@ -128,9 +132,9 @@ def read(folder: Path) -> Found | None:
     """Returns the checkpoint in `folder`, or None where there is no whole one."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        return Found(folder, manifest["step"], manifest["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Found(folder, manifest["step"], manifest["identity"])
 
 
 def prune(folder: Path, keep: int) -> None:

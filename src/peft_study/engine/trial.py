@@ -93,7 +93,8 @@ class Trial:
         self.step = 0
         self.tokens = 0
         self.loss_scale = 2.0**16 if scales_loss else 1.0
-        self._scales_loss, self._good_steps = scales_loss, 0
+        self.good_steps = 0
+        self._scales_loss = scales_loss
         self._batch: _Batch | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters = adapter.parameters()
@@ -118,9 +119,10 @@ class Trial:
         """True when every step of the budget is taken."""
         return self.step >= self.total_steps
 
-    def restore(self, step: int, loss_scale: float) -> None:
+    def restore(self, step: int, loss_scale: float, *, tokens: int = 0, good_steps: int = 0) -> None:
         """Puts step, schedule and loss scale where a checkpoint had them; parameters are the caller's."""
         self.step, self.loss_scale, self._batch = step, loss_scale, None
+        self.tokens, self.good_steps = tokens, good_steps
         if self.optimizer is not None:
             # the schedule is a function of the step: LambdaLR recomputes the rate from its counter
             self.scheduler.last_epoch = step
@@ -199,7 +201,7 @@ class Trial:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
         norm = _norm(gradients)
         if self._scales_loss and not math.isfinite(norm):
-            self.loss_scale, self._good_steps = max(self.loss_scale / 2, 1.0), 0
+            self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
             self.optimizer.zero_grad(set_to_none=True)
             return norm, self.loss_scale > 1.0
         clip = self.training.clip_norm
@@ -209,8 +211,8 @@ class Trial:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.adapter.after_step()
-        self._good_steps += 1
-        if self._scales_loss and self._good_steps % 1000 == 0:
+        self.good_steps += 1
+        if self._scales_loss and self.good_steps % 1000 == 0:
             self.loss_scale *= 2
         return norm, False
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from peft_study.methods.dropout import key
 from peft_study.model.load import Base
 
 
@@ -119,6 +120,4 @@ class Adapter(ABC):
 
 def seeded(seed: int, *salt: object) -> torch.Generator:
     """Returns a CPU generator that depends on the trial's seed and what it is for, and on nothing else."""
-    from peft_study.methods.dropout import key
-
     return torch.Generator().manual_seed(key(seed, *salt))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
-from peft_study.errors import ModelError
+from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter
 from peft_study.methods.lora import LoraAdapter, target_shapes
 from peft_study.methods.prefix_tuning import PrefixAdapter
@@ -49,11 +49,19 @@ def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) 
         config: the `peft` configuration.
         tensors: PEFT's names and values; stored as float32.
         base: the model the adapter belongs to.
+
+    Raises:
+        OutputError: when the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
     cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder)
+        save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise OutputError(
+            f"the adapter could not be written ({error})", where=str(folder), remedy="free some space"
+        ) from error
     note = {"base": base.path, "base_digest": base.digest, "base_origin": base.origin}
     (folder / ORIGIN).write_text(json.dumps(note, indent=2) + "\n")
 

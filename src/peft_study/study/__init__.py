@@ -1,1 +1,1 @@
-"""."""
+"""Runs and small studies: what trials share, the folder of a run, what a comparison says."""

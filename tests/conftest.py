@@ -1,0 +1,122 @@
+"""What all tests share: a cache of their own, a tiny model folder, and the command line run in process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from tiny_tokenizer import tiny_tokenizer
+
+from peft_study.places import cache_root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps tokens and losses of the tests out of the user's cache; the converted embedded model is shared."""
+    models = cache_root() / "models"
+    base = tmp_path_factory.getbasetemp()
+    if not models.is_dir():
+        # under xdist each worker has its own folder beside its neighbours': one conversion serves all of them
+        models = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "models"
+        models.mkdir(exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "models").symlink_to(models, target_is_directory=True)
+    with patch.dict(os.environ, {"PEFT_STUDY_CACHE": str(cache)}):
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with a random two-layer Llama and a byte-level tokenizer, as `--model_name_or_path` takes it."""
+    import tiny_world
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    tiny_world.model("llama").save_pretrained(folder)
+    tiny_tokenizer(tiny_world.VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a file of 60 short conversations: two numbers and their sum."""
+    path = tmp_path_factory.mktemp("tiny-data") / "sums.jsonl"
+    path.write_text("".join(json.dumps(conversation(i)) + "\n" for i in range(60)))
+    return path
+
+
+def conversation(number: int) -> dict[str, Any]:
+    """Returns one row in Tulu's form."""
+    left, right = number, (7 * number) % 11
+    return {
+        "id": f"sum-{number}",
+        "messages": [
+            {"role": "user", "content": f"{left}+{right}"},
+            {"role": "assistant", "content": f"The answer is {left + right}."},
+        ],
+        "source": "sums",
+    }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """Returns the one line of a user's error, after checking that it is one."""
+        lines = self.err.splitlines()
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        assert "Traceback" not in self.out + self.err
+        return lines[0]
+
+    def ok(self) -> Ran:
+        """Returns itself, after checking that the command ended well."""
+        assert self.code == 0, (self.code, self.out, self.err)
+        return self
+
+
+CommandLine = Callable[..., Ran]
+
+
+@pytest.fixture
+def cli() -> CommandLine:
+    """Returns a function that runs `peft-study WORDS...` in this process."""
+
+    def run(*words: object, stdin: str = "") -> Ran:
+        from peft_study.cli import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            patch.object(sys, "argv", ["peft-study", *map(str, words)]),
+            patch.object(sys, "stdin", io.StringIO(stdin)),
+            # quiet_libraries changes both for the rest of the process
+            patch.dict(os.environ),
+            warnings.catch_warnings(),
+            redirect_stdout(out),
+            redirect_stderr(err),
+            pytest.raises(SystemExit) as ended,
+        ):
+            main()
+        return Ran(int(ended.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Returns every path below a folder with its size."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
