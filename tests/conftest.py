@@ -7,14 +7,13 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
+from command_line import CommandLine, Ran, conversation
 from tiny_tokenizer import tiny_tokenizer
 
 from peft_study.places import cache_root
@@ -54,45 +53,6 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def conversation(number: int) -> dict[str, Any]:
-    """Returns one row in Tulu's form."""
-    left, right = number, (7 * number) % 11
-    return {
-        "id": f"sum-{number}",
-        "messages": [
-            {"role": "user", "content": f"{left}+{right}"},
-            {"role": "assistant", "content": f"The answer is {left + right}."},
-        ],
-        "source": "sums",
-    }
-
-
-@dataclass(frozen=True)
-class Ran:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def error(self) -> str:
-        """Returns the one line of a user's error, after checking that it is one."""
-        lines = self.err.splitlines()
-        assert self.code == 2, (self.code, self.out, self.err)
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("error: "), self.err
-        assert "Traceback" not in self.out + self.err
-        return lines[0]
-
-    def ok(self) -> Ran:
-        """Returns itself, after checking that the command ended well."""
-        assert self.code == 0, (self.code, self.out, self.err)
-        return self
-
-
-CommandLine = Callable[..., Ran]
-
-
 @pytest.fixture
 def cli() -> CommandLine:
     """Returns a function that runs `peft-study WORDS...` in this process."""
@@ -115,8 +75,3 @@ def cli() -> CommandLine:
         return Ran(int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
     return run
-
-
-def listing(folder: Path) -> dict[str, int]:
-    """Returns every path below a folder with its size."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}

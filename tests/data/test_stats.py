@@ -93,7 +93,7 @@ def test_what_is_printed(source: str, model: str) -> None:
     assert "2 rows saying the same as an earlier one" in text
     assert f"{result.total.tokens:,}" in text
     console.print(render_stats(stats(source, model, None)))
-    assert "truncated" not in console.export_text()
+    assert "lost" not in console.export_text()
 
 
 def test_picture(source: str, model: str, tmp_path: Path) -> None:

@@ -131,6 +131,5 @@ def test_gradients_that_stay_infinite_at_scale_one_are_a_divergence() -> None:
     first = next(iter(trial.parameters.values()))
     first.grad = torch.full_like(first, math.inf)
     (event,) = engine.step()
-    assert event.report.loss == pytest.approx(event.report.loss)
-    assert event.diverged == "the gradient became inf at step 0"
+    assert event.diverged == "the gradient became inf at step 1"
     assert engine.trials == ()

@@ -34,7 +34,9 @@ def run(
     from peft_study.cli.yaml_file import load_yaml, override
     from peft_study.config import StudyConfig, validate
     from peft_study.study.comparison import compare
+    from peft_study.study.findings import save
     from peft_study.study.stop import StopRequest
+    from peft_study.study.store import RunFolder
 
     quiet_libraries()
     given = load_yaml(study)
@@ -45,6 +47,7 @@ def run(
     config = validate(StudyConfig, given, where=str(study))
     with StopRequest().listening() as stop, StudyDisplay() as display:
         comparison = compare(config, given, display, stop, overwrite=overwrite)
+    save(comparison, RunFolder(config.output))
     display.conclude(comparison, config.output)
 
 

@@ -13,10 +13,13 @@ import fcntl
 import io
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TextIO
+
+from safetensors import SafetensorError
 
 from peft_study.errors import OutputError
 
@@ -129,6 +132,35 @@ def made_folder(path: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # somebody else may have put a file there meanwhile
                 folder.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes ``path`` when the block ends well, in place of what is there.
+
+    The temporary folder has a fixed name, so that what a killed process left is overwritten: one writer at a time.
+
+    Raises:
+        OutputError: something cannot be written; what stood under the name stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with made_folder(path.parent):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise output_error(error, path) from error
+        except SafetensorError as error:  # safetensors has its own error for a full disk
+            raise OutputError(f"writing failed: {error}", where=str(path), remedy="free some space") from error
+        except OutputError as error:
+            where = (error.where or "").replace(str(temporary), str(path))
+            raise OutputError(error.what, where=where, remedy=error.remedy) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _remove_leftovers(target: Path) -> None:

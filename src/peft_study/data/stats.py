@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,8 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.errors import ConfigError
 
 #: Shares of rows whose length is reported.
+SHOWN_SOURCES = 20
+"""Sources in the table, largest first; a mixture may have hundreds."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -153,24 +156,22 @@ def _duplicates(data: TokenizedData) -> npt.NDArray[np.bool_]:
 
 
 def render_stats(stats: DataStats) -> Group:
-    """Returns what ``data stats`` prints: a table of the sources, the quantiles, and what to know in sentences."""
+    """Returns what ``data stats`` prints in 80 columns: the largest sources, the quantiles, and what to know."""
     cut = stats.max_length is not None
-    table = Table(title=f"tokens of {stats.model}, chat template {stats.template}")
-    table.add_column("source", overflow="fold")
-    for heading in (
-        "rows",
-        "tokens",
-        "mean",
-        "supervised",
-        *(("truncated", "nothing left") if cut else ()),
-        "duplicate",
-    ):
-        table.add_column(heading, justify="right")
-    for source in (*stats.by_source, stats.total):
-        if source is stats.total:
-            table.add_section()
+    title = f"tokens of {stats.model}, chat template {stats.template}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("source", no_wrap=True, overflow="ellipsis", max_width=30)
+    for heading in ("rows", "tokens", "mean", "superv.", *(("cut", "lost") if cut else ()), "dupl."):
+        table.add_column(heading, justify="right", no_wrap=True)
+    largest = sorted(stats.by_source, key=lambda source: -source.rows)[:SHOWN_SOURCES]
+    for source in largest:
         table.add_row(*_cells(source, cut))
-    lengths = Table(title="length of a row in tokens")
+    left_out = len(stats.by_source) - len(largest)
+    if left_out:
+        table.add_row(f"... and {left_out} smaller sources")
+    table.add_section()
+    table.add_row(*_cells(stats.total, cut))
+    lengths = Table(title="tokens of a row", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for q in stats.quantiles:
         lengths.add_column(_quantile_name(q), justify="right")
     lengths.add_row(*(f"{length:,}" for length in stats.quantiles.values()))

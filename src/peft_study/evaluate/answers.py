@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from peft_study.data.atomic import atomic_writer
+from peft_study.data.atomic import atomic_folder, atomic_writer
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
@@ -106,8 +106,9 @@ def merge(adapter: Path, output: Path, *, base: str | None = None) -> None:
         raise OutputError("is not an empty folder", where=str(output), remedy="give another -o")
     model, tokenizer, _ = _load(adapter, base, dtype=None, device=torch.device("cpu"))
     merged = model.merge_and_unload()
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with atomic_folder(output) as place:
+        merged.save_pretrained(place)
+        tokenizer.save_pretrained(place)
 
 
 def read_prompts(path: Path) -> list[list[dict[str, str]]]:

@@ -38,7 +38,16 @@ _UNKNOWN_LORA = (
     "target_parameters",
     "trainable_token_indices",
     "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "lora_bias",
 )
+# initialisations that also change the base's weights, so that the adapter alone is not the model that was trained
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) -> None:
@@ -96,7 +105,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelError(f"holds no {CONFIG}", where=str(folder), remedy="give the adapter folder of a finished run")
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
     except ValueError as error:
         raise ModelError(f"{CONFIG} is not valid JSON", where=str(folder), remedy="export the adapter again") from error
     return values
@@ -136,13 +147,22 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     kind = str(values.get("peft_type"))
     if kind not in readers:
         raise ModelError(f"method {kind} is not one of {', '.join(readers)}", where=str(folder))
-    return readers[kind](folder, values, tensors, base)
+    try:
+        return readers[kind](folder, values, tensors, base)
+    except (KeyError, ValueError) as error:  # a setting that is missing, or out of its range
+        raise ModelError(
+            f"{CONFIG} cannot be used ({str(error).splitlines()[0]})",
+            where=str(folder),
+            remedy="export the adapter again",
+        ) from error
 
 
 def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
     used = [name for name in _UNKNOWN_LORA if values.get(name)]
     if values.get("bias", "none") != "none":
         used.append("bias")
+    if str(values.get("init_lora_weights")).startswith(_BASE_CHANGING_INITS):
+        used.append(f"init_lora_weights={values['init_lora_weights']}")
     if used:
         raise ModelError(f"LoRA with {', '.join(used)} is not supported", where=str(folder))
     targets = values["target_modules"]
@@ -157,20 +177,22 @@ def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor],
     shapes = {name: shape for name, shape in target_shapes(base.model, "all-linear").items() if name in names}
     adapter = LoraAdapter(config, shapes, base.device, seed=0)
     ours = {f"{name}.lora_{x}": f"base_model.model.{name}.lora_{x}.weight" for name in names for x in "AB"}
+    unread = sorted(set(tensors) - set(ours.values()))
+    if unread:
+        raise ModelError(f"LoRA with {unread[0]} is not supported", where=str(folder))
     return _fill(folder, adapter, {name: tensors.get(theirs) for name, theirs in ours.items()})
 
 
 def _read_prefix(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
-    table = tensors["prompt_embeddings"]
     config = PrefixTuningConfig(tokens=values["num_virtual_tokens"], init="zero")
     adapter = PrefixAdapter.create(config, base, None, seed=0)
-    return _fill(folder, adapter, {"table": table})
+    return _fill(folder, adapter, {"table": tensors.get("prompt_embeddings")})
 
 
 def _read_prompt(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
     config = PromptTuningConfig(tokens=values["num_virtual_tokens"])
     adapter = PromptAdapter(config, torch.zeros(config.tokens, base.hidden, device=base.device))
-    return _fill(folder, adapter, {"embeddings": tensors["prompt_embeddings"]})
+    return _fill(folder, adapter, {"embeddings": tensors.get("prompt_embeddings")})
 
 
 @torch.no_grad()

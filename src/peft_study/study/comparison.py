@@ -11,9 +11,9 @@ import numpy.typing as npt
 from peft_study.config import MethodSpace, StudyConfig, TrainConfig
 from peft_study.engine import checkpoint
 from peft_study.study.record import environment
-from peft_study.study.session import describe, open_session
+from peft_study.study.session import Session, check_methods, describe, open_session
 from peft_study.study.single import with_rate
-from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder, Status, identity
 from peft_study.study.trial_run import TrialRunner, Watcher
 
@@ -87,24 +87,24 @@ def compare(
         Interrupted: when asked to stop; a checkpoint was written.
     """
     folder = RunFolder(config.output)
-    folder.claim(
-        config, given, overwrite=overwrite, remedy="replace it with --overwrite, or give another output folder"
-    )
+    remedy = "replace it with --overwrite, or give another output folder"
+    folder.check(config, overwrite=overwrite, remedy=remedy)
+    session = open_session(config.model, config.data, config.training, watcher.say)
+    check_methods(session, [space.settings for space in config.methods], config.training.seed)
+    folder.claim(config, given, overwrite=overwrite, remedy=remedy)
     folder.set_status("running")
     try:
-        comparison = _run(config, folder, watcher, stop)
-    except Interrupted as reason:
-        folder.set_status("interrupted", str(reason))
-        raise
+        comparison = _run(config, folder, session, watcher, stop)
     except BaseException as error:
-        folder.set_status("failed", f"{type(error).__name__}: {error}")
+        folder.end(error)
         raise
     folder.set_status("finished")
     return comparison
 
 
-def _run(config: StudyConfig, folder: RunFolder, watcher: StudyWatcher, stop: StopRequest) -> Comparison:
-    session = open_session(config.model, config.data, config.training, watcher.say)
+def _run(
+    config: StudyConfig, folder: RunFolder, session: Session, watcher: StudyWatcher, stop: StopRequest
+) -> Comparison:
     for note in session.notes:
         watcher.say(note)
     folder.write_record({**environment(), **describe(session)})

@@ -6,11 +6,13 @@ setting is told from another only where the 95 % interval of that difference exc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.study.comparison import Comparison, TrialResult
+from peft_study.study.store import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,31 @@ def sentences(comparison: Comparison) -> list[str]:
         own = [row for row in table if row.result.method == group[0].method]
         said.append(_sentence(own, len(comparison.counts_N)))
     return said
+
+
+def save(comparison: Comparison, folder: RunFolder) -> None:
+    """Writes ``results.json``: every row with its estimates, and the sentences."""
+
+    def numbers(estimate: Estimate | None) -> dict[str, float] | None:
+        return None if estimate is None else dataclasses.asdict(estimate)
+
+    table = [
+        {
+            "method": row.result.method,
+            "learning_rate": row.result.learning_rate,
+            "status": row.result.status,
+            "reason": row.result.reason,
+            "best_of_method": row.best,
+            "step_0": numbers(row.start),
+            "loss": numbers(row.loss),
+            "minus_base": numbers(row.minus_base),
+            "minus_best": numbers(row.minus_best),
+            "trainable": row.result.trainable,
+            "seconds": row.result.seconds,
+        }
+        for row in rows(comparison)
+    ]
+    folder.write("results.json", {"rows": table, "sentences": sentences(comparison)})
 
 
 def _groups(comparison: Comparison) -> list[list[TrialResult]]:

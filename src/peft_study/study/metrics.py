@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+from peft_study.data.atomic import output_error
+from peft_study.errors import OutputError
 
 
 class MetricsWriter:
@@ -15,17 +20,22 @@ class MetricsWriter:
         path: of the JSON lines.
         tensorboard: folder for event files, or None.
         from_step: records of later steps are dropped.
+
+    Raises:
+        OutputError: when they cannot be written.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None, *, from_step: int = 0) -> None:
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
-        path.write_text("".join(kept))
-        self._file: TextIO = path.open("a")
+        self._path = path
         self._events: Any = None
-        if tensorboard is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._telling():
+            path.write_text("".join(kept))
+            self._file: TextIO = path.open("a")
+            if tensorboard is not None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
+                self._events = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -33,18 +43,33 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        # a full disk refuses the last flush once more: the error under way says it already
+        with contextlib.suppress(OutputError) if value is not None else contextlib.nullcontext(), self._telling():
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        """Writes one record: its kind (``train`` or ``held_out``), the step, and the values."""
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._events.add_scalar(f"{event}/{name}", value, step)
+        """Writes one record: its kind (``train`` or ``held_out``), the step, and the values.
+
+        Raises:
+            OutputError: when the disk is full.
+        """
+        with self._telling():
+            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self._events.add_scalar(f"{event}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turns a failed write into one line."""
+        try:
+            yield
+        except OSError as error:
+            raise output_error(error, self._path) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import DataConfig, ModelConfig, Source, TrainingConfig
+from peft_study.config import DataConfig, MethodConfig, ModelConfig, Source, TrainingConfig
 from peft_study.data import skills
 from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
@@ -20,6 +20,7 @@ from peft_study.engine.heldout import BaseLosses
 from peft_study.errors import ConfigError
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
+from peft_study.methods.registry import create
 from peft_study.model.load import Base, load_base
 from peft_study.model.precision import choose
 from peft_study.places import cache_root
@@ -123,6 +124,18 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
         _base_losses(engine, held_out),
         tuple(notes),
     )
+
+
+def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) -> None:
+    """Makes each method's adapter once, so that what does not fit this base or data is said before anything is written.
+
+    Raises:
+        ModelError: when a method does not fit the model.
+        ConfigError: when the data is too small for its initialisation.
+    """
+    for method in methods:
+        if method.method != "full":  # which fits every model, and would copy all of it
+            create(method, session.base, session.material, seed)
 
 
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:

@@ -11,8 +11,8 @@ from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.study.record import environment
-from peft_study.study.session import describe, open_session
-from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.session import Session, check_methods, describe, open_session
+from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder, identity
 from peft_study.study.trial_run import TrialRunner, Watcher
 
@@ -84,33 +84,35 @@ def train(
             where=str(resume.folder),
             remedy="leave out --overwrite_output_dir",
         )
+    if folder.check(config, overwrite=overwrite, remedy=remedy) and (folder.status() or ("", ""))[0] == "finished":
+        raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=remedy)
+    session = open_session(config.model, config.data, config.training, watcher.say)
+    check_methods(session, [config.method], config.training.seed)
+    runner = TrialRunner(session, config.logging, watcher, stop)
     if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
-        status = folder.status()
-        if status is not None and status[0] == "finished":
-            raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=remedy)
         resume = resume or next(iter(reversed(checkpoint.find(folder.checkpoints))), None)
         folder.set_status("running")
     try:
-        finished = _run(config, folder, watcher, stop, resume)
-    except Interrupted as reason:
-        folder.set_status("interrupted", str(reason))
-        raise
+        finished = _run(config, folder, session, runner, watcher, resume)
     except BaseException as error:
-        folder.set_status("failed", f"{type(error).__name__}: {error}")
+        folder.end(error)
         raise
     folder.set_status("diverged" if finished.diverged else "finished", finished.diverged)
     return finished
 
 
 def _run(
-    config: TrainConfig, folder: RunFolder, watcher: Watcher, stop: StopRequest, resume: checkpoint.Found | None
+    config: TrainConfig,
+    folder: RunFolder,
+    session: Session,
+    runner: TrialRunner,
+    watcher: Watcher,
+    resume: checkpoint.Found | None,
 ) -> Finished:
-    session = open_session(config.model, config.data, config.training, watcher.say)
     for note in session.notes:
         watcher.say(note)
     record = {**environment(), **describe(session)}
     folder.write_record(record)
-    runner = TrialRunner(session, config.logging, watcher, stop)
     outcome = runner.run(
         config.method.method, config.method, config.training, folder, identity=identity(config), resume=resume
     )

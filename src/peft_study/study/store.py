@@ -13,6 +13,7 @@ RUN/
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -21,8 +22,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from peft_study.data.atomic import atomic_writer
-from peft_study.errors import OutputError
+from peft_study.data.atomic import atomic_writer, made_folder, output_error
+from peft_study.errors import OutputError, PeftStudyError
+from peft_study.study.stop import Interrupted
 
 Status = Literal["running", "finished", "diverged", "failed", "interrupted"]
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
@@ -65,37 +67,68 @@ class RunFolder:
         values = self._read(_STATUS)
         return None if values is None else values["identity"]
 
+    def check(self, config: BaseModel, *, overwrite: bool, remedy: str) -> bool:
+        """Returns True where a run of the same settings lies here that is to be gone on with; changes nothing.
+
+        Asked before anything is loaded, so that a folder in use is refused at once.
+
+        Args:
+            config: the resolved settings.
+            overwrite: another run that lies here may be deleted.
+            remedy: how this command replaces or resumes, for the error.
+
+        Raises:
+            OutputError: when the folder holds another run or other files.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError("is a file", where=str(self.path), remedy="give a folder")
+        found = self.identity()
+        if found is None and self.path.exists() and any(self.path.iterdir()):
+            raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
+        if found is None or overwrite:
+            return False
+        if found != identity(config):
+            raise OutputError("holds another run, with other settings", where=str(self.path), remedy=remedy)
+        return True
+
     def claim(self, config: BaseModel, given: Any, *, overwrite: bool, remedy: str) -> bool:
-        """Makes the folder this run's; returns True where an unfinished or finished run of the same settings lies here.
+        """Makes the folder this run's; returns True where a run of the same settings is gone on with.
+
+        Called once model and data are known to be good: a mistake in them makes no folder and deletes no old run.
 
         Args:
             config: the resolved settings.
             given: what the user said, to be kept.
-            overwrite: delete what lies here.
-            remedy: how this command replaces or resumes, for the error.
+            overwrite: delete the run that lies here.
+            remedy: as in `check`.
 
         Raises:
             OutputError: when the folder holds another run or other files, or cannot be written.
         """
-        own = identity(config)
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError("is a file", where=str(self.path), remedy="give a folder")
-        if overwrite and self.identity() is not None:
-            shutil.rmtree(self.path)
-        elif self.identity() is not None:
-            if self.identity() != own:
-                raise OutputError("holds another run, with other settings", where=str(self.path), remedy=remedy)
+        if self.check(config, overwrite=overwrite, remedy=remedy):
             return True
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            if self.identity() is not None:
+                shutil.rmtree(self.path)
         except OSError as error:
-            raise OutputError(f"cannot be made ({error.strerror})", where=str(self.path)) from error
-        self.write(_GIVEN, given)
-        self.write(_RESOLVED, config.model_dump(mode="json"))
-        self.set_status("running", own=own)
+            raise output_error(error, self.path) from error
+        with made_folder(self.path):
+            try:
+                self.write(_GIVEN, given)
+                self.write(_RESOLVED, config.model_dump(mode="json"))
+                self.set_status("running", own=identity(config))
+            except BaseException:
+                for name in (_GIVEN, _RESOLVED, _STATUS):
+                    (self.path / name).unlink(missing_ok=True)
+                raise
         return False
+
+    def end(self, error: BaseException) -> None:
+        """Notes that the run was interrupted or failed; where even that cannot be written, the error itself counts."""
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
+        reason = str(error) if isinstance(error, PeftStudyError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OutputError):
+            self.set_status(status, reason)
 
     def set_status(self, status: Status, reason: str | None = None, *, own: str | None = None) -> None:
         """Writes how the run stands."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
+from peft_study.data.atomic import atomic_folder
 from peft_study.engine import checkpoint
 from peft_study.engine.engine import Event
 from peft_study.engine.guards import Trainable, count_trainable
@@ -126,9 +127,10 @@ class TrialRunner:
                 end_N: Losses | None = start_N
                 if trial.optimizer is not None:
                     diverged, end_N = self._train(trial, metrics, folder, identity, base_N)
-                if diverged is None:
-                    adapter.save(folder.adapter, session.base)
-                    note_encoding(folder.adapter, session.encoder.template_text, add_bos=session.add_bos)
+                if diverged is None and adapter.parameters():
+                    with atomic_folder(folder.adapter) as place:
+                        adapter.save(place, session.base)
+                        note_encoding(place, session.encoder.template_text, add_bos=session.add_bos)
             finally:
                 if trial in session.engine.trials:
                     session.engine.evict(trial)

@@ -1,0 +1,52 @@
+"""Commands run in process: how one ended, and what it left on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def conversation(number: int) -> dict[str, Any]:
+    """Returns one row in Tulu's form."""
+    left, right = number, (7 * number) % 11
+    return {
+        "id": f"sum-{number}",
+        "messages": [
+            {"role": "user", "content": f"{left}+{right}"},
+            {"role": "assistant", "content": f"The answer is {left + right}."},
+        ],
+        "source": "sums",
+    }
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """Returns the one line of a user's error, after checking that it is one."""
+        lines = self.err.splitlines()
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), self.err
+        assert "Traceback" not in self.out + self.err
+        return lines[0]
+
+    def ok(self) -> Ran:
+        """Returns itself, after checking that the command ended well."""
+        assert self.code == 0, (self.code, self.out, self.err)
+        return self
+
+
+CommandLine = Callable[..., Ran]
+
+
+def listing(folder: Path) -> dict[str, int]:
+    """Returns every path below a folder with its size."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
