@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_tokenizer import tiny_tokenizer
 
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Conversation, Message
+from tiny_tokenizer import tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 TOKENIZER = tiny_tokenizer()

@@ -13,10 +13,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from command_line import CommandLine, Ran, conversation
-from tiny_tokenizer import tiny_tokenizer
 
+from command_line import CommandLine, Ran, conversation
 from peft_study.places import cache_root
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)

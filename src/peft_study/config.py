@@ -250,6 +250,10 @@ def _method_space(name: str, body: Any) -> dict[str, Any]:
     """Turns ``lora: {rank: 16, learning_rate: [1e-4, 1e-3]}`` into a MethodSpace's fields."""
     if name not in METHODS:
         raise ConfigError(f"unknown method {name!r}", where=f"methods.{name}", remedy=nearest(name, METHODS))
+    if body is not None and not isinstance(body, dict):
+        raise ConfigError(
+            f"{body!r} is not a mapping of settings", where=f"methods.{name}", remedy=f"write `{name}: {{}}`"
+        )
     settings = dict(body or {})
     rates = settings.pop("learning_rate", None)
     if rates is None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from command_line import CommandLine, conversation, listing
 
 GOOD = [conversation(i) for i in range(30)]
@@ -108,9 +109,7 @@ def test_convert(cli: CommandLine, bad: tuple[Path, tuple[str, ...]], tmp_path: 
     assert not (tmp_path / "new").exists()
 
 
-def test_finetune(
-    cli: CommandLine, bad: tuple[Path, tuple[str, ...]], tmp_path: Path, tiny_model_folder: Path
-) -> None:
+def test_finetune(cli: CommandLine, bad: tuple[Path, tuple[str, ...]], tmp_path: Path, tiny_model_folder: Path) -> None:
     path, words = bad
     before = listing(tmp_path)
     ran = cli(

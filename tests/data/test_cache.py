@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import tiny_tokenizer
 
 from peft_study.data import cache, parallel, tokenized
 from peft_study.data.cache import TokenizedData, cache_root, tokenize
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.formats import read_conversations
 from peft_study.errors import DataError, OutputError, TemplateError
+from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 

@@ -7,14 +7,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from chat_cases import GEMMA, LLAMA3, TOKENIZER, encoder, turns
-from tiny_tokenizer import tiny_tokenizer
 
+from chat_cases import GEMMA, LLAMA3, TOKENIZER, encoder, turns
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.rendering import FROZEN_CLOCK
 from peft_study.data.templates import NAMED_TEMPLATES
 from peft_study.errors import ConfigError, ModelError, TemplateError
+from tiny_tokenizer import tiny_tokenizer
 
 
 def test_named_templates_as_in_open_instruct() -> None:

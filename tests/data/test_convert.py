@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import zstandard
-from tiny_tokenizer import tiny_tokenizer
 from typer.testing import CliRunner
 
 from peft_study.cli.data import app
 from peft_study.data.atomic import AtomicFiles, atomic_writer, made_folder
 from peft_study.data.convert import convert
 from peft_study.errors import DataError, OutputError, UserError
+from tiny_tokenizer import tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared data sets are not at {SHARED}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import processors
+
 from chat_cases import (
     GEMMA,
     LAYOUT,
@@ -19,14 +23,10 @@ from chat_cases import (
     real_conversations,
     turns,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_tokenizer import tiny_tokenizer
-from tokenizers import processors
-
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Conversation, Message
 from peft_study.errors import TemplateError
+from tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize("folder", ["chat-demo", "tulu-like-mix"])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_tokenizer import tiny_tokenizer
 
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.formats import read_conversations
 from peft_study.data.stats import DataStats, compute_stats, plot_stats, render_stats
 from peft_study.errors import ConfigError, OutputError
+from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 MAX_LENGTH = 60

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_world as tw
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+import tiny_world as tw
 from peft_study.config import (
     FullConfig,
     LoraConfig,
@@ -106,7 +106,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_trial_untouched(damage: str, tm
     else:
         path.write_bytes(content)
     before = values(trial)
-    with pytest.raises(OutputError, match="damaged.*resume from an earlier one"):
+    with pytest.raises(OutputError, match=r"damaged.*resume from an earlier one"):
         checkpoint.load(trial, found)
     assert all(torch.equal(before[name], p) for name, p in values(trial).items())
 

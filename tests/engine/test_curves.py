@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from transformers import get_scheduler
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import LoraConfig, MethodConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine

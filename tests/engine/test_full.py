@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from transformers import get_scheduler
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.order import DataOrder

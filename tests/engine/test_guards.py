@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny_world as tw
 import torch
 
+import tiny_world as tw
 from peft_study.config import FullConfig, LoraConfig, NoneConfig, PrefixTuningConfig, PromptTuningConfig, TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.guards import count_trainable, refuse_strangers

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine

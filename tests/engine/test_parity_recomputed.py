@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import LoraConfig
 from peft_study.engine.engine import Engine
 from peft_study.model.load import Base

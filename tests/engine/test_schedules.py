@@ -6,10 +6,10 @@ import math
 from typing import Any, get_args
 
 import pytest
-import tiny_world as tw
 import torch
 from transformers import get_scheduler
 
+import tiny_world as tw
 from peft_study.config import LoraConfig, PromptTuningConfig, Schedule, TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Trial

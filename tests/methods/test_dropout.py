@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from scipy import stats
 from torch import Tensor
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import LoraConfig
 from peft_study.engine.row import Item, RowRunner
 from peft_study.methods.dropout import keep_mask, key

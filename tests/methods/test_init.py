@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import tiny_world as tw
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny_world as tw
 from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.row import Item, RowRunner
@@ -221,7 +221,7 @@ def test_a_model_with_other_layers_than_attention_takes_no_prefix(monkeypatch: p
     config = PrefixTuningConfig(tokens=3, init="zero")
     assert isinstance(create(config, base, None, 0), PrefixAdapter)
     monkeypatch.setattr(base.model.config, "layer_types", ["linear_attention", "full_attention"])
-    with pytest.raises(ModelError, match="linear_attention.*use lora or prompt_tuning"):
+    with pytest.raises(ModelError, match=r"linear_attention.*use lora or prompt_tuning"):
         create(config, base, None, 0)
     monkeypatch.undo()
     monkeypatch.setattr(base.model.config, "num_kv_shared_layers", 1, raising=False)

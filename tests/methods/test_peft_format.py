@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.engine.row import Item, RowRunner
 from peft_study.errors import ModelError, OutputError
@@ -335,5 +335,5 @@ def test_a_configuration_without_a_needed_setting_names_it(tmp_path: Path) -> No
     values = json.loads(path.read_text())
     del values["lora_alpha"]
     path.write_text(json.dumps(values))
-    with pytest.raises(ModelError, match="adapter_config.json cannot be used .*lora_alpha"):
+    with pytest.raises(ModelError, match=r"adapter_config\.json cannot be used .*lora_alpha"):
         load_adapter(folder, base)

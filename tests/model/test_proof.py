@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import peft_reference as pr
 import pytest
-import tiny_world as tw
 import torch
 from transformers import LlamaConfig
 
+import peft_reference as pr
+import tiny_world as tw
 from peft_study.config import TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import example_losses

@@ -160,7 +160,7 @@ def render_stats(stats: DataStats) -> Group:
     cut = stats.max_length is not None
     title = f"tokens of {stats.model}, chat template {stats.template}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("source", no_wrap=True, overflow="ellipsis", max_width=30)
+    table.add_column("source", no_wrap=True, overflow="ellipsis", max_width=26)
     for heading in ("rows", "tokens", "mean", "superv.", *(("cut", "lost") if cut else ()), "dupl."):
         table.add_column(heading, justify="right", no_wrap=True)
     largest = sorted(stats.by_source, key=lambda source: -source.rows)[:SHOWN_SOURCES]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from peft_study.engine.guards import refuse_strangers
 from peft_study.engine.row import Item, RowRunner
@@ -39,7 +38,7 @@ class Engine:
         self.runner = RowRunner(base)
         self.row_tokens = row_tokens or DEFAULT_ROW_TOKENS[base.device.type]
         self._slots: dict[int, Trial] = {}
-        _recompute_layers(base.model, gradient_checkpointing)
+        _recompute_layers(base, gradient_checkpointing)
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -112,14 +111,14 @@ def _divergence(report: StepReport) -> str | None:
     return None
 
 
-def _recompute_layers(model: Any, wanted: bool) -> None:
+def _recompute_layers(base: Base, wanted: bool) -> None:
     """Turns recomputation of decoder layers in the backward pass on or off."""
     # transformers 5.2x renamed the methods; the old names warn there, the new ones are missing before
-    prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    prefix = "activation" if hasattr(base.model, "activation_checkpointing_enable") else "gradient"
     if wanted:
         # non-reentrant: the reentrant kind drops gradients of what enters a layer beside its input (prefixes)
-        getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        getattr(base.model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
-        getattr(model, f"{prefix}_checkpointing_disable")()
-    # transformers recomputes only in training mode; the base's own dropouts are off in either
-    model.train(wanted)
+        getattr(base.model, f"{prefix}_checkpointing_disable")()
+    # transformers recomputes only in training mode, and quantised layers need it (model/load.py)
+    base.model.train(wanted or base.quantization is not None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from peft_study.data.atomic import atomic_folder, atomic_writer
 from peft_study.data.chat import ChatEncoder
@@ -16,9 +17,9 @@ from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.errors import DataError, ModelError, OutputError
-from peft_study.methods.peft_format import base_mismatch, encoding, read_config
+from peft_study.methods.peft_format import WEIGHTS, base_mismatch, encoding, read_config
 from peft_study.model.digest import folder_digest
-from peft_study.model.load import load_tokenizer, resolve_model
+from peft_study.model.load import load_model, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
 
 SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
@@ -27,17 +28,26 @@ SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING",
 def _load(adapter: Path, base: str | None, *, dtype: torch.dtype | None, device: torch.device) -> tuple[Any, Any, str]:
     """Returns the adapted model, its tokenizer and the base's path; warns where the base is another one."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     config = read_config(adapter)
+    if not (adapter / WEIGHTS).is_file():
+        raise ModelError(f"holds no {WEIGHTS}", where=str(adapter), remedy="only safetensors are loaded; save it again")
     path = resolve_model(base or config["base_model_name_or_path"])
     if Path(path).is_dir():
         mismatch = base_mismatch(adapter, folder_digest(Path(path)))
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)
     tokenizer = load_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto").to(device)
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, path
+    model = load_model(path, path, dtype=dtype or "auto").to(device)
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, path
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the adapter cannot be put on {path} ({reason})",
+            where=str(adapter),
+            remedy="name the base it was trained on with --base, or export it again",
+        ) from error
 
 
 class Answerer:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_study.config import FullConfig, NoneConfig
+from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter, Material
 from peft_study.model.load import Base
 
@@ -43,14 +44,21 @@ class FullAdapter(Adapter):
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._targets = {name: p for name, p in base.model.named_parameters() if p.is_floating_point()}
+        self._targets = dict(base.model.named_parameters())
         self._masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in self._targets.items()}
         self._originals: dict[str, Tensor] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @classmethod
     def create(cls, _config: FullConfig, base: Base, _material: Material | None, _seed: int) -> FullAdapter:
-        """Makes the trial that trains the base itself."""
+        """Makes the trial that trains the base itself.
+
+        Raises:
+            ModelError: when the base is quantised: its weights are codes, not numbers.
+        """
+        codes = [name for name, p in base.model.named_parameters() if not p.is_floating_point()]
+        if codes:
+            raise ModelError(f"full fine-tuning does not fit a quantised base ({codes[0]})", remedy="use lora")
         return cls(base)
 
     def parameters(self) -> dict[str, nn.Parameter]:

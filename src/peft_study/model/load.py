@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.errors import ModelError
@@ -28,6 +29,7 @@ class Base:
         path: what `from_pretrained` loads it from (a folder that exists, or a hub id).
         digest: sha256 of its weight files.
         origin: where a converted model came from, else None.
+        quantization: nf4 where the weights were quantised when they were loaded, else None.
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
     """
 
@@ -36,6 +38,7 @@ class Base:
     path: str
     digest: str
     origin: str | None
+    quantization: str | None
     placement: Placement
     transform: Transform
     proof: Proof
@@ -66,7 +69,8 @@ class Base:
 
     def parameter_count(self) -> int:
         """Returns the number of parameters of the base."""
-        return sum(p.numel() for p in self.model.parameters())
+        count: int = self.model.num_parameters()  # knows that a 4-bit weight packs two numbers a byte
+        return count
 
 
 def resolve_model(name: str) -> str:
@@ -109,6 +113,13 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
             where=name,
             remedy="save a fast one into the folder (tokenizer.json)",
         )
+    # of a folder without tokenizer files, transformers makes an empty tokenizer of the model's kind for many kinds
+    if not set(tokenizer("a word", add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids):
+        raise ModelError(
+            "no tokenizer is there, only its name",
+            where=name,
+            remedy="give a folder that holds tokenizer.json, or name another with --tokenizer",
+        )
     return tokenizer
 
 
@@ -126,8 +137,6 @@ def load_base(
     Raises:
         ModelError: when the folder or hub id cannot be loaded, or is no causal language model.
     """
-    from transformers import AutoModelForCausalLM
-
     placement = placement or choose()
     path = resolve_model(name)
     words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
@@ -135,25 +144,48 @@ def load_base(
     options: dict[str, Any] = {"dtype": placement.dtype, "attn_implementation": attention.NAME}
     if quantization == "nf4":
         options |= _nf4(placement)
+    model = load_model(path, name, revision=revision, trust_remote_code=trust_remote_code, **options)
+    if quantization is None:  # a quantised model was put in place while it was loaded
+        model = model.to(placement.device)
+    return wrap(model, words, placement, path=path, quantization=quantization)
+
+
+def load_model(path: str, name: str, **options: Any) -> Any:
+    """Returns the causal language model of a folder or hub id, out of safetensors alone and with all its weights.
+
+    Args:
+        path: what `resolve_model` returned.
+        name: what the user called it, for the error.
+        options: of `from_pretrained`.
+
+    Raises:
+        ModelError: when it cannot be loaded, is no causal language model, or lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    remedy = "give a folder that holds config.json and *.safetensors, or a hub id when online"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"no causal language model could be loaded ({_first_line(error)})",
-            where=name,
-            remedy="give a folder that holds config.json and *.safetensors, or a hub id when online",
+            f"no causal language model could be loaded ({_first_line(error)})", where=name, remedy=remedy
         ) from error
-    return wrap(model.to(placement.device), words, placement, path=path)
+    # transformers would fill them with random numbers and say so in a log that nobody reads
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(f"its files lack {len(missing)} weights, {missing[0]} first", where=name, remedy=remedy)
+    return model
 
 
-def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str) -> Base:
+def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantization: str | None = None) -> Base:
     """Makes a Base of a model that is already in memory (tests build theirs in process)."""
     attention.register()
     model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
-    model.eval()
+    # bitsandbytes repacks 4-bit weights on CPU in eval mode for a kernel without gradient; dropouts are off below
+    model.train(quantization is not None)
     for module in model.modules():
         # the base is evaluated as it is: its own dropout would be noise that depends on neighbours in the row
         if isinstance(module, nn.Dropout):
@@ -169,6 +201,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str) -> Base
         path=str(folder.resolve()) if folder.is_dir() else path,
         digest=folder_digest(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None) or "unknown",
         origin=origin(folder) if folder.is_dir() else None,
+        quantization=quantization,
         placement=placement,
         transform=transform,
         proof=proof,

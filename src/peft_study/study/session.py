@@ -140,7 +140,8 @@ def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) 
 
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
-    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{str(base.dtype).removeprefix('torch.')}.npy"
+    precision = base.quantization or str(base.dtype).removeprefix("torch.")
+    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
     return BaseLosses(engine.runner, rows, path, engine.row_tokens)
 
@@ -257,6 +258,7 @@ def describe(session: Session) -> dict[str, object]:
             "path": base.path,
             "digest": base.digest,
             "origin": base.origin,
+            "quantization": base.quantization,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
             "packs": base.proof.packs,

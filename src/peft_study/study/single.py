@@ -111,12 +111,10 @@ def _run(
 ) -> Finished:
     for note in session.notes:
         watcher.say(note)
-    record = {**environment(), **describe(session)}
-    folder.write_record(record)
+    folder.write_record({**environment(), **describe(session)})
     outcome = runner.run(
         config.method.method, config.method, config.training, folder, identity=identity(config), resume=resume
     )
-    folder.write_record({**record, "trainable": outcome.trainable.by_module, "parameters": outcome.trainable.total})
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
     end_N = outcome.end_N

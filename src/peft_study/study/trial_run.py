@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -107,6 +107,7 @@ class TrialRunner:
         trial = Trial(name, adapter, training, session.train, scales_loss=session.base.placement.scales_loss)
         trainable = count_trainable(session.base, adapter)
         self._watcher.counted(trial, trainable)
+        folder.write("parameters.json", asdict(trainable))
         # the base's own losses are measured before an exclusive method changes the base
         base_N = session.base_held_out.of(range(len(session.held_out)))
         session.base_held_out.save()
