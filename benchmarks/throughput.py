@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from peft_study.engine.trial import Trial
 from peft_study.methods import create
 from peft_study.model.load import Base, load_base, wrap
 from peft_study.model.precision import choose
+from peft_study.study.record import processor
 
 METHODS = {
     "lora": LoraConfig(rank=16),
@@ -129,7 +129,7 @@ def main() -> None:
             "ceiling_tflops": round(peak / 1e12, 2),
             "model": options.model,
             "row_tokens": options.row_tokens,
-            "device": torch.cuda.get_device_name() if placement.device.type == "cuda" else platform.processor(),
+            "device": torch.cuda.get_device_name() if placement.device.type == "cuda" else processor(),
             "dtype": str(placement.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "date": datetime.now(UTC).date().isoformat(),

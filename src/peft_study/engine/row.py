@@ -24,6 +24,7 @@ from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
+from peft_study.model.proof import forward_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +81,13 @@ class RowRunner:
         for adapter in {id(item.adapter): item.adapter for item in items}.values():
             self.hooks.ensure(adapter.adapted_modules())
         with self.hooks.row(spans):
-            inputs = {
-                "inputs_embeds": self._embeddings(items)[None],
-                "position_ids": self._positions(items)[None],
-                "segments": layout,
-                "use_cache": False,
-            }
+            inputs = forward_inputs(
+                self.base.model,
+                self._embeddings(items),
+                self._positions(items),
+                layout,
+                segmented=self.base.proof.segmented,
+            )
             places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in _supervised(items, layout))
             if self.base.proof.chunked_head:
                 hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]

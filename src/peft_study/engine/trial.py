@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_study.config import TrainingConfig
 from peft_study.data.conversation import Example
@@ -196,6 +197,8 @@ class Trial:
     def _update(self) -> tuple[float, bool]:
         """Takes the optimizer step; returns the gradient norm and whether float16 overflowed."""
         assert self.optimizer is not None
+        if self.step == 0:
+            _warn_of_idle(self.name, self.parameters)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if self._scales_loss:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
@@ -215,6 +218,17 @@ class Trial:
         if self._scales_loss and self.good_steps % 1000 == 0:
             self.loss_scale *= 2
         return norm, False
+
+
+def _warn_of_idle(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Warns of parameters without a gradient: layers that the model passes by would be left untrained in silence."""
+    idle = [key for key, parameter in parameters.items() if parameter.grad is None]
+    if idle:
+        warnings.warn(
+            f"{name}: {len(idle)} of {len(parameters)} tensors got no gradient from the first batch, {idle[0]} first: "
+            "the model does not call these layers, or no token reached them",
+            stacklevel=2,
+        )
 
 
 def _norm(gradients: Sequence[Tensor]) -> float:

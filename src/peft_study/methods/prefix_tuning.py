@@ -115,11 +115,16 @@ class _Projection(nn.Module):
 def refuse_unfit(base: Base) -> None:
     """Raises ModelError where a prefix cannot enter every layer: other layer types, or heads that differ by layer."""
     config = base.model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    odd = kinds - {"full_attention", "sliding_attention"}
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if odd:
         raise ModelError(
             f"prefix tuning does not fit this model: it has {', '.join(sorted(odd))} layers without keys and values",
+            remedy="use lora or prompt_tuning",
+        )
+    if not base.proof.segmented or base.proof.attending_layers != base.layers:
+        raise ModelError(
+            "prefix tuning does not fit this model: some of its layers have no attention that could take keys and "
+            "values from outside",
             remedy="use lora or prompt_tuning",
         )
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):

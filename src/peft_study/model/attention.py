@@ -72,13 +72,15 @@ def segment_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     segments: SegmentLayout | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attends within each segment of the row; the signature is that of transformers' attention functions.
 
     The window counts keys, the token's own included, as in transformers; prefix keys count with positions 0..P-1.
-    Dropout on attention weights is not applied: the base is frozen and evaluated as it is.
+    `s_aux` (H,) holds a score a head that takes part in the softmax without a value (gpt-oss's sinks). Dropout on
+    attention weights is not applied: the base is frozen and evaluated as it is.
 
     Returns:
         (1, T, H, D) and None in place of attention weights.
@@ -90,7 +92,7 @@ def segment_attention(
         segments.captured.append((key_1GTD[0].detach(), value_1GTD[0].detach()))
     scale = scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5
     prefixes = {slot: stack[layer] for slot, stack in segments.prefixes.items()}
-    if _varlen_serves(query_1HTD, softcap):
+    if _varlen_serves(query_1HTD, softcap, s_aux):
         out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
         return out_THD.unsqueeze(0), None
     pieces_HLD = []
@@ -100,12 +102,18 @@ def segment_attention(
         prefix = prefixes.get(segment.slot)
         if prefix is not None:
             key, value = torch.cat([prefix[0], key], dim=1), torch.cat([prefix[1], value], dim=1)
-        pieces_HLD.append(_attend(query, key, value, scale, sliding_window, softcap))
+        pieces_HLD.append(_attend(query, key, value, scale, sliding_window, softcap, s_aux))
     return torch.cat(pieces_HLD, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
 def _attend(
-    query_HLD: Tensor, key_GKD: Tensor, value_GKD: Tensor, scale: float, window: int | None, softcap: float | None
+    query_HLD: Tensor,
+    key_GKD: Tensor,
+    value_GKD: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
 ) -> Tensor:
     """Attends in one segment whose K = P + L keys end where its queries end; returns (H, L, D)."""
     groups = query_HLD.shape[0] // key_GKD.shape[0]
@@ -113,7 +121,7 @@ def _attend(
     if groups > 1:
         key_GKD, value_GKD = (x.repeat_interleave(groups, dim=0) for x in (key_GKD, value_GKD))
     windowed = window is not None and keys > window
-    if softcap is None and not _products_serve(query_HLD, keys):
+    if softcap is None and sinks_H is None and not _products_serve(query_HLD, keys):
         plain = queries == keys and not windowed
         mask = None if plain else _bottom_right_causal(queries, keys, window if windowed else None, query_HLD.device)
         return F.scaled_dot_product_attention(
@@ -124,7 +132,11 @@ def _attend(
     if softcap is not None:
         scores_HLK = torch.tanh(scores_HLK / softcap) * softcap
     scores_HLK = scores_HLK.masked_fill(~allowed_LK, float("-inf"))
-    return torch.matmul(scores_HLK.softmax(-1, dtype=torch.float32).to(value_GKD.dtype), value_GKD)
+    if sinks_H is not None:
+        sinks_HL1 = sinks_H.to(scores_HLK.dtype)[:, None, None].expand(-1, queries, 1)
+        scores_HLK = torch.cat([scores_HLK, sinks_HL1], dim=-1)
+    weights_HLK = scores_HLK.softmax(-1, dtype=torch.float32)[..., :keys]
+    return torch.matmul(weights_HLK.to(value_GKD.dtype), value_GKD)
 
 
 def _products_serve(query_HLD: Tensor, keys: int) -> bool:
@@ -144,8 +156,8 @@ def _bottom_right_causal(queries: int, keys: int, window: int | None, device: to
     return allowed if window is None else allowed & (index_K > rank_L1 - window)
 
 
-def _varlen_serves(query_1HTD: Tensor, softcap: float | None) -> bool:
-    """True where the variable-length kernel can run: half precision on CUDA, no capped scores."""
+def _varlen_serves(query_1HTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
+    """True where the variable-length kernel can run: half precision on CUDA, plain scores."""
     return query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16) and softcap is None
 
 

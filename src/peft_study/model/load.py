@@ -140,8 +140,7 @@ def load_base(
     placement = placement or choose()
     path = resolve_model(name)
     words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
-    attention.register()
-    options: dict[str, Any] = {"dtype": placement.dtype, "attn_implementation": attention.NAME}
+    options: dict[str, Any] = {"dtype": placement.dtype}
     if quantization == "nf4":
         options |= _nf4(placement)
     model = load_model(path, name, revision=revision, trust_remote_code=trust_remote_code, **options)
@@ -182,7 +181,6 @@ def load_model(path: str, name: str, **options: Any) -> Any:
 def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantization: str | None = None) -> Base:
     """Makes a Base of a model that is already in memory (tests build theirs in process)."""
     attention.register()
-    model.set_attn_implementation(attention.NAME)
     model.requires_grad_(False)
     # bitsandbytes repacks 4-bit weights on CPU in eval mode for a kernel without gradient; dropouts are off below
     model.train(quantization is not None)
@@ -191,7 +189,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
     transform = head_transform(config)
     proof = prove(model, model.get_output_embeddings(), transform, config.vocab_size)
     folder = Path(path)

@@ -1,18 +1,21 @@
 """Checks at load that the packed row gives the model's own numbers.
 
-Two short segments packed against alone, a long one beside a short one, and the chunked head against the model's own
-logits. A model in which positions of a row meet outside attention (recurrent layers, rope scaling by the longest
-position) differs, and is then run one example a row.
+Three comparisons on random tokens: segment attention with the attention the model was loaded with; several segments
+packed in a row with each alone; and the chunked head with the model's own logits. A model in which positions of a row
+meet outside attention (recurrent layers, rope scaling by the longest position) fails the second and is run one example
+a row; one whose attention is another function fails the first, and is run so with its own attention.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_study.model import attention
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.head import Transform
 
@@ -21,37 +24,76 @@ _LENGTHS = ((5, 7), (64, 3))
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found at load.
+    """What was found at load; errors are norms of differences relative to the norm of the reference.
 
     Attributes:
+        segmented: segment attention is in place and gives the model's own numbers.
         packs: several segments may share a row.
         chunked_head: the chunked head gives the model's own logits.
-        packing_error: largest difference between packed and alone, relative to the largest value.
-        head_error: the same between the chunked head and the model's own logits.
+        attending_layers: layers that segment attention reaches.
+        attention_error: segment attention against the model's own, each segment alone.
+        packing_error: packed against alone.
+        head_error: the chunked head against the model's own logits.
     """
 
+    segmented: bool
     packs: bool
     chunked_head: bool
+    attending_layers: int
+    attention_error: float
     packing_error: float
     head_error: float
 
 
 @torch.no_grad()
 def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) -> Proof:
-    """Compares packed with alone and the chunked head with the model's logits, on random tokens."""
+    """Puts segment attention into the model if it fits, and compares; the model keeps what was found right."""
     parameter = next(model.parameters())
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 4e-2
     generator = torch.Generator().manual_seed(0)
-    worst_pack, worst_head = 0.0, 0.0
-    for lengths in _LENGTHS:
-        pieces = [torch.randint(vocabulary, (length,), generator=generator).to(parameter.device) for length in lengths]
-        packed = _logits(model, pieces)
-        alone = torch.cat([_logits(model, [piece]) for piece in pieces])
-        worst_pack = max(worst_pack, _relative(packed, alone))
-        hidden = _hidden(model, pieces)
-        worst_head = max(worst_head, _relative(transform(head(hidden)), packed))
-    packs = worst_pack <= tolerance and not rope_looks_at_the_row(model.config.get_text_config())
-    return Proof(packs, worst_head <= tolerance, worst_pack, worst_head)
+    texts = [
+        [torch.randint(vocabulary, (length,), generator=generator).to(parameter.device) for length in lengths]
+        for lengths in _LENGTHS
+    ]
+    loaded_with = model.config._attn_implementation
+    own = [torch.cat([_logits(model, [piece], segmented=False) for piece in pieces]) for pieces in texts]
+    hidden = [torch.cat([_hidden(model, [piece], segmented=False) for piece in pieces]) for pieces in texts]
+    head_error = max(_relative(transform(head(h)), logits) for h, logits in zip(hidden, own, strict=True))
+    model.set_attn_implementation(attention.NAME)
+    alone, packed = float("inf"), float("inf")
+    layers = _attending_layers(model, texts[0][0])
+    if layers:
+        alone = max(
+            _relative(torch.cat([_logits(model, [p], segmented=True) for p in pieces]), logits)
+            for pieces, logits in zip(texts, own, strict=True)
+        )
+        packed = max(
+            _relative(_logits(model, pieces, segmented=True), logits) for pieces, logits in zip(texts, own, strict=True)
+        )
+    segmented = alone <= tolerance
+    if not segmented:
+        model.set_attn_implementation(loaded_with)
+    packs = segmented and packed <= tolerance and not rope_looks_at_the_row(model.config.get_text_config())
+    return Proof(segmented, packs, head_error <= tolerance, layers, alone, packed, head_error)
+
+
+def forward_inputs(
+    model: Any, embeddings_TE: Tensor, positions_T: Tensor, layout: SegmentLayout, *, segmented: bool
+) -> dict[str, Any]:
+    """Returns the arguments of the model's forward for one row.
+
+    Args:
+        model: the causal language model.
+        embeddings_TE: what enters the first layer.
+        positions_T: of the tokens in their segments.
+        layout: of the row; models that keep their own attention are not told, their row is one segment.
+        segmented: what the proof found.
+    """
+    inputs: dict[str, Any] = {"inputs_embeds": embeddings_TE[None], "use_cache": False}
+    if segmented:
+        return {**inputs, "position_ids": positions_T[None], "segments": layout}
+    known = inspect.signature(model.get_decoder().forward).parameters
+    return {**inputs, "position_ids": positions_T[None]} if "position_ids" in known else inputs
 
 
 def rope_looks_at_the_row(config: Any) -> bool:
@@ -64,28 +106,38 @@ def rope_looks_at_the_row(config: Any) -> bool:
     return any(rope.get("rope_type") in ("dynamic", "longrope") for rope in [parameters, *nested])
 
 
-def _inputs(model: Any, pieces: list[Tensor]) -> dict[str, object]:
+def _inputs(model: Any, pieces: list[Tensor], *, segmented: bool, captured: Any = None) -> dict[str, Any]:
     segments, start = [], 0
     for piece in pieces:
         segments.append(Segment(start, start + len(piece), slot=0))
         start += len(piece)
-    device = pieces[0].device
-    return {
-        "inputs_embeds": model.get_input_embeddings()(torch.cat(pieces)[None]),
-        "position_ids": torch.cat([torch.arange(len(p), device=device) for p in pieces])[None],
-        "segments": SegmentLayout(tuple(segments)),
-        "use_cache": False,
-    }
+    positions_T = torch.cat([torch.arange(len(p), device=p.device) for p in pieces])
+    layout = SegmentLayout(tuple(segments), captured=captured)
+    return forward_inputs(
+        model, model.get_input_embeddings()(torch.cat(pieces)), positions_T, layout, segmented=segmented
+    )
 
 
-def _logits(model: Any, pieces: list[Tensor]) -> Tensor:
-    return model(**_inputs(model, pieces)).logits[0].float()
+def _attending_layers(model: Any, piece: Tensor) -> int:
+    """Returns how many layers segment attention reaches; 0 where the model cannot take it."""
+    captured: list[tuple[Tensor, Tensor]] = []
+    try:
+        model.get_decoder()(**_inputs(model, [piece], segmented=True, captured=captured))
+    except TypeError:  # a forward that does not pass on what it does not know
+        return 0
+    return len(captured)
 
 
-def _hidden(model: Any, pieces: list[Tensor]) -> Tensor:
-    return model.get_decoder()(**_inputs(model, pieces)).last_hidden_state[0]
+def _logits(model: Any, pieces: list[Tensor], *, segmented: bool) -> Tensor:
+    logits: Tensor = model(**_inputs(model, pieces, segmented=segmented)).logits[0].float()
+    return logits
+
+
+def _hidden(model: Any, pieces: list[Tensor], *, segmented: bool) -> Tensor:
+    hidden: Tensor = model.get_decoder()(**_inputs(model, pieces, segmented=segmented)).last_hidden_state[0]
+    return hidden
 
 
 def _relative(ours: Tensor, reference: Tensor) -> float:
-    scale = reference.abs().max().clamp_min(1e-12)
-    return float(((ours.float() - reference).abs().max() / scale).nan_to_num(nan=float("inf")))
+    scale = reference.norm().clamp_min(1e-12)
+    return float(((ours.float() - reference).norm() / scale).nan_to_num(nan=float("inf")))

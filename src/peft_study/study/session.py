@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,9 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
         quantization=model.quantization,
         trust_remote_code=model.trust_remote_code,
     )
-    if not base.proof.packs:
+    if not base.proof.segmented:
+        notes.append(f"{model.name}: its attention is not one known here; it is run as it is, one example a row")
+    elif not base.proof.packs:
         notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
     encoder = ChatEncoder(base.tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
     say("reading and tokenising the data")
@@ -261,9 +264,7 @@ def describe(session: Session) -> dict[str, object]:
             "quantization": base.quantization,
             "dtype": str(base.dtype).removeprefix("torch."),
             "device": str(base.device),
-            "packs": base.proof.packs,
-            "packing_error": base.proof.packing_error,
-            "head_error": base.proof.head_error,
+            "proof": dataclasses.asdict(base.proof),
         },
         "data": {
             "tokens": sorted(tokens),

@@ -151,7 +151,7 @@ class RunFolder:
     def _read(self, name: str) -> Any:
         try:
             return self.read(name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except ValueError as error:
             raise OutputError(f"{name} is damaged", where=str(self.path), remedy="give another folder") from error

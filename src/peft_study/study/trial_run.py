@@ -163,7 +163,10 @@ class TrialRunner:
                     self._save(trial, folder, identity)
             if self._stop.asked and not trial.finished:
                 self._save(trial, folder, identity)
-                raise Interrupted(f"stopped at step {trial.step} of {trial.total_steps}")
+                raise Interrupted(
+                    f"stopped at step {trial.step} of {trial.total_steps} of {trial.name}, with a checkpoint; "
+                    "the same command goes on from there"
+                )
         end_N = self._losses(trial)
         self._tell(trial, metrics, end_N, base_N)
         return None, end_N
