@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import peft_reference as pr
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import peft_reference as pr
 from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.data.conversation import Example
 from peft_study.errors import ModelError

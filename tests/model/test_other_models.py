@@ -46,7 +46,16 @@ _LLAMA_LIKE: dict[str, Any] = {
 }
 ORDINARY: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        vocab_size=V,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=48, max_position_embeddings=256),
     "opt": lambda: OPTConfig(**_COMMON, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.0),
@@ -124,7 +133,7 @@ def test_other_attention_is_kept_and_run_one_example_a_row(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_no_prefix_where_attention_cannot_take_one(name: str) -> None:
-    with pytest.raises(ModelError, match="prefix tuning does not fit this model.*use lora or prompt_tuning"):
+    with pytest.raises(ModelError, match=r"prefix tuning does not fit this model.*use lora or prompt_tuning"):
         create(PrefixTuningConfig(tokens=3, init="zero"), based(OWN_ATTENTION[name]()), None, 0)
 
 
