@@ -48,9 +48,9 @@ def test_bfloat16_is_as_near_to_float32_as_peft_is(family: str, method: str) -> 
         their_loss, theirs = pr.Reference(model, config, adapter).gradients(examples)
         assert loss == pytest.approx(their_loss, rel=1e-2)
         noise.append(pr.worst(theirs, exact))
-        # errors of two independent roundings add up as their squares do
-        assert pr.worst(gradients, theirs) <= max(1e-2, 1.5 * 2**0.5 * noise[-1])
-    assert pr.worst(gradients, exact) <= max(1e-2, 1.5 * max(noise))
+        # errors of two independent roundings add up as their squares do; twice that on any machine's kernels
+        assert pr.worst(gradients, theirs) <= max(1e-2, 2 * 2**0.5 * noise[-1])
+    assert pr.worst(gradients, exact) <= max(1e-2, 2 * max(noise))
 
 
 @pytest.mark.parametrize("method", ["lora", "prefix, text", "prefix, projected", "prompt, text"])
