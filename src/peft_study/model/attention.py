@@ -10,6 +10,7 @@ Shape legend: T tokens of the row, L of a segment, H query heads, G key/value he
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,22 @@ class SegmentLayout:
     segments: tuple[Segment, ...]
     prefixes: dict[int, Tensor] = field(default_factory=dict)
     captured: list[tuple[Tensor, Tensor]] | None = None
+    _bounds: tuple[Tensor, Tensor, int, int] | None = None
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
+        """Returns where queries and keys of each segment begin and end (N + 1,), int32, and the longest of each.
+
+        Made once for a row: every layer asks, and each copy to a device would wait.
+        """
+        if self._bounds is None:
+            queries, keys = [0], [0]
+            for segment in self.segments:
+                prefix = self.prefixes.get(segment.slot)
+                queries.append(len(segment))
+                keys.append(len(segment) + (0 if prefix is None else prefix.shape[3]))
+            ends = [torch.tensor(x).cumsum(0, dtype=torch.int32).to(device) for x in (queries, keys)]
+            self._bounds = (ends[0], ends[1], max(queries), max(keys))
+        return self._bounds
 
 
 def register() -> None:
@@ -157,8 +174,17 @@ def _bottom_right_causal(queries: int, keys: int, window: int | None, device: to
 
 
 def _varlen_serves(query_1HTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
-    """True where the variable-length kernel can run: half precision on CUDA, plain scores."""
-    return query_1HTD.is_cuda and query_1HTD.dtype in (torch.bfloat16, torch.float16) and softcap is None
+    """True where the variable-length kernel can run: half precision on an Ampere card or later, plain scores."""
+    size = query_1HTD.shape[-1]
+    return (
+        query_1HTD.is_cuda
+        and query_1HTD.dtype in (torch.bfloat16, torch.float16)
+        and size <= 256
+        and size % 8 == 0
+        and softcap is None
+        and sinks_H is None
+        and torch.cuda.get_device_capability(query_1HTD.device) >= (8, 0)
+    )
 
 
 def _varlen(
@@ -174,8 +200,7 @@ def _varlen(
 
     The kernel aligns the causal mask bottom-right where keys outnumber queries, which is what a prefix needs.
     """
-    device = query_HTD.device
-    lengths_q, lengths_k, keys, values = [0], [0], [], []
+    keys, values = [], []
     for segment in layout.segments:
         span = slice(segment.start, segment.end)
         prefix = prefixes.get(segment.slot)
@@ -184,11 +209,9 @@ def _varlen(
             values.append(prefix[1])
         keys.append(key_GTD[:, span])
         values.append(value_GTD[:, span])
-        lengths_q.append(len(segment))
-        lengths_k.append(len(segment) + (0 if prefix is None else prefix.shape[2]))
     groups = query_HTD.shape[0] // key_GTD.shape[0]
     # torch 2.11 knows fewer arguments than 2.13: what it cannot do by itself is done before it
-    known = inspect.signature(varlen_attn).parameters
+    known = _varlen_options()
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in known:
         # the kernel counts keys to the left of the token's own
@@ -207,16 +230,22 @@ def _varlen(
             options["enable_gqa"] = True
         else:
             key_KGD, value_KGD = (x.repeat_interleave(groups, dim=1) for x in (key_KGD, value_KGD))
-    bounds_q, bounds_k = (torch.tensor(x, device=device).cumsum(0, dtype=torch.int32) for x in (lengths_q, lengths_k))
+    bounds_q, bounds_k, longest_q, longest_k = layout.bounds(query_HTD.device)
     out = varlen_attn(
         query_HTD.transpose(0, 1).contiguous(),
         key_KGD.contiguous(),
         value_KGD.contiguous(),
         bounds_q,
         bounds_k,
-        max(lengths_q),
-        max(lengths_k),
+        longest_q,
+        longest_k,
         **options,
     )
     assert isinstance(out, Tensor), "nothing beside the output was asked for"
     return out
+
+
+@functools.cache
+def _varlen_options() -> frozenset[str]:
+    """Returns the names of the kernel's arguments in the torch that is installed."""
+    return frozenset(inspect.signature(varlen_attn).parameters)
