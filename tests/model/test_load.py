@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 import tiny_world as tw
+from peft_study.engine.engine import Engine
+from peft_study.engine.row import Item, RowRunner
 from peft_study.errors import ConfigError, ModelError
+from peft_study.methods.reference import NoAdapter
 from peft_study.model import precision
 from peft_study.model.digest import folder_digest
-from peft_study.model.load import load_base, load_tokenizer, resolve_model
+from peft_study.model.load import load_base, load_tokenizer, resolve_model, wrap
 from peft_study.model.precision import Placement, choose
 from tiny_tokenizer import tiny_tokenizer
 
@@ -124,13 +128,19 @@ def test_a_cpu_without_bfloat16_takes_float32_and_says_so(monkeypatch: pytest.Mo
 
 
 def test_the_bases_own_dropout_is_off_even_while_layers_are_recomputed() -> None:
-    from peft_study.engine.engine import Engine
+    """GPT-2 drops a tenth of embeddings, residuals and attention in training mode, which recomputation needs."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": tw.VOCABULARY, "n_positions": 64}
+    model = AutoModelForCausalLM.from_config(GPT2Config(**sizes, resid_pdrop=0.5, embd_pdrop=0.5))
+    assert any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    base = wrap(model, None, FLOAT32, path="tiny")
 
-    base = tw.base("llama")
-    for module in base.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            assert module.p == 0.0
-    Engine(base, gradient_checkpointing=True)
-    assert base.model.training
+    def loss() -> list[float]:
+        with RowRunner(base).row([Item(0, NoAdapter(), example) for example in tw.examples([12, 9])]) as result:
+            return result.item_losses
+
     Engine(base)
     assert not base.model.training
+    evaluated = loss()
+    Engine(base, gradient_checkpointing=True)
+    assert base.model.training
+    assert loss() == evaluated

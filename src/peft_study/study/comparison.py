@@ -11,7 +11,7 @@ import numpy.typing as npt
 from peft_study.config import MethodSpace, StudyConfig, TrainConfig
 from peft_study.engine import checkpoint
 from peft_study.study.record import environment
-from peft_study.study.session import Session, check_methods, describe, open_session
+from peft_study.study.session import Session, check_methods, describe, open_session, refuse_other_inputs
 from peft_study.study.single import with_rate
 from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder, Status, identity
@@ -91,6 +91,8 @@ def compare(
     folder.check(config, overwrite=overwrite, remedy=remedy)
     session = open_session(config.model, config.data, config.training, watcher.say)
     check_methods(session, [space.settings for space in config.methods], config.training.seed)
+    if folder.check(config, overwrite=overwrite, remedy=remedy):
+        refuse_other_inputs(session, folder)
     folder.claim(config, given, overwrite=overwrite, remedy=remedy)
     folder.set_status("running")
     try:

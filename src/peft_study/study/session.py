@@ -18,13 +18,14 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses
-from peft_study.errors import ConfigError
+from peft_study.errors import ConfigError, OutputError
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import create
 from peft_study.model.load import Base, load_base
 from peft_study.model.precision import choose
 from peft_study.places import cache_root
+from peft_study.study.store import RunFolder
 
 HELD_OUT_ROWS = 64
 """Held-out rows where nothing is said; at most a tenth of the data."""
@@ -141,6 +142,33 @@ def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) 
             create(method, session.base, session.material, seed)
 
 
+def refuse_other_inputs(session: Session, folder: RunFolder) -> None:
+    """Refuses to go on with a run whose data or base changed under the same names since it began.
+
+    Raises:
+        OutputError: naming what changed.
+    """
+    before, now = folder.record(), describe(session)
+    if before is None:
+        return
+    changed = [
+        what
+        for what, part, name in (
+            ("the base model's weights", "base", "digest"),
+            ("the chat template or tokenizer", "data", "encoder"),
+            ("the training rows", "data", "train_digest"),
+            ("the held-out rows", "data", "held_out_digest"),
+        )
+        if before[part][name] != now[part][name]
+    ]
+    if changed:
+        raise OutputError(
+            f"since this run began, {' and '.join(changed)} changed",
+            where=str(folder.path),
+            remedy="put them back to go on, or start a new run in another folder",
+        )
+
+
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
     precision = base.quantization or str(base.dtype).removeprefix("torch.")
@@ -252,7 +280,7 @@ def _material(base: Base, train: Rows) -> Material:
     )
 
 
-def describe(session: Session) -> dict[str, object]:
+def describe(session: Session) -> dict[str, dict[str, object]]:
     """Returns the record of data and base: what the numbers were computed from."""
     base = session.base
     tokens = {data.key for data, _ in (*session.train.places, *session.held_out.places)}
@@ -277,5 +305,5 @@ def describe(session: Session) -> dict[str, object]:
             "held_out_digest": session.held_out.fingerprint(),
             "held_out_supervised_tokens": int(session.held_out.counts().sum()),
         },
-        "row_tokens": session.engine.row_tokens,
+        "engine": {"row_tokens": session.engine.row_tokens},
     }

@@ -11,7 +11,7 @@ from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.study.record import environment
-from peft_study.study.session import Session, check_methods, describe, open_session
+from peft_study.study.session import Session, check_methods, describe, open_session, refuse_other_inputs
 from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder, identity
 from peft_study.study.trial_run import TrialRunner, Watcher
@@ -89,6 +89,10 @@ def train(
     session = open_session(config.model, config.data, config.training, watcher.say)
     check_methods(session, [config.method], config.training.seed)
     runner = TrialRunner(session, config.logging, watcher, stop)
+    begun = [] if overwrite else [folder]
+    # a checkpoint lies in RUN/checkpoints/step_N
+    for run in begun + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
+        refuse_other_inputs(session, run)
     if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
         resume = resume or next(iter(reversed(checkpoint.find(folder.checkpoints))), None)
         folder.set_status("running")

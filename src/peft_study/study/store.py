@@ -138,6 +138,11 @@ class RunFolder:
         """Writes what the run was made of."""
         self.write(_RECORD, values)
 
+    def record(self) -> dict[str, Any] | None:
+        """Returns what the run was made of, or None where it had not begun."""
+        values: dict[str, Any] | None = self._read(_RECORD)
+        return values
+
     def write(self, name: str, values: Any) -> None:
         """Writes a JSON file into the folder, whole or not at all."""
         text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
