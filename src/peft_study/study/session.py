@@ -201,7 +201,6 @@ def _split(data: DataConfig, encoder: ChatEncoder, seed: int) -> tuple[Rows, Row
     if data.limit is not None and data.limit < len(places):
         chosen = np.random.default_rng(key(seed, "limit")).permutation(len(places))[: data.limit]
         places = [places[i] for i in sorted(chosen)]
-        notes.append(f"limit: {data.limit} rows were drawn at random, not the first {data.limit}")
     if isinstance(data.held_out, str):
         other = _tokenized(Source(path=data.held_out), data, encoder)
         held = [(other, row) for row in range(len(other))]
