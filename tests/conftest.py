@@ -13,10 +13,15 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from hypothesis import settings
 
 from command_line import CommandLine, Ran, conversation
 from peft_study.places import cache_root
 from tiny_tokenizer import tiny_tokenizer
+
+# a busy machine is no failure of a property
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from peft_study import config
 from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
+from peft_study.compat.finetune import _WITHOUT_MEANING
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -22,6 +23,19 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def slug(heading: str) -> str:
+    """Returns the anchor that a heading gets."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_anchor_is_a_heading(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)
+        assert anchor in {slug(heading) for heading in headings}, f"{target}#{anchor}"
 
 
 def code_lines(page: Path) -> list[str]:
@@ -82,6 +96,27 @@ def test_finetune_names_every_argument() -> None:
             assert f"`--{field.name}`" in text, field.name
 
 
+def finetune_rows() -> dict[str, tuple[str, str]]:
+    """Returns argument -> (default, what it does here) of the tables in docs/finetune.md."""
+    text = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
+    return {
+        name: (default, here) for name, default, here in re.findall(r"^\| `--(\w+)` \| (.+?) \| (.+) \|$", text, re.M)
+    }
+
+
+def test_finetune_tells_the_defaults() -> None:
+    rows = finetune_rows()
+    for kind in (FinetuneArguments, ExtraArguments):
+        for field in dataclasses.fields(kind):
+            assert rows[field.name][0] == ("-" if field.default is None else f"`{field.default}`"), field.name
+
+
+def test_finetune_says_which_arguments_have_no_effect() -> None:
+    rows = finetune_rows()
+    ignored = {name for names in _WITHOUT_MEANING.values() for name in names}
+    assert {name for name, (_, here) in rows.items() if here.startswith("no effect")} == ignored | {"wandb_entity"}
+
+
 def test_every_setting_says_what_it_means() -> None:
     kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
     plain = {"model", "data", "method", "training", "logging", "methods", "settings", "learning_rates", "schedule"}
@@ -96,7 +131,7 @@ def test_no_path_of_a_machine_and_no_registry_is_committed() -> None:
         pytest.skip("this is no git checkout")
     # put together here, so that this file does not hold what it looks for
     forbidden = re.compile(
-        "|".join(["/ro" + "ot/", "/wo" + "rk/", "/ho" + r"me/\w+/", "simple" + "/ ", r"index-ur" + "l"])
+        "|".join(["/ro" + "ot/", "/wo" + "rk/", "/ho" + r"me/\w+/", "/simp" + r"le\b", r"index-ur" + "l"])
     )
     for name in listed.stdout.split():
         path = ROOT / name
