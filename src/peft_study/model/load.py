@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,23 @@ def resolve_model(name: str) -> str:
     return name
 
 
+@functools.cache
+def _hub_options(path: str) -> dict[str, bool]:
+    """Returns how `from_pretrained` should look for a model: a hub id that cannot be asked for, in the cache alone.
+
+    Without this, a mistyped folder on a machine without network is retried for the better part of a minute.
+    """
+    if Path(path).is_dir():
+        return {}
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(path, timeout=10)
+    except Exception:  # noqa: BLE001  (which HTTP client, and so which error, changes between versions of the library)
+        return {"local_files_only": True}
+    return {}
+
+
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Returns the fast tokenizer of a model folder, hub id or the embedded name.
 
@@ -100,7 +118,9 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 
     path = resolve_model(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code, **_hub_options(path)
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
             f"no tokenizer could be loaded ({_first_line(error)})",
@@ -165,7 +185,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
     remedy = "give a folder that holds config.json and *.safetensors, or a hub id when online"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **options
+            path, use_safetensors=True, output_loading_info=True, **_hub_options(path), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
