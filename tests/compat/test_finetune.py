@@ -47,7 +47,6 @@ def test_lora_takes_the_originals_values() -> None:
     assert made.warnings == ()
     assert made.resume_from is None
     assert made.overwrite is False
-    assert made.name == "finetune"
 
 
 def test_lora_defaults_are_the_originals_not_ours() -> None:

@@ -79,3 +79,5 @@ def finetune(context: typer.Context) -> None:
             planned.config, said(command), display, stop, overwrite=planned.overwrite, resume_from=planned.resume_from
         )
     display.conclude(finished)
+    if finished.diverged:
+        raise typer.Exit(1)

@@ -37,7 +37,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a finite number above 0", lambda value: math.isfinite(value) and value > 0),
     "lora_dropout": ("at least 0 and below 1", lambda value: 0 <= value < 1),
     "num_virtual_tokens": ("at least 0 (0: the method's default)", lambda value: value >= 0),
-    "keep_last_n_checkpoints": ("at least -1 (-1: all)", lambda value: value >= -1),
+    "keep_last_n_checkpoints": ("at least 1, or -1 for all", lambda value: value == -1 or value >= 1),
     "seed": ("at least 0", lambda value: value >= 0),
     "checkpointing_steps": (
         "a number of steps above 0, or 'epoch'",

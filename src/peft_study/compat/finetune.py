@@ -23,6 +23,7 @@ from peft_study.compat.arguments import FinetuneArguments
 from peft_study.compat.checks import check, method_of, trackers
 from peft_study.compat.parsing import Command
 from peft_study.config import METHODS, TrainConfig, validate
+from peft_study.data.formats import parse_mapping
 from peft_study.errors import ConfigError
 
 _PLAIN_METHOD_ARGUMENTS = {
@@ -36,7 +37,7 @@ _WITHOUT_MEANING = {
     "Beaker": ("try_launch_beaker_eval_jobs", "hf_metadata_dataset"),
     "chosen by the device": ("use_flash_attn", "use_slow_tokenizer", "low_cpu_mem_usage", "fused_optimizer"),
     "32-bit optimizer states": ("use_8bit_optimizer",),
-    "frozen router": ("load_balancing_loss", "load_balancing_weight"),
+    "no auxiliary loss here": ("load_balancing_loss", "load_balancing_weight"),
     "one process": ("timeout",),
     "tokens are cached by content": ("overwrite_cache",),
     "the mixture is not written": ("dataset_mix_dir",),
@@ -51,7 +52,6 @@ class Run:
         config: the settings of the run.
         resume_from: checkpoint folder to continue from; None: none was asked for.
         overwrite: whether another run in the output folder is replaced.
-        name: name for the run's record.
         notes: one line each, to be printed once: what is ignored, what means something else here.
         warnings: one line each, to be printed loudly.
     """
@@ -59,7 +59,6 @@ class Run:
     config: TrainConfig
     resume_from: Path | None
     overwrite: bool
-    name: str
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -91,7 +90,6 @@ def to_run(command: Command) -> Run:
         config=validate(TrainConfig, values, where="peft-study finetune"),
         resume_from=_checkpoint(arguments),
         overwrite=arguments.overwrite_output_dir,
-        name=arguments.run_name or arguments.exp_name,
         notes=tuple(_notes(command)),
         warnings=tuple(_warnings(method_of(arguments), rate)),
     )
@@ -143,7 +141,7 @@ def _data(command: Command) -> dict[str, Any]:
         template = None if extra.chat_template == "own" else extra.chat_template
     values: dict[str, Any] = {
         "train": _sources(arguments),
-        "mapping": _column_names(extra.map),
+        "mapping": parse_mapping(extra.map),
         "max_length": arguments.max_seq_length,
         "chat_template": template,
         "add_bos": arguments.add_bos,
@@ -189,20 +187,6 @@ def _sources(arguments: FinetuneArguments) -> list[dict[str, Any]]:
             remedy="give shares of at most 1 for all data sets, or counts above 1 for all",
         )
     return [{"path": name, "take": amount} for name, amount in amounts.items()]
-
-
-def _column_names(text: str | None) -> dict[str, str] | None:
-    """Reads ``messages=COL`` or ``prompt=COL,response=COL``."""
-    if text is None:
-        return None
-    pairs = [item.partition("=") for item in text.split(",")]
-    if not all(name.strip() and column.strip() for name, _, column in pairs):
-        raise ConfigError(
-            f"{text!r} is not a list of names and columns",
-            where="--map",
-            remedy="write messages=COL or prompt=COL,response=COL",
-        )
-    return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _held_out(text: str) -> float | str:
@@ -326,8 +310,7 @@ def _ignored(command: Command) -> list[str]:
         groups["not LoRA"] = _PLAIN_METHOD_ARGUMENTS["lora"]
     if method in ("lora", "full"):
         groups["no virtual tokens"] = _PLAIN_METHOD_ARGUMENTS["soft"]
-    if not (arguments.with_tracking and "wandb" in trackers(arguments)):
-        groups["no W&B"] = ("wandb_entity",)
+    groups["no W&B here"] = ("wandb_entity",)
     lines = []
     for reason, names in groups.items():
         given = [f"--{n}" for n in names if n in command.given and getattr(arguments, n) != defaults[n]]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.config import FullConfig, NoneConfig
-from peft_study.errors import ModelError
+from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter, Material
 from peft_study.model.load import Base
 
@@ -106,6 +107,15 @@ class FullAdapter(Adapter):
                 target.copy_(self._originals.pop(name))
 
     def save(self, folder: Path, base: Base) -> None:
-        """Writes a model folder with the trained weights and the tokenizer."""
-        base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        """Writes a model folder with the trained weights and the tokenizer.
+
+        Raises:
+            OutputError: when the disk is full or the folder cannot be written.
+        """
+        try:
+            base.model.save_pretrained(folder)
+            base.tokenizer.save_pretrained(folder)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"the model could not be written ({error})", where=str(folder), remedy="free some space"
+            ) from error

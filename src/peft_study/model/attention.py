@@ -160,7 +160,8 @@ def _products_serve(query_HLD: Tensor, keys: int) -> bool:
     """True where two plain matrix products beat the fused kernel: short segments on CPU.
 
     Measured on 2 cores of an EPYC with avx512_bf16, torch 2.13, 9 heads of 64, forward and backward of 1,024 tokens:
-    14 segments of 70: 6 ms against 16; 5 of 200: 12 against 15; 2 of 512: 30 against 25.
+    14 segments of 70: 6 ms against 16; 5 of 200: 12 against 15; 2 of 512: 30 against 25; 1 of 1,024: 96 against 29
+    (benchmarks/short_segments.py).
     """
     return query_HLD.device.type == "cpu" and keys <= 256
 

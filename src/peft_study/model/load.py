@@ -125,7 +125,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         raise ModelError(
             f"no tokenizer could be loaded ({_first_line(error)})",
             where=name,
-            remedy="give a folder that holds tokenizer.json, or name another with --tokenizer",
+            remedy="give a folder that holds tokenizer.json, or name another tokenizer",
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(
@@ -138,7 +138,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         raise ModelError(
             "no tokenizer is there, only its name",
             where=name,
-            remedy="give a folder that holds tokenizer.json, or name another with --tokenizer",
+            remedy="give a folder that holds tokenizer.json, or name another tokenizer",
         )
     return tokenizer
 

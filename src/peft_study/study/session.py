@@ -238,12 +238,12 @@ def _held_out_count(wanted: float | None, available: int) -> int:
     if count == 0:
         raise ConfigError(
             f"of {available} rows none would be held out",
-            where="data.held_out",
+            where="held_out",
             remedy="give a number of rows, or a file",
         )
     if count >= available:
         raise ConfigError(
-            f"{count} rows would be held out, but there are {available}", where="data.held_out", remedy="hold out fewer"
+            f"{count} rows would be held out, but there are {available}", where="held_out", remedy="hold out fewer"
         )
     return count
 

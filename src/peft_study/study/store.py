@@ -3,7 +3,8 @@
 RUN/
     config.given.json     what the user said
     config.resolved.json  every setting, defaults filled in
-    record.json           code state, versions, hardware, data, base, trainable parameters
+    record.json           code state, versions, hardware, data, base
+    parameters.json       trainable and total parameters, by module; written before step 1
     metrics.jsonl         one line a logged step or evaluation
     tensorboard/          the same as event files
     checkpoints/step_N/   while it runs
@@ -30,9 +31,9 @@ Status = Literal["running", "finished", "diverged", "failed", "interrupted"]
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
 
 
-def identity(config: BaseModel, *, without: frozenset[str] = frozenset({"output", "logging"})) -> str:
-    """Returns a digest of the settings that decide a run's numbers."""
-    values = config.model_dump(mode="json", exclude=set(without))
+def identity(config: BaseModel) -> str:
+    """Returns a digest of the settings that decide a run's numbers: not its place, its logs, its processes."""
+    values = config.model_dump(mode="json", exclude={"output": True, "logging": True, "data": {"workers"}})
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
