@@ -17,7 +17,7 @@ from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.errors import DataError, ModelError, OutputError
-from peft_study.methods.peft_format import WEIGHTS, base_mismatch, encoding, read_config
+from peft_study.methods.peft_format import CONFIG, WEIGHTS, base_mismatch, encoding, read_config
 from peft_study.model.digest import folder_digest
 from peft_study.model.load import load_model, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
@@ -29,6 +29,10 @@ def _load(adapter: Path, base: str | None, *, dtype: torch.dtype | None, device:
     """Returns the adapted model, its tokenizer and the base's path; warns where the base is another one."""
     from peft import PeftModel
 
+    if base is None and not (adapter / CONFIG).exists() and (adapter / "config.json").exists():
+        # where all weights were trained, the folder is the model itself
+        whole = load_model(str(adapter), str(adapter), dtype=dtype or "auto").to(device)
+        return whole.eval(), load_tokenizer(str(adapter)), str(adapter)
     config = read_config(adapter)
     if not (adapter / WEIGHTS).is_file():
         raise ModelError(f"holds no {WEIGHTS}", where=str(adapter), remedy="only safetensors are loaded; save it again")
@@ -58,7 +62,7 @@ class Answerer:
 
     @classmethod
     def load(cls, adapter: Path, *, base: str | None = None, device: str = "auto") -> Answerer:
-        """Loads an adapter folder on its base.
+        """Loads an adapter folder on its base, or the model folder of a run that trained all weights.
 
         Raises:
             ModelError: when it holds no adapter, or its base cannot be loaded.
