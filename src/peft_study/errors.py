@@ -61,6 +61,11 @@ class OutputError(UserError):
     """An output that cannot be written, or a folder that holds another run."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns what a library's error says, cut to its first line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns the remedy for an unknown name: the nearest valid one where there is one, else all of them."""
     names = sorted(valid)

@@ -137,10 +137,16 @@ def read(folder: Path) -> Found | None:
         return None
 
 
+def newest(folder: Path) -> Found | None:
+    """Returns the newest whole checkpoint of a run, or None where there is none."""
+    return next(iter(reversed(find(folder))), None)
+
+
 def prune(folder: Path, keep: int) -> None:
     """Deletes all but the newest `keep` checkpoints; -1 keeps all."""
     if keep >= 0:
-        for old in find(folder)[: max(0, len(find(folder)) - keep)]:
+        found = find(folder)
+        for old in found[: max(0, len(found) - keep)]:
             shutil.rmtree(old.folder)
 
 

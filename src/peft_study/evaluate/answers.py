@@ -16,7 +16,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
-from peft_study.errors import DataError, ModelError, OutputError
+from peft_study.errors import DataError, ModelError, OutputError, first_line
 from peft_study.methods.peft_format import CONFIG, WEIGHTS, base_mismatch, encoding, read_config
 from peft_study.model.digest import folder_digest
 from peft_study.model.load import load_model, load_tokenizer, resolve_model
@@ -46,9 +46,8 @@ def _load(adapter: Path, base: str | None, *, dtype: torch.dtype | None, device:
     try:
         return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, path
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"the adapter cannot be put on {path} ({reason})",
+            f"the adapter cannot be put on {path} ({first_line(error)})",
             where=str(adapter),
             remedy="name the base it was trained on with --base, or export it again",
         ) from error

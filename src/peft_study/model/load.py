@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peft_study.errors import ModelError
+from peft_study.errors import ModelError, first_line
 from peft_study.model import attention
 from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
@@ -123,7 +123,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ModelError(
-            f"no tokenizer could be loaded ({_first_line(error)})",
+            f"no tokenizer could be loaded ({first_line(error)})",
             where=name,
             remedy="give a folder that holds tokenizer.json, or name another tokenizer",
         ) from error
@@ -189,7 +189,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"no causal language model could be loaded ({_first_line(error)})", where=name, remedy=remedy
+            f"no causal language model could be loaded ({first_line(error)})", where=name, remedy=remedy
         ) from error
     # transformers would fill them with random numbers and say so in a log that nobody reads
     missing = sorted(report["missing_keys"])
@@ -249,7 +249,3 @@ def _nf4(placement: Placement) -> dict[str, Any]:
         bnb_4bit_compute_dtype=placement.dtype,
     )
     return {"quantization_config": quantization, "device_map": {"": placement.device}}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

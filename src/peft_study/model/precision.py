@@ -20,6 +20,11 @@ class Placement:
     note: str | None = None
 
     @property
+    def dtype_name(self) -> str:
+        """The precision's name without torch's prefix."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def scales_loss(self) -> bool:
         """True where gradients are small enough to vanish: float16 needs its loss scaled up."""
         return self.dtype == torch.float16

@@ -147,7 +147,7 @@ def _trial(
         watcher.ended(name, result)
         return result
     watcher.began(name)
-    resume = next(iter(reversed(checkpoint.find(own.checkpoints))), None)
+    resume = checkpoint.newest(own.checkpoints)
     outcome = runner.run(name, trial.method, trial.training, own, identity=identity(trial), resume=resume)
     status: Status = "diverged" if outcome.diverged else "finished"
     values = {

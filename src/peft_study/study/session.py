@@ -98,7 +98,7 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
     """
     placement = choose(model.device, model.dtype)
     notes = [placement.note] if placement.note else []
-    say(f"loading {model.name} on {placement.device} in {str(placement.dtype).removeprefix('torch.')}")
+    say(f"loading {model.name} on {placement.device} in {placement.dtype_name}")
     base = load_base(
         model.name,
         tokenizer=model.tokenizer,
@@ -171,7 +171,7 @@ def refuse_other_inputs(session: Session, folder: RunFolder) -> None:
 
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
-    precision = base.quantization or str(base.dtype).removeprefix("torch.")
+    precision = base.quantization or base.placement.dtype_name
     name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
     return BaseLosses(engine.runner, rows, path, engine.row_tokens)
@@ -289,7 +289,7 @@ def describe(session: Session) -> dict[str, dict[str, object]]:
             "digest": base.digest,
             "origin": base.origin,
             "quantization": base.quantization,
-            "dtype": str(base.dtype).removeprefix("torch."),
+            "dtype": base.placement.dtype_name,
             "device": str(base.device),
             "proof": dataclasses.asdict(base.proof),
         },

@@ -94,7 +94,7 @@ def train(
     for run in begun + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
         refuse_other_inputs(session, run)
     if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
-        resume = resume or next(iter(reversed(checkpoint.find(folder.checkpoints))), None)
+        resume = resume or checkpoint.newest(folder.checkpoints)
         folder.set_status("running")
     try:
         finished = _run(config, folder, session, runner, watcher, resume)
@@ -135,12 +135,11 @@ def _checkpoint(path: Path, own: str) -> checkpoint.Found:
     """Returns the checkpoint in `path`, or the newest one of the run in `path`."""
     found = checkpoint.read(path)
     if found is None:
-        several = checkpoint.find(path / "checkpoints") or checkpoint.find(path)
-        if not several:
+        found = checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)
+        if found is None:
             raise OutputError(
                 "holds no whole checkpoint", where=str(path), remedy="give RUN/checkpoints/step_N, or the run's folder"
             )
-        found = several[-1]
     if found.identity != own:
         raise OutputError(
             "was made with other settings (method, data, training or model)",

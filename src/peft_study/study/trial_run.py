@@ -115,10 +115,7 @@ class TrialRunner:
         with MetricsWriter(folder.metrics, tensorboard, from_step=resume.step if resume else 0) as metrics:
             session.engine.admit(trial)
             try:
-                start = f"{method.model_dump_json()} {training.seed}"
-                start_N = self._initial.get(start)
-                if start_N is None:
-                    start_N = self._initial[start] = self._losses(trial)
+                start_N = self._start_losses(trial, method)
                 if resume is None:
                     self._tell(trial, metrics, start_N, base_N)
                 else:
@@ -204,6 +201,13 @@ class TrialRunner:
                 peak_memory_bytes=peak_memory(self._session.base.device),
                 skipped=report.skipped,
             )
+
+    def _start_losses(self, trial: Trial, method: MethodConfig) -> Losses:
+        """Returns the held-out losses of a trial that has taken no step, measured once an initialisation."""
+        start = f"{method.model_dump_json()} {trial.training.seed}"
+        if start not in self._initial:
+            self._initial[start] = self._losses(trial)
+        return self._initial[start]
 
     def _losses(self, trial: Trial) -> Losses:
         """Returns the summed held-out loss of each example."""
