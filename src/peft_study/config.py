@@ -184,7 +184,10 @@ class LoggingConfig(Strict):
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
     evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
     checkpoint_every: int | Literal["epoch"] | None = Field(
-        None, description="optimizer steps, or epoch; None: only when stopped"
+        None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock alone"
+    )
+    checkpoint_minutes: float | None = Field(
+        5.0, gt=0, description="minutes between checkpoints by the clock; None: only when stopped"
     )
     keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept, at least 1; -1: all")
     tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")
@@ -239,6 +242,9 @@ class StudyConfig(Strict):
     methods: tuple[MethodSpace, ...] = Field(min_length=1)
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
+    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"
+    )
     output: Path = Field(description="folder of the study")
 
     @field_validator("methods", mode="before")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from peft_study.study.metrics import MetricsWriter
 from peft_study.study.store import RunFolder
 
 
-@contextmanager
+@contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Lets this process write no file beyond `size` bytes: the system refuses, as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -119,7 +119,7 @@ def test_metrics(cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own writer
 def test_event_files(tmp_path: Path) -> None:
     def write() -> None:
-        with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "events") as metrics:
+        with contextlib.closing(MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "events")) as metrics:
             for step in range(2000):
                 metrics.write("train", step, loss=1.0)
 

@@ -173,7 +173,7 @@ def test_resume_from_checkpoint(cli: CommandLine, flags: tuple[Any, ...], tmp_pa
     line = cli(*words, "--lora_rank", 8, "--output_dir", third, "--resume_from_checkpoint", checkpoint).error()
     assert "other settings" in line
     assert not third.exists()
-    manifest = checkpoint / "tensors.safetensors"
+    manifest = checkpoint / "slot-0.safetensors"
     manifest.write_bytes(manifest.read_bytes()[:-1] + b"x")
     line = cli(*words, "--output_dir", third, "--resume_from_checkpoint", checkpoint).error()
     assert "the checkpoint is damaged; resume from an earlier one" in line

@@ -75,7 +75,7 @@ def test_a_study_ends_in_a_table_and_a_sentence_a_method(cli: CommandLine, study
 
 def test_a_stopped_study_goes_on_to_the_same_numbers(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     cli("run", study, "-o", tmp_path / "whole").ok()
-    asked = iter([False, False, False, False, True])
+    asked = iter([False, True])
     with patch.object(StopRequest, "asked", property(lambda _s: next(asked, True), lambda _s, _v: None), create=True):
         stopped = cli("run", study)
     assert stopped.code == 130

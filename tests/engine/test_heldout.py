@@ -24,14 +24,14 @@ def test_losses_are_pefts_in_the_order_asked_for(method: str, row_tokens: int) -
     base, examples, config = tw.base("llama"), tw.examples(LENGTHS), pr.METHODS[method]
     adapter = pr.adapter_of(config, base)
     expected = [loss.item() for loss in pr.Reference(tw.model("llama"), config, adapter).losses(examples)]
-    found = example_losses(RowRunner(base), adapter, examples, [3, 0, 4, 1], row_tokens)
+    (found,) = example_losses(RowRunner(base), [adapter], examples, [3, 0, 4, 1], row_tokens)
     assert found == pytest.approx([expected[i] for i in (3, 0, 4, 1)], rel=1e-5)
 
 
 def test_nothing_is_dropped_and_no_gradient_is_kept() -> None:
     base, examples = tw.base("llama"), tw.examples(LENGTHS)
     adapter = pr.adapter_of(LoraConfig(rank=4, dropout=0.5), base)
-    losses = [example_losses(RowRunner(base), adapter, examples, range(5), 64) for _ in range(2)]
+    losses = [example_losses(RowRunner(base), [adapter], examples, range(5), 64)[0] for _ in range(2)]
     assert (losses[0] == losses[1]).all()
     with RowRunner(base).row([Item(0, adapter, example) for example in examples]) as result:
         assert result.item_losses == pytest.approx(losses[0], rel=1e-5)
@@ -43,7 +43,7 @@ def test_the_bases_losses_are_computed_once_kept_and_read_again(
 ) -> None:
     base, examples = tw.base("llama"), tw.examples(LENGTHS)
     runner, path = RowRunner(base), tmp_path / "deep" / "losses.npy"
-    expected = example_losses(runner, NoAdapter(), examples, range(5), 64)
+    (expected,) = example_losses(runner, [NoAdapter()], examples, range(5), 64)
     losses = BaseLosses(runner, examples, path, 64)
     assert losses.of([4, 1, 4]) == pytest.approx(expected[[4, 1, 4]], rel=1e-6)
     losses.save()

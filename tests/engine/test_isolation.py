@@ -133,7 +133,7 @@ def test_a_diverged_trial_leaves_and_the_others_train_on_as_if_alone() -> None:
         losses, diverged = [], []
         while not well.finished:
             for event in engine.step():
-                if event.trial is well:
+                if event.trial is well and event.report:
                     losses.append(event.report.loss)
                 diverged.append(event.diverged)
         assert engine.trials == (well,)

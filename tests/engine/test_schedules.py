@@ -12,7 +12,7 @@ from transformers import get_scheduler
 import tiny_world as tw
 from peft_study.config import LoraConfig, PromptTuningConfig, Schedule, TrainingConfig
 from peft_study.engine.engine import Engine
-from peft_study.engine.trial import Trial
+from peft_study.engine.trial import Progress, Trial
 from peft_study.methods import create
 
 STEPS, RATE = 12, 3e-3
@@ -61,7 +61,7 @@ def test_every_schedule_is_transformers(schedule: str, ratio: float, warmup: int
 @pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_a_restored_schedule_goes_on_where_it_was(schedule: str, at: int) -> None:
     trial = trial_of(schedule)
-    trial.restore(at, 1.0)
+    trial.restore(Progress(at), slot=0)
     assert rates(trial, STEPS - at) == pytest.approx(plain(schedule, 3)[at:], abs=1e-12)
 
 
@@ -126,10 +126,17 @@ def test_gradients_that_stay_infinite_at_scale_one_are_a_divergence() -> None:
     training = TrainingConfig(learning_rate=1e-2, steps=3, batch_size=2)
     trial = Trial("t", create(LoraConfig(rank=2), base, None, 0), training, examples, scales_loss=True)
     trial.loss_scale = 2.0
+    before = {name: p.detach().clone() for name, p in trial.parameters.items()}
     engine = Engine(base)
     engine.admit(trial)
     first = next(iter(trial.parameters.values()))
     first.grad = torch.full_like(first, math.inf)
     (event,) = engine.step()
+    assert event.report is not None
+    assert event.report.skipped, "at a lower scale it might have gone on"
+    first.grad = torch.full_like(first, math.inf)
+    (event,) = engine.step()
     assert event.diverged == "the gradient became inf at step 1"
+    assert event.report is None
     assert engine.trials == ()
+    assert all(torch.equal(before[name], p) for name, p in trial.parameters.items()), "it stepped all the same"

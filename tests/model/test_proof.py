@@ -96,7 +96,7 @@ def test_held_out_losses_of_such_a_model_are_taken_one_a_row(monkeypatch: pytest
     base, examples = mixing_base(), tw.examples([9, 14, 11, 8])
     runner = RowRunner(base)
     counts = spy(runner, monkeypatch)
-    losses = example_losses(runner, NoAdapter(), examples, [2, 0, 3], row_tokens=4096)
+    (losses,) = example_losses(runner, [NoAdapter()], examples, [2, 0, 3], row_tokens=4096)
     assert counts == [1, 1, 1]
     model = mixing_model()
     for index, loss in zip([2, 0, 3], losses, strict=True):

@@ -63,7 +63,7 @@ class _Display:
             console=self.console,
         )
         self._live = Live(self._progress, console=self.console, transient=True, refresh_per_second=4)
-        self._task: TaskID | None = None
+        self._tasks: dict[str, TaskID] = {}
         self._told = 0.0
 
     def __exit__(
@@ -87,15 +87,20 @@ class _Display:
             numbers += f" (base {report.loss - base_loss:+.3f})"
         numbers += f"  lr {report.learning_rate:.2g}  {report.tokens / report.seconds:,.0f} tokens/s"
         if self.console.is_terminal:
-            if self._task is None:
-                self._task = self._progress.add_task(trial.name, total=trial.total_steps, numbers="")
-            self._progress.update(self._task, completed=report.step, numbers=numbers)
+            if trial.name not in self._tasks:
+                self._tasks[trial.name] = self._progress.add_task(trial.name, total=trial.total_steps, numbers="")
+            self._progress.update(self._tasks[trial.name], completed=report.step, numbers=numbers)
             if trial.finished:
-                self._progress.remove_task(self._task)
-                self._task = None
+                self._drop(trial.name)
         elif time.monotonic() - self._told > LINE_SECONDS or trial.finished:
             self._told = time.monotonic()
             self.say(f"{trial.name}  step {report.step}/{trial.total_steps}  {numbers}")
+
+    def _drop(self, name: str) -> None:
+        """Takes a trial's bar away."""
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            self._progress.remove_task(task)
 
 
 class RunDisplay(_Display):
@@ -126,15 +131,16 @@ class RunDisplay(_Display):
 
 
 class StudyDisplay(_Display):
-    """Shows a study: a line a trial as it ends, the trial under way, and the table at the end."""
+    """Shows a study: a line a trial as it ends, a bar for each one under way, and the table at the end."""
 
     def __init__(self) -> None:
         super().__init__()
         self._names: list[str] = []
         self._done = 0
+        self._done_before = 0
         self._methods: set[str] = set()
-        self._new_method = False
-        self._last = ""
+        self._new_methods: set[str] = set()
+        self._last: dict[str, str] = {}
         self._started = time.monotonic()
 
     def __enter__(self) -> StudyDisplay:
@@ -147,36 +153,36 @@ class StudyDisplay(_Display):
         self._names = names
         self.say(f"{len(names)} trials")
 
-    def began(self, name: str) -> None:
-        """Heads the bar with the place of the trial in the study."""
-        if self.console.is_terminal:
-            left = ""
-            if self._done:
-                seconds = (time.monotonic() - self._started) / self._done * (len(self._names) - self._done)
-                left = f", about {seconds / 60:.1f} min left"
-            head = f"trial {self._done + 1} of {len(self._names)}: {name}{left}"
-            self._live.update(Group(head, self._progress))
-
     def counted(self, trial: Trial, trainable: Trainable) -> None:
         """Prints what trains, once a method."""
-        self._new_method = trial.adapter.method not in self._methods
-        self._methods.add(trial.adapter.method)
-        if self._new_method:
+        if trial.adapter.method not in self._methods:
+            self._methods.add(trial.adapter.method)
+            self._new_methods.add(trial.name)
             self.say(trainable.sentence(trial.adapter.method))
 
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
         """Prints the loss at step 0 against the base once a method: it shows what the initialisation does."""
-        self._last = f"held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)"
-        if trial.step == 0 and self._new_method:
-            self.say(f"  step 0: {self._last}")
+        self._last[trial.name] = f"held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)"
+        if trial.step == 0 and trial.name in self._new_methods:
+            self.say(f"  {trial.adapter.method} at step 0: {self._last[trial.name]}")
 
     def ended(self, name: str, result: TrialResult) -> None:
         """Prints a line for a trial that ended, now or in an earlier start of this study."""
         self._done += 1
-        numbers = f"{self._last}, " if self._last and result.status == "finished" else ""
+        last = self._last.pop(name, None)
+        self._done_before += last is None
+        self._drop(name)
+        numbers = f"{last}, " if last and result.status == "finished" else ""
         reason = f" ({result.reason})" if result.reason else ""
         self.say(f"  {name}: {numbers}{result.status}{reason} in {result.seconds:.0f} s")
-        self._last = ""
+        self._live.update(Group(f"{self._done} of {len(self._names)} trials ended{self._left()}", self._progress))
+
+    def _left(self) -> str:
+        here = self._done - self._done_before
+        if not here or self._done == len(self._names):
+            return ""
+        seconds = (time.monotonic() - self._started) / here * (len(self._names) - self._done)
+        return f", about {seconds / 60:.1f} min left"
 
     def conclude(self, comparison: Comparison, folder: Path) -> None:
         """Prints the table and a sentence a method."""

@@ -1,10 +1,12 @@
-"""Checkpoints of one trial between two optimizer steps: safetensors and JSON only, whole or not there at all.
+"""Checkpoints: one consistent cut of the whole engine, between two rows; whole on the disk or not there at all.
 
     step_120/
-        tensors.safetensors   parameter/NAME, exp_avg/NAME, exp_avg_sq/NAME, step/NAME
-        checkpoint.json       step, tokens, loss scale, identity of the run, sha256 of the tensors; written last
+        slot-0.safetensors   parameter/P, exp_avg/P, exp_avg_sq/P, step/P, gradient/P (of an unfinished batch)
+        checkpoint.json      identity of the run, row budget, and of each trial: slot, tokens served, progress; what
+                             the caller had decided; sha256 of every other file. Written last.
 
-Data order, schedule and dropout are functions of the step, so nothing else has to be kept.
+Data order, schedule and dropout are functions of a trial's step, so nothing else has to be kept. With the tokens
+served, rows are filled after a resume as they would have been.
 """
 
 from __future__ import annotations
@@ -13,109 +15,126 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_study.engine.trial import Trial
+from peft_study.engine.engine import Engine
+from peft_study.engine.trial import Progress, Trial
 from peft_study.errors import OutputError
 from peft_study.model.digest import file_digest
 
-_TENSORS, _MANIFEST = "tensors.safetensors", "checkpoint.json"
+_MANIFEST = "checkpoint.json"
+_VERSION = 2
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint on disk."""
+    """A checkpoint on disk.
+
+    Attributes:
+        folder: where it lies.
+        step: its number.
+        identity: of the run's settings.
+        trials: names of the trials in its slots, in slot order.
+        decided: what the caller of `save` kept beside the trials.
+    """
 
     folder: Path
     step: int
     identity: str
+    trials: tuple[str, ...] = ()
+    decided: Mapping[str, Any] = field(default_factory=dict)
 
 
-def save(trial: Trial, folder: Path, identity: str) -> Path:
-    """Writes ``step_N`` into `folder` and returns its path.
+def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapping[str, Any] | None = None) -> Path:
+    """Writes ``step_NUMBER`` into `folder` and returns its path.
 
     Args:
-        trial: between two optimizer steps.
+        engine: between two rows.
         folder: of the run's checkpoints.
+        number: what it is called and ordered by: optimizer steps so far.
         identity: of the run's settings; a resume under others is refused.
+        decided: JSON values that belong to the same moment, such as which trials of a study have ended.
+
+    Raises:
+        OutputError: when it cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trial.parameters.items():
-        tensors[f"parameter/{name}"] = parameter.detach()
-        state = trial.optimizer.state.get(parameter, {}) if trial.optimizer else {}
-        tensors |= {f"{kind}/{name}": state[kind] for kind in _STATE if kind in state}
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step_{trial.step}"
-    temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=folder))
+    target = folder / f"step_{number}"
     try:
-        path = temporary / _TENSORS
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-        _sync(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=folder))
+    except OSError as error:
+        raise _unwritable(error, target) from error
+    try:
+        trials, digests = [], {}
+        for slot, (trial, served) in engine.places.items():
+            path = temporary / _file(slot)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in _tensors(trial).items()}, path)
+            _sync(path)
+            digests[path.name] = file_digest(path)
+            trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(trial.progress())})
         manifest = {
-            "step": trial.step,
-            "tokens": trial.tokens,
-            "loss_scale": trial.loss_scale,
-            "good_steps": trial.good_steps,
+            "version": _VERSION,
+            "step": number,
             "identity": identity,
-            "sha256": file_digest(path),
+            "row_tokens": engine.row_tokens,
+            "trials": trials,
+            "decided": dict(decided or {}),
+            "sha256": digests,
         }
         (temporary / _MANIFEST).write_text(json.dumps(manifest))
         _sync(temporary / _MANIFEST)
+        _sync(temporary)
+        replaced = temporary.with_name(f"{temporary.name}-replaced")
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         temporary.rename(target)
         _sync(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise OutputError(
-            f"the checkpoint could not be written ({error})", where=str(target), remedy="free some space"
-        ) from error
+        raise _unwritable(error, target) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
-def load(trial: Trial, found: Found) -> None:
-    """Puts the trial where it was when the checkpoint was written.
+def load(engine: Engine, found: Found, trials: Mapping[str, Trial]) -> None:
+    """Puts the engine where it was: each trial into its slot, with its tensors, progress and unfinished batch.
+
+    Args:
+        engine: without trials.
+        found: the checkpoint.
+        trials: by name, those of `found.trials`, freshly made.
 
     Raises:
-        OutputError: when the files are damaged or belong to another method.
+        OutputError: when files are damaged or belong to other settings; the engine then has no trials.
     """
+    assert not engine.trials, "a checkpoint is of the whole engine"
     manifest = json.loads((found.folder / _MANIFEST).read_text())
-    path = found.folder / _TENSORS
-    broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one")
-    try:
-        if file_digest(path) != manifest["sha256"]:
-            raise broken
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise broken from error
-    with torch.no_grad():
-        for name, parameter in trial.parameters.items():
-            saved = tensors.get(f"parameter/{name}")
-            if saved is None or saved.shape != parameter.shape:
-                raise OutputError(
-                    f"the checkpoint does not fit at {name}",
-                    where=str(found.folder),
-                    remedy="resume with the settings it was made with",
-                )
-            parameter.copy_(saved)
-            if trial.optimizer is not None and f"exp_avg/{name}" in tensors:
-                trial.optimizer.state[parameter] = {
-                    kind: tensors[f"{kind}/{name}"].to("cpu" if kind == "step" else parameter.device) for kind in _STATE
-                }
-                if parameter.is_cuda:  # the fused kernel keeps its step counter beside the parameters
-                    state = trial.optimizer.state[parameter]
-                    state["step"] = state["step"].to(parameter.device)
-    trial.restore(
-        manifest["step"], manifest["loss_scale"], tokens=manifest["tokens"], good_steps=manifest["good_steps"]
-    )
+    loaded = {e["name"]: _read(found, manifest, e["slot"], trials[e["name"]]) for e in manifest["trials"]}
+    engine.row_tokens = manifest["row_tokens"]
+    for entry in manifest["trials"]:
+        trial = trials[entry["name"]]
+        _fill(trial, loaded[trial.name])
+        engine.admit(trial, slot=entry["slot"], served=entry["served"])
+        sums = {int(place): loss for place, loss in entry["sums"].items()}
+        progress = Progress(
+            entry["step"],
+            entry["tokens"],
+            entry["loss_scale"],
+            entry["good_steps"],
+            sums=sums,
+            waiting=tuple(entry["waiting"]),
+        )
+        trial.restore(progress, entry["slot"])
 
 
 def find(folder: Path) -> list[Found]:
@@ -132,7 +151,10 @@ def read(folder: Path) -> Found | None:
     """Returns the checkpoint in `folder`, or None where there is no whole one."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return Found(folder, manifest["step"], manifest["identity"])
+        if manifest["version"] != _VERSION:
+            return None
+        names = tuple(entry["name"] for entry in manifest["trials"])
+        return Found(folder, manifest["step"], manifest["identity"], names, manifest["decided"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -143,11 +165,68 @@ def newest(folder: Path) -> Found | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints; -1 keeps all."""
+    """Deletes all but the newest `keep` checkpoints (-1 keeps all), and what killed processes left half-written."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     if keep >= 0:
         found = find(folder)
         for old in found[: max(0, len(found) - keep)]:
             shutil.rmtree(old.folder)
+
+
+def _file(slot: int) -> str:
+    return f"slot-{slot}.safetensors"
+
+
+def _tensors(trial: Trial) -> dict[str, Tensor]:
+    """Returns all tensors that the trial goes on from."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trial.parameters.items():
+        tensors[f"parameter/{name}"] = parameter.detach()
+        state = trial.optimizer.state.get(parameter, {}) if trial.optimizer else {}
+        tensors |= {f"{kind}/{name}": state[kind] for kind in _STATE if kind in state}
+        if parameter.grad is not None:
+            tensors[f"gradient/{name}"] = parameter.grad
+    return tensors
+
+
+def _read(found: Found, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
+    """Returns the trial's tensors, checked whole and fitting."""
+    broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one")
+    path = found.folder / _file(slot)
+    try:
+        if file_digest(path) != manifest["sha256"][path.name]:
+            raise broken
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise broken from error
+    for key, parameter in trial.parameters.items():
+        saved = tensors.get(f"parameter/{key}")
+        if saved is None or saved.shape != parameter.shape:
+            raise OutputError(
+                f"the checkpoint does not fit at {key}",
+                where=str(found.folder),
+                remedy="resume with the settings it was made with",
+            )
+    return tensors
+
+
+@torch.no_grad()
+def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
+    """Copies parameters, optimizer state and the gradients of an unfinished batch into the trial."""
+    for name, parameter in trial.parameters.items():
+        parameter.copy_(tensors[f"parameter/{name}"])
+        gradient = tensors.get(f"gradient/{name}")
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        if trial.optimizer is not None and f"exp_avg/{name}" in tensors:
+            # on CUDA the fused kernel keeps its step counter beside the parameters
+            homes = dict.fromkeys(_STATE, parameter.device)
+            homes["step"] = parameter.device if parameter.is_cuda else torch.device("cpu")
+            trial.optimizer.state[parameter] = {kind: tensors[f"{kind}/{name}"].to(homes[kind]) for kind in _STATE}
+
+
+def _unwritable(error: Exception, target: Path) -> OutputError:
+    return OutputError(f"the checkpoint could not be written ({error})", where=str(target), remedy="free some space")
 
 
 def _sync(path: Path) -> None:

@@ -1,15 +1,34 @@
-"""The engine: trials in slots, rows filled with segments of their current batches."""
+"""The engine: trials in slots on one frozen base, rows filled with segments of their current batches.
+
+    slot 0   lora, batch of 4     | ex 7 | ex 2 | ex 9 | ex 4 |   -> complete: its own optimizer step
+    slot 1   prefix, batch of 2   | ex 7 | ex 2 |                 -> complete: its own optimizer step, the next batch
+    slot 2   (free)                                               <- the next trial enters at the next row
+    row      | slot 0: ex 7, ex 2 | slot 1: ex 7 |                   up to `row_tokens` tokens
+
+Slots share the row fairly: the one that has had the fewest tokens comes first. A trial that leaves, of its own or
+because its numbers are no longer finite, takes nothing with it that the others use.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from peft_study.engine.guards import refuse_strangers
+from peft_study.engine.heldout import example_losses
+from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner
-from peft_study.engine.trial import StepReport, Trial
-from peft_study.errors import ConfigError
+from peft_study.engine.trial import Diverged, Examples, StepReport, Trial
+from peft_study.errors import ConfigError, ModelError
 from peft_study.model.load import Base
+
+Result = TypeVar("Result")
 
 DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 """Tokens a row where nothing is said; on CPU longer rows are no faster and hold more activations."""
@@ -17,11 +36,29 @@ DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A trial took an optimizer step, or had to leave because its numbers are no longer finite."""
+    """A trial took an optimizer step, or had to leave because its numbers are no longer finite.
+
+    Attributes:
+        trial: which one.
+        report: of the step; None where it diverged.
+        diverged: why it left, else None.
+    """
 
     trial: Trial
-    report: StepReport
+    report: StepReport | None
     diverged: str | None = None
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row being filled: (trial, place in its batch, item), in the order taken."""
+
+    entries: list[tuple[Trial, int, Item]] = field(default_factory=list)
+    used: int = 0
+
+    def takes(self, item: Item, budget: int, *, packs: bool) -> bool:
+        """True where the item fits; an item longer than the budget has a row of its own."""
+        return not self.entries or (packs and self.used + item.row_length <= budget)
 
 
 class Engine:
@@ -30,14 +67,27 @@ class Engine:
     Args:
         base: the model all trials share.
         row_tokens: tokens of a row; None takes the device's default.
+        slots: trials at a time; None: no limit.
         gradient_checkpointing: recompute decoder layers in the backward pass.
+        processes: that run rows of the same trials.
     """
 
-    def __init__(self, base: Base, *, row_tokens: int | None = None, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        row_tokens: int | None = None,
+        slots: int | None = None,
+        gradient_checkpointing: bool = False,
+        processes: Processes = ALONE,
+    ) -> None:
         self.base = base
         self.runner = RowRunner(base)
         self.row_tokens = row_tokens or DEFAULT_ROW_TOKENS[base.device.type]
+        self.slots = slots
+        self.processes = processes
         self._slots: dict[int, Trial] = {}
+        self._served: dict[int, int] = {}
         _recompute_layers(base, gradient_checkpointing)
 
     @property
@@ -45,70 +95,181 @@ class Engine:
         """The trials in the slots, in slot order."""
         return tuple(self._slots[slot] for slot in sorted(self._slots))
 
-    def admit(self, trial: Trial) -> int:
-        """Gives the trial the first free slot and returns it.
+    @property
+    def places(self) -> dict[int, tuple[Trial, int]]:
+        """Slot -> its trial, and the tokens it has been served: what decides how rows are filled."""
+        return {slot: (self._slots[slot], self._served[slot]) for slot in sorted(self._slots)}
+
+    def has_room(self, *, exclusive: bool = False) -> bool:
+        """True where a trial could be admitted now: there is a slot, and nobody must be alone."""
+        if exclusive or any(trial.adapter.exclusive for trial in self._slots.values()):
+            return not self._slots
+        return self.slots is None or len(self._slots) < self.slots
+
+    def admit(self, trial: Trial, *, slot: int | None = None, served: int | None = None) -> int:
+        """Gives the trial a slot and returns it; it takes part from the next row on.
+
+        Args:
+            trial: to be trained.
+            slot: None: the first free one.
+            served: tokens it counts as having been served; None: as few as any trial here.
 
         Raises:
-            ConfigError: when the trial, or one already here, changes the base and must be alone.
+            ConfigError: when no slot is free, or the trial, or one already here, changes the base and must be alone.
         """
-        if self._slots and (trial.adapter.exclusive or any(t.adapter.exclusive for t in self._slots.values())):
+        if not self.has_room(exclusive=trial.adapter.exclusive):
+            if self.slots is not None and len(self._slots) >= self.slots:
+                raise ConfigError(f"all {self.slots} slots are taken", where=trial.name, remedy="evict a trial first")
             raise ConfigError("full fine-tuning changes the base and must run alone", where=trial.name)
-        slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
+        if slot is None:
+            slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
+        assert slot not in self._slots, "one trial a slot"
         trial.adapter.attach()
-        refuse_strangers(self.base, trial.adapter)
+        try:
+            refuse_strangers(self.base, trial.adapter)
+        except ModelError:
+            trial.adapter.detach()
+            raise
+        self._served[slot] = min(self._served.values(), default=0) if served is None else served
         self._slots[slot] = trial
         return slot
 
     def evict(self, trial: Trial) -> None:
-        """Takes the trial out; the others do not notice."""
+        """Takes the trial out, whatever it was doing; the others do not notice."""
         slot = next(slot for slot, other in self._slots.items() if other is trial)
-        del self._slots[slot]
+        del self._slots[slot], self._served[slot]
         trial.adapter.detach()
 
     def step(self) -> list[Event]:
-        """Runs one row forward and backward; returns the optimizer steps that it completed."""
+        """Runs one row (in every process one) forward and backward; returns the optimizer steps that it completed.
+
+        Out of memory on an accelerator halves the row, and the batches it held begin anew: no example is lost.
+
+        Raises:
+            ModelError: when a single example does not fit into the memory.
+        """
         assert self._slots, "no trial was admitted"
-        chosen = self._fill()
-        with self.runner.row([item for _, _, item in chosen]) as result:
-            if result.total.requires_grad:
-                result.total.backward()
-        for (trial, place, _), loss in zip(chosen, result.item_losses, strict=True):
-            trial.record(place, loss)
+        rows = self._plan()
+        losses = self._run(rows)
+        if losses is None:
+            self._halve(rows)
+            return []
         events = []
+        for (trial, place, _), loss in zip((entry for row in rows for entry in row.entries), losses, strict=True):
+            if trial in self.trials:  # else it left with an earlier example of this row
+                try:
+                    trial.record(place, loss)
+                except Diverged as reason:
+                    events.append(self._remove(trial, reason))
         for trial in self.trials:
             if trial.batch_complete:
-                report = trial.finish_batch()
-                diverged = _divergence(report)
-                if diverged:
-                    self.evict(trial)
-                events.append(Event(trial, report, diverged))
+                self.processes.sum_gradients(list(trial.parameters.values()))
+                try:
+                    events.append(Event(trial, trial.finish_batch()))
+                except Diverged as reason:
+                    events.append(self._remove(trial, reason))
         return events
 
-    def _fill(self) -> list[tuple[Trial, int, Item]]:
-        """Takes examples from the trials in turn until the row is full; items of one slot end up together."""
-        queues = {slot: self._slots[slot].pending(slot) for slot in sorted(self._slots)}
-        taken: dict[int, list[tuple[Trial, int, Item]]] = {slot: [] for slot in queues}
-        used, count, progress = 0, 0, True
-        while progress:
-            progress = False
-            for slot, queue in queues.items():
-                if not queue:
-                    continue
-                place, item = queue[0]
-                if count and (not self.base.proof.packs or used + item.row_length > self.row_tokens):
-                    continue
-                queue.popleft()
-                taken[slot].append((self._slots[slot], place, item))
-                used, count, progress = used + item.row_length, count + 1, True
-        return [entry for entries in taken.values() for entry in entries]
+    def evaluate(
+        self, trials: Sequence[Trial], examples: Examples, indices: Sequence[int]
+    ) -> list[npt.NDArray[np.float64]]:
+        """Returns for each trial the summed token loss of each example, in nats, without dropout.
+
+        The trials' examples share rows; an exclusive trial must be in its slot.
+        """
+        adapters = [trial.adapter for trial in trials]
+        return self.retried(
+            lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes)
+        )
+
+    def retried(self, work: Callable[[], Result]) -> Result:
+        """Returns what `work` gives, with smaller rows where it was out of memory on an accelerator."""
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not out_of_memory(error) or self.row_tokens == 1 or self.processes.count > 1:
+                    raise
+            self._shrink()  # outside the handler, whose traceback holds the row's tensors
+
+    def _remove(self, trial: Trial, reason: Diverged) -> Event:
+        self.evict(trial)
+        return Event(trial, None, str(reason))
+
+    def _plan(self) -> list[_Row]:
+        """Fills a row for each process, always from the slot that has been served least.
+
+        Everything that decides it is the same in all processes, so they agree without a word.
+        """
+        rows = [_Row() for _ in range(self.processes.count)]
+        running = {slot: trial for slot, trial in sorted(self._slots.items()) if not trial.finished}
+        assert running, "every trial here is finished: evict it"
+        queues = {slot: trial.pending(slot) for slot, trial in running.items()}
+        packs = self.base.proof.packs
+        while open_slots := [slot for slot, queue in queues.items() if queue]:
+            slot = min(open_slots, key=lambda s: (self._served[s], s))
+            place, item = queues[slot][0]
+            row = min(rows, key=lambda r: r.used)
+            if not row.takes(item, self.row_tokens, packs=packs):
+                del queues[slot]  # its turn comes first in the next row
+                continue
+            queues[slot].popleft()
+            row.entries.append((self._slots[slot], place, item))
+            row.used += item.row_length
+            self._served[slot] += item.row_length
+        for row in rows:  # the items of a slot stand together
+            row.entries.sort(key=lambda entry: entry[2].slot)
+        return rows
+
+    def _run(self, rows: Sequence[_Row]) -> list[float] | None:
+        """Runs this process's row; returns the loss of every item of all rows, None where one was out of memory."""
+        own = rows[self.processes.rank].entries
+        item_losses: list[float] = []
+        full = False
+        try:
+            if own:
+                with self.runner.row([item for _, _, item in own]) as result:
+                    if result.total.requires_grad:
+                        result.total.backward()
+                item_losses = result.item_losses
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            full, item_losses = True, [0.0] * len(own)
+        before = sum(len(row.entries) for row in rows[: self.processes.rank])
+        count = sum(len(row.entries) for row in rows)
+        told = [0.0] * before + item_losses + [0.0] * (count - before - len(own))
+        # a loss that is infinite in one process must not become NaN by what the others add: they add zero
+        *losses, failures = self.processes.total([*told, float(full)])
+        return None if failures else losses
+
+    def _halve(self, rows: Sequence[_Row]) -> None:
+        """Makes rows smaller after one did not fit, and begins anew the batches that were in them."""
+        if max(len(row.entries) for row in rows) == 1:
+            longest = max(row.used for row in rows)
+            raise ModelError(
+                f"one example of {longest} tokens does not fit into the memory of {self.base.device}",
+                remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
+            )
+        for trial in {id(t): t for row in rows for t, _, _ in row.entries}.values():
+            trial.restart_batch()
+        self._shrink(below=max(row.used for row in rows))
+
+    def _shrink(self, below: int | None = None) -> None:
+        before = self.row_tokens
+        self.row_tokens = max(1, min(before, below or before) // 2)
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(
+            f"out of memory on {self.base.device}: rows are cut from {before:,} to {self.row_tokens:,} tokens; "
+            "nothing is lost",
+            stacklevel=2,
+        )
 
 
-def _divergence(report: StepReport) -> str | None:
-    if not math.isfinite(report.loss):
-        return f"the loss became {report.loss} at step {report.step}"
-    if not math.isfinite(report.gradient_norm) and not report.skipped:
-        return f"the gradient became {report.gradient_norm} at step {report.step}"
-    return None
+def out_of_memory(error: RuntimeError) -> bool:
+    """True for CUDA's and MPS's errors of that kind; the latter is known by its text alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def _recompute_layers(base: Base, wanted: bool) -> None:

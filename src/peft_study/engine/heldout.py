@@ -9,43 +9,59 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from peft_study.data.atomic import AtomicFiles
+from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner, fill_rows
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
 from peft_study.methods.reference import NoAdapter
 
+Losses = npt.NDArray[np.float64]
+
 
 @torch.no_grad()
 def example_losses(
     runner: RowRunner,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     examples: Examples,
     indices: Sequence[int],
     row_tokens: int,
+    *,
     on_row: Callable[[], None] | None = None,
-) -> npt.NDArray[np.float64]:
-    """Returns the summed token loss of each example, in nats, without dropout.
+    processes: Processes = ALONE,
+) -> list[Losses]:
+    """Returns, for each adapter, the summed token loss of each example, in nats, without dropout.
+
+    The adapters' examples stand one adapter after another, and rows are cut where they are full: only an adapter's
+    last row is shared with the next.
 
     Args:
         runner: of the base.
-        adapter: whose loss; it must be attached where it changes the base.
+        adapters: whose losses; one that changes the base must be attached.
         examples: the data.
         indices: which of them.
         row_tokens: tokens a row.
         on_row: called after each row, for progress.
+        processes: each takes its share of the rows.
     """
-    items = [Item(0, adapter, examples[i]) for i in indices]
-    # long first: rows fill better, and memory peaks at once
-    order = sorted(range(len(items)), key=lambda i: -items[i].row_length)
-    sums = np.empty(len(items))
+    items: list[Item] = []
+    places: list[tuple[int, int]] = []  # of each item: its adapter, its place among the indices
+    for slot, adapter in enumerate(adapters):
+        own = [(Item(slot, adapter, examples[i]), (slot, place)) for place, i in enumerate(indices)]
+        own.sort(key=lambda entry: -entry[0].row_length)  # long first: rows fill better, and memory peaks at once
+        items += [item for item, _ in own]
+        places += [place for _, place in own]
+    sums_AN = np.zeros((len(adapters), len(indices)))
     done = 0
-    for row in fill_rows([items[i] for i in order], row_tokens, packs=runner.base.proof.packs):
-        with runner.row(row) as result:
-            sums[order[done : done + len(row)]] = result.item_losses
+    for number, row in enumerate(fill_rows(items, row_tokens, packs=runner.base.proof.packs)):
+        if number % processes.count == processes.rank:
+            with runner.row(row) as result:
+                for place, loss in zip(places[done : done + len(row)], result.item_losses, strict=True):
+                    sums_AN[place] = loss
         done += len(row)
         if on_row:
             on_row()
-    return sums
+    return list(np.array(processes.total(sums_AN.ravel().tolist())).reshape(sums_AN.shape))
 
 
 class BaseLosses:
@@ -56,30 +72,40 @@ class BaseLosses:
         examples: the data.
         path: file the losses are kept in (NaN: not computed yet), or None to keep them in memory.
         row_tokens: tokens a row.
+        processes: each takes its share of the rows; one of them writes the file.
     """
 
-    def __init__(self, runner: RowRunner, examples: Examples, path: Path | None, row_tokens: int) -> None:
+    def __init__(
+        self,
+        runner: RowRunner,
+        examples: Examples,
+        path: Path | None,
+        row_tokens: int,
+        *,
+        processes: Processes = ALONE,
+    ) -> None:
         self._runner, self._examples, self._row_tokens, self._path = runner, examples, row_tokens, path
+        self._processes = processes
         self._losses_N = np.full(len(examples), np.nan)
         if path is not None and path.exists():
             found = np.load(path)
             if found.shape == self._losses_N.shape:
                 self._losses_N = found
+        self._losses_N = np.array(processes.of_first(self._losses_N.tolist()))
 
-    def of(self, indices: Sequence[int]) -> npt.NDArray[np.float64]:
+    def of(self, indices: Sequence[int]) -> Losses:
         """Returns the base's summed loss of each of these examples, computing the missing ones."""
         missing = sorted({i for i in indices if np.isnan(self._losses_N[i])})
         if missing:
             # weights of an exclusive trial would be measured instead of the base's: its caller asks beforehand
-            self._losses_N[missing] = example_losses(
-                self._runner, NoAdapter(), self._examples, missing, self._row_tokens
+            (self._losses_N[missing],) = example_losses(
+                self._runner, [NoAdapter()], self._examples, missing, self._row_tokens, processes=self._processes
             )
         return self._losses_N[list(indices)]
 
     def save(self) -> None:
         """Writes what is known to disk."""
-        if self._path is not None:
+        if self._path is not None and self._processes.writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._path.with_suffix(".tmp.npy")
-            np.save(temporary, self._losses_N)
-            temporary.replace(self._path)
+            with AtomicFiles() as files:
+                np.save(files.open(self._path), self._losses_N)

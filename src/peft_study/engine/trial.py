@@ -59,9 +59,13 @@ class StepReport:
     skipped: bool = False
 
 
+class Diverged(Exception):
+    """The trial's numbers are no longer finite; its parameters are those before the step."""
+
+
 @dataclass(slots=True)
 class _Batch:
-    """The optimizer batch in progress."""
+    """The optimizer batch in progress: items that no row has taken, and the loss sums of those that went through."""
 
     indices: list[int]
     items: deque[tuple[int, Item]]
@@ -69,6 +73,25 @@ class _Batch:
     tokens: int
     started: float
     sums: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a trial stands, beside its tensors: what a checkpoint keeps of it.
+
+    Attributes:
+        step, tokens: optimizer steps taken and data tokens seen in them.
+        loss_scale, good_steps: of float16.
+        sums: loss sums of the current batch's examples that went through a row, by their place in the batch.
+        waiting: places that no row has taken yet, in order.
+    """
+
+    step: int
+    tokens: int = 0
+    loss_scale: float = 1.0
+    good_steps: int = 0
+    sums: dict[int, float] = field(default_factory=dict)
+    waiting: tuple[int, ...] = ()
 
 
 class Trial:
@@ -120,17 +143,36 @@ class Trial:
         """True when every step of the budget is taken."""
         return self.step >= self.total_steps
 
-    def restore(self, step: int, loss_scale: float, *, tokens: int = 0, good_steps: int = 0) -> None:
-        """Puts step, schedule and loss scale where a checkpoint had them; parameters are the caller's."""
-        self.step, self.loss_scale, self._batch = step, loss_scale, None
-        self.tokens, self.good_steps = tokens, good_steps
+    def progress(self) -> Progress:
+        """Returns where the trial stands, between two rows."""
+        batch = self._batch
+        sums, waiting = ({}, ()) if batch is None else (dict(batch.sums), tuple(place for place, _ in batch.items))
+        return Progress(self.step, self.tokens, self.loss_scale, self.good_steps, sums, waiting)
+
+    def restore(self, progress: Progress, slot: int) -> None:
+        """Puts step, schedule, loss scale and batch where a checkpoint had them; tensors are the caller's."""
+        self.step, self.tokens = progress.step, progress.tokens
+        self.loss_scale, self.good_steps = progress.loss_scale, progress.good_steps
+        self._batch = None
+        if progress.sums:
+            self._batch = self._begin(slot)
+            items = dict(self._batch.items)
+            self._batch.items = deque((place, items[place]) for place in progress.waiting)
+            self._batch.sums = dict(progress.sums)
         if self.optimizer is not None:
             # the schedule is a function of the step: LambdaLR recomputes the rate from its counter
-            self.scheduler.last_epoch = step
-            rates = [base * f(step) for base, f in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)]
+            self.scheduler.last_epoch = progress.step
+            lambdas = self.scheduler.lr_lambdas
+            rates = [base * f(progress.step) for base, f in zip(self.scheduler.base_lrs, lambdas, strict=True)]
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self.adapter.after_step()
+
+    def restart_batch(self) -> None:
+        """Forgets what rows have done for the current batch: it is computed anew, from the same examples."""
+        self._batch = None
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def pending(self, slot: int) -> deque[tuple[int, Item]]:
         """Returns the items of the current batch that no row has taken yet; begins the next batch where needed."""
@@ -159,8 +201,14 @@ class Trial:
         return _Batch(indices, items, supervised, sum(len(e) for e in chosen), time.perf_counter())
 
     def record(self, place: int, loss_sum: float) -> None:
-        """Notes the summed loss of the batch's example number `place`."""
+        """Notes the summed loss of the batch's example number `place`.
+
+        Raises:
+            Diverged: when it is not finite.
+        """
         assert self._batch is not None
+        if not math.isfinite(loss_sum):
+            raise Diverged(f"the loss became {loss_sum} at step {self.step + 1}")
         self._batch.sums[place] = loss_sum
 
     @property
@@ -169,7 +217,11 @@ class Trial:
         return self._batch is not None and len(self._batch.sums) == len(self._batch.indices)
 
     def finish_batch(self) -> StepReport:
-        """Clips, steps optimizer and schedule, and returns the report; the batch must be complete."""
+        """Clips, steps optimizer and schedule, and returns the report; the batch must be complete.
+
+        Raises:
+            Diverged: when the gradient is not finite (float16: and the loss scale cannot fall further).
+        """
         assert self.batch_complete
         assert self._batch is not None
         batch, self._batch = self._batch, None
@@ -203,10 +255,12 @@ class Trial:
         if self._scales_loss:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
         norm = _norm(gradients)
-        if self._scales_loss and not math.isfinite(norm):
-            self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
+        if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
-            return norm, self.loss_scale > 1.0
+            if self.loss_scale <= 1.0:
+                raise Diverged(f"the gradient became {norm} at step {self.step + 1}")
+            self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
+            return norm, True
         clip = self.training.clip_norm
         if clip is not None and norm > clip:
             torch._foreach_mul_(gradients, clip / (norm + 1e-6))

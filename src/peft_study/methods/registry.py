@@ -35,3 +35,8 @@ def create(config: MethodConfig, base: Base, material: Material | None, seed: in
         return _CLASSES[config.method].create(config, base, material, seed)
     except ValueError as error:
         raise ConfigError(str(error), where=config.method, remedy="use fewer tokens, or another init") from error
+
+
+def is_exclusive(config: MethodConfig) -> bool:
+    """True where the method changes the base itself, so that its trials run alone."""
+    return bool(_CLASSES[config.method].exclusive)

@@ -6,11 +6,9 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 from peft_study.data.atomic import output_error
-from peft_study.errors import OutputError
 
 
 class MetricsWriter:
@@ -37,18 +35,6 @@ class MetricsWriter:
 
                 self._events = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # a full disk refuses the last flush once more: the error under way says it already
-        with contextlib.suppress(OutputError) if value is not None else contextlib.nullcontext(), self._telling():
-            self._file.close()
-            if self._events is not None:
-                self._events.close()
-
     def write(self, event: str, step: int, **values: Any) -> None:
         """Writes one record: its kind (``train`` or ``held_out``), the step, and the values.
 
@@ -62,6 +48,17 @@ class MetricsWriter:
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
                         self._events.add_scalar(f"{event}/{name}", value, step)
+
+    def close(self) -> None:
+        """Writes out what is buffered and closes the files.
+
+        Raises:
+            OutputError: when the disk is full.
+        """
+        with self._telling():
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

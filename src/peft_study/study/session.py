@@ -18,6 +18,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses
+from peft_study.engine.processes import ALONE, Processes
 from peft_study.errors import ConfigError, OutputError
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
@@ -71,6 +72,7 @@ class Session:
         material: what initialisations draw on.
         base_train, base_held_out: the untouched base's losses.
         notes: lines the user should see once.
+        processes: that run the same trials, this one among them.
     """
 
     base: Base
@@ -83,19 +85,25 @@ class Session:
     base_train: BaseLosses
     base_held_out: BaseLosses
     notes: tuple[str, ...]
+    processes: Processes = ALONE
 
 
-def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig, say: Say) -> Session:
+def open_session(
+    model: ModelConfig, data: DataConfig, training: TrainingConfig, say: Say, *, processes: Processes = ALONE
+) -> Session:
     """Loads the base, tokenises the data (or finds it in the cache) and splits off the held-out rows.
 
     Args:
         model, data: as configured.
         training: gives seeds, row size and gradient checkpointing.
         say: receives a line before each step that takes time.
+        processes: that run the same trials; the one that writes comes first and fills the caches for the others.
 
     Raises:
         UserError: of many kinds, each one line.
     """
+    if not processes.writes:
+        processes.wait()
     placement = choose(model.device, model.dtype)
     notes = [placement.note] if placement.note else []
     say(f"loading {model.name} on {placement.device} in {placement.dtype_name}")
@@ -115,7 +123,14 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
     say("reading and tokenising the data")
     train, held_out, lines = _split(data, encoder, training.data_seed)
     notes += lines
-    engine = Engine(base, row_tokens=training.row_tokens, gradient_checkpointing=training.gradient_checkpointing)
+    if processes.writes:
+        processes.wait()
+    engine = Engine(
+        base,
+        row_tokens=training.row_tokens,
+        gradient_checkpointing=training.gradient_checkpointing,
+        processes=processes,
+    )
     return Session(
         base,
         engine,
@@ -127,6 +142,7 @@ def open_session(model: ModelConfig, data: DataConfig, training: TrainingConfig,
         _base_losses(engine, train),
         _base_losses(engine, held_out),
         tuple(notes),
+        processes,
     )
 
 
@@ -174,7 +190,7 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     precision = base.quantization or base.placement.dtype_name
     name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
-    return BaseLosses(engine.runner, rows, path, engine.row_tokens)
+    return BaseLosses(engine.runner, rows, path, engine.row_tokens, processes=engine.processes)
 
 
 def _tokenized(source: Source, data: DataConfig, encoder: ChatEncoder) -> TokenizedData:

@@ -8,13 +8,16 @@ from typing import Any
 
 from peft_study.config import TrainConfig, TrainingConfig
 from peft_study.engine import checkpoint
+from peft_study.engine.processes import ALONE, Processes
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.study.capacity import settle
 from peft_study.study.record import environment
 from peft_study.study.session import Session, check_methods, describe, open_session, refuse_other_inputs
+from peft_study.study.slots import Slots
 from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder, identity
-from peft_study.study.trial_run import TrialRunner, Watcher
+from peft_study.study.trial_run import Job, Outcome, Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def train(
     *,
     overwrite: bool = False,
     resume_from: Path | None = None,
+    processes: Processes = ALONE,
 ) -> Finished:
     """Runs one setting from data to adapter.
 
@@ -67,6 +71,7 @@ def train(
         overwrite: replace what lies in the output folder.
         resume_from: a checkpoint folder, or a run's folder (its newest checkpoint). Left out, an unfinished run of the
             same settings in the output folder is gone on with.
+        processes: that train together; all call this with the same arguments, one of them writes.
 
     Raises:
         OutputError: when the output folder holds another run, or a finished one.
@@ -84,20 +89,25 @@ def train(
             where=str(resume.folder),
             remedy="leave out --overwrite_output_dir",
         )
-    if folder.check(config, overwrite=overwrite, remedy=remedy) and (folder.status() or ("", ""))[0] == "finished":
+    begun = folder.check(config, overwrite=overwrite, remedy=remedy)
+    if begun and (folder.status() or ("", ""))[0] == "finished":
         raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=remedy)
-    session = open_session(config.model, config.data, config.training, watcher.say)
+    session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
     check_methods(session, [config.method], config.training.seed)
-    runner = TrialRunner(session, config.logging, watcher, stop)
-    begun = [] if overwrite else [folder]
+    before = [] if overwrite else [folder]
     # a checkpoint lies in RUN/checkpoints/step_N
-    for run in begun + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
+    for run in before + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
         refuse_other_inputs(session, run)
-    if folder.claim(config, given, overwrite=overwrite, remedy=remedy):
+    if begun:
         resume = resume or checkpoint.newest(folder.checkpoints)
-        folder.set_status("running")
+    processes.wait()  # none must look at the folder after the first has claimed it
+    if not processes.writes:
+        return _run(config, folder, session, watcher, stop, resume)
+    folder.claim(config, given, overwrite=overwrite, remedy=remedy)
+    folder.set_status("running")
     try:
-        finished = _run(config, folder, session, runner, watcher, resume)
+        folder.write_record({**environment(), **describe(session)})
+        finished = _run(config, folder, session, watcher, stop, resume)
     except BaseException as error:
         folder.end(error)
         raise
@@ -109,16 +119,18 @@ def _run(
     config: TrainConfig,
     folder: RunFolder,
     session: Session,
-    runner: TrialRunner,
     watcher: Watcher,
+    stop: StopRequest,
     resume: checkpoint.Found | None,
 ) -> Finished:
     for note in session.notes:
         watcher.say(note)
-    folder.write_record({**environment(), **describe(session)})
-    outcome = runner.run(
-        config.method.method, config.method, config.training, folder, identity=identity(config), resume=resume
-    )
+    job = Job(config.method.method, config.method, config.training, folder)
+    settle(session, folder, [job], wanted=1)
+    slots = Slots(session, config.logging, watcher, stop, checkpoints=folder.checkpoints, identity=identity(config))
+    outcomes: list[Outcome] = []
+    slots.run([job], lambda _job, outcome: outcomes.append(outcome), resume=resume)
+    (outcome,) = outcomes
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
     end_N = outcome.end_N

@@ -4,6 +4,7 @@ RUN/
     config.given.json     what the user said
     config.resolved.json  every setting, defaults filled in
     record.json           code state, versions, hardware, data, base
+    capacity.json         slots, row budget and threads: settled once, the same on resume
     parameters.json       trainable and total parameters, by module; written before step 1
     metrics.jsonl         one line a logged step or evaluation
     tensorboard/          the same as event files
@@ -32,8 +33,9 @@ _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "co
 
 
 def identity(config: BaseModel) -> str:
-    """Returns a digest of the settings that decide a run's numbers: not its place, its logs, its processes."""
-    values = config.model_dump(mode="json", exclude={"output": True, "logging": True, "data": {"workers"}})
+    """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
+    exclude: Any = {"output": True, "logging": True, "slots": True, "data": {"workers"}}
+    values = config.model_dump(mode="json", exclude=exclude)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -60,12 +62,12 @@ class RunFolder:
 
     def status(self) -> tuple[Status, str | None] | None:
         """Returns status and reason, or None where there is no run."""
-        values = self._read(_STATUS)
+        values = self.read_if_there(_STATUS)
         return None if values is None else (values["status"], values.get("reason"))
 
     def identity(self) -> str | None:
         """Returns the identity of the settings of the run that lies here, or None."""
-        values = self._read(_STATUS)
+        values = self.read_if_there(_STATUS)
         return None if values is None else values["identity"]
 
     def check(self, config: BaseModel, *, overwrite: bool, remedy: str) -> bool:
@@ -141,7 +143,7 @@ class RunFolder:
 
     def record(self) -> dict[str, Any] | None:
         """Returns what the run was made of, or None where it had not begun."""
-        values: dict[str, Any] | None = self._read(_RECORD)
+        values: dict[str, Any] | None = self.read_if_there(_RECORD)
         return values
 
     def write(self, name: str, values: Any) -> None:
@@ -154,7 +156,8 @@ class RunFolder:
         """Returns a JSON file of the folder; it must be there."""
         return json.loads((self.path / name).read_text())
 
-    def _read(self, name: str) -> Any:
+    def read_if_there(self, name: str) -> Any:
+        """Returns a JSON file of the folder, or None where there is none."""
         try:
             return self.read(name)
         except (FileNotFoundError, NotADirectoryError):

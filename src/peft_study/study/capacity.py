@@ -1,0 +1,98 @@
+"""Slots, row budget and threads of a run: settled once at its start, written down, and the same when it goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+
+from peft_study.engine.memory import Measured, probe
+from peft_study.methods.registry import create, is_exclusive
+from peft_study.study.session import Session
+from peft_study.study.store import RunFolder
+from peft_study.study.trial_run import Job
+
+_FILE = "capacity.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What the engine works with.
+
+    Attributes:
+        slots: trials side by side.
+        row_tokens: tokens a row.
+        threads: of torch on the CPU.
+        measured: the probe's figures in bytes; None where slots were given or there is one trial.
+    """
+
+    slots: int
+    row_tokens: int
+    threads: int
+    measured: dict[str, Any] | None = None
+
+
+def settle(
+    session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int | Literal["auto"]
+) -> tuple[Capacity, str | None]:
+    """Gives the engine its slots and row budget, and returns them with a line for the user where there is news.
+
+    Args:
+        session: its engine has no trials yet.
+        folder: of the run; what an earlier start settled is used again.
+        jobs: all of the run.
+        wanted: slots, or auto.
+    """
+    engine = session.engine
+    before = folder.read_if_there(_FILE)
+    if before is not None:
+        capacity, note = Capacity(**before), None
+        if wanted not in ("auto", capacity.slots):
+            note = f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
+    else:
+        measured = _measure(session, jobs) if wanted == "auto" else None
+        slots = _enough(session, jobs, measured) if wanted == "auto" else wanted
+        capacity = Capacity(
+            slots, engine.row_tokens, torch.get_num_threads(), None if measured is None else asdict(measured)
+        )
+        note = _sentence(capacity) if len(jobs) > 1 else None
+        if session.processes.writes:
+            folder.write(_FILE, asdict(capacity))
+    engine.slots, engine.row_tokens = capacity.slots, capacity.row_tokens
+    if capacity.threads != torch.get_num_threads():
+        # sums over threads are cut differently: with another number the last bits of a resumed run would differ
+        torch.set_num_threads(capacity.threads)
+    return capacity, note
+
+
+def _measure(session: Session, jobs: Sequence[Job]) -> Measured | None:
+    side_by_side = {job.start: job for job in jobs if not is_exclusive(job.method)}
+    if len(side_by_side) == 0 or len(jobs) == 1:
+        return None
+    adapters = [create(j.method, session.base, session.material, j.training.seed) for j in side_by_side.values()]
+    return probe(session.engine, adapters, session.train)
+
+
+def _enough(session: Session, jobs: Sequence[Job], measured: Measured | None) -> int:
+    """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
+
+    A batch ends in the middle of a row and the next one can only begin in the next row; batches of two rows' worth
+    in the slots leave something to fill in.
+    """
+    lengths = [len(session.train[i]) for i in islice(range(len(session.train)), 256)]
+    batch = min(job.training.batch_size for job in jobs) * sum(lengths) / len(lengths)
+    filling = math.ceil(2 * session.engine.row_tokens / batch)
+    fits = measured.fits if measured is not None and measured.fits is not None else filling
+    return max(1, min(len(jobs), filling, fits))
+
+
+def _sentence(capacity: Capacity) -> str:
+    measured = capacity.measured
+    room = ""
+    if measured is not None and measured["fits"] is not None:
+        room = f" (the memory would hold {measured['fits']:,}: {measured['slot'] / 2**20:,.0f} MiB a slot)"
+    return f"{capacity.slots} trials side by side in rows of {capacity.row_tokens:,} tokens{room}"
