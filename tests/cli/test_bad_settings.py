@@ -68,10 +68,10 @@ def test_finetune_needs_model_and_data(cli: CommandLine, tiny_model_folder: Path
     _holds(cli("finetune", "--use_lora", "--model_name_or_path", tiny_model_folder).error(), ("--train_file",))
 
 
-def test_several_processes_are_refused(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
+def test_processes_that_nobody_launched(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
     with patch.dict(os.environ, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}):
         line = cli(*flags, "--use_lora").error()
-    _holds(line, ("2 processes",))
+    _holds(line, ("the 2 processes could not join", "torchrun --nproc-per-node N"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_study.compat import launcher
-from peft_study.compat.launcher import LaunchArguments, launch_options, refuse_several_processes
+from peft_study.compat.launcher import LaunchArguments, launch_options
 from peft_study.compat.parsing import _options, parse
+from peft_study.engine.processes import refuse_several_processes
 from peft_study.errors import ConfigError
 
 USERS = [
@@ -202,10 +203,32 @@ def test_a_module_name_is_a_script() -> None:
     assert parse(["-m", "open_instruct.finetune", "--seed", "1"]).launch.script == "open_instruct.finetune"
 
 
-def test_several_processes_are_refused_and_one_is_not() -> None:
+def test_started_processes_count_and_those_asked_for_otherwise() -> None:
+    asked = parse(["--num_processes", "4"], {"WORLD_SIZE": "1"}).launch
+    assert (asked.processes, asked.started, asked.effective_batch_size(2, 3)) == (4, 1, 24)
+    started = parse([], {"WORLD_SIZE": "2"}).launch
+    assert (started.processes, started.started, started.effective_batch_size(2, 3)) == (2, 2, 12)
+    assert parse([], {"WORLD_SIZE": ""}).launch.processes == 1
+    with pytest.raises(ConfigError, match="4 is said, but the launcher started 2 processes"):
+        parse(["--num_processes", "4"], {"WORLD_SIZE": "2"})
+
+
+def test_what_a_real_launcher_was_told_counts_and_the_command_line_wins() -> None:
+    told = {
+        "ACCELERATE_MIXED_PRECISION": "fp16",
+        "ACCELERATE_USE_CPU": "True",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",
+    }
+    launch = parse([], told).launch
+    assert (launch.dtype, launch.values["cpu"], launch.clip_norm) == ("float16", True, 0.5)
+    assert parse(["--mixed_precision", "bf16"], told).launch.dtype == "bfloat16"
+    assert parse([], {"ACCELERATE_MIXED_PRECISION": "no"}).launch.dtype is None
+
+
+def test_a_study_is_one_process() -> None:
     for fine in ({}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}):
         refuse_several_processes(fine)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match="started as one of 4 processes"):
         refuse_several_processes({"WORLD_SIZE": "4"})
-    assert "--num_processes 4" in str(error.value)
-    assert "\n" not in str(error.value)

@@ -52,8 +52,10 @@ def _plain_warning(message: Warning | str, category: type[Warning], *_place: obj
 class _Display:
     """Common to both displays: a bar of the trial under way below lines that stay."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, *, silent: bool = False) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        if silent:
+            warnings.simplefilter("ignore")  # the process that speaks has the same ones
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),

@@ -27,22 +27,30 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")
     ] = None,
+    slots: Annotated[
+        str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
 ) -> None:
     """Compare methods over their learning rates on one model and one data set."""
+    import os
+
     from peft_study.cli.display import StudyDisplay, quiet_libraries
     from peft_study.cli.yaml_file import load_yaml, override
     from peft_study.config import StudyConfig, validate
+    from peft_study.engine.processes import refuse_several_processes
     from peft_study.study.comparison import compare
     from peft_study.study.findings import save
     from peft_study.study.stop import StopRequest
     from peft_study.study.store import RunFolder
 
     quiet_libraries()
+    refuse_several_processes(os.environ)
     given = load_yaml(study)
     override(given, "training.steps", steps)
     override(given, "model.device", device)
     override(given, "model.dtype", dtype)
+    override(given, "slots", int(slots) if slots is not None and slots.isdigit() else slots)
     override(given, "output", None if output is None else str(output))
     config = validate(StudyConfig, given, where=str(study))
     with StopRequest().listening() as stop, StudyDisplay() as display:
@@ -57,8 +65,8 @@ def finetune(context: typer.Context) -> None:
 
     from peft_study.cli.display import RunDisplay, quiet_libraries
     from peft_study.compat.finetune import said, to_run
-    from peft_study.compat.launcher import refuse_several_processes
     from peft_study.compat.parsing import parse, usage
+    from peft_study.engine.processes import joined
     from peft_study.study.single import train
     from peft_study.study.stop import StopRequest
 
@@ -67,17 +75,26 @@ def finetune(context: typer.Context) -> None:
         typer.echo(usage())
         return
     quiet_libraries()
-    refuse_several_processes(os.environ)
-    command = parse(arguments)
+    command = parse(arguments, os.environ)
     planned = to_run(command)
-    with StopRequest().listening() as stop, RunDisplay() as display:
+    with (
+        joined(os.environ) as processes,
+        StopRequest().listening() as stop,
+        RunDisplay(silent=not processes.writes) as display,
+    ):
         for warning in planned.warnings:
             display.warn(warning)
         for note in planned.notes:
             display.say(note)
         finished = train(
-            planned.config, said(command), display, stop, overwrite=planned.overwrite, resume_from=planned.resume_from
+            planned.config,
+            said(command),
+            display,
+            stop,
+            overwrite=planned.overwrite,
+            resume_from=planned.resume_from,
+            processes=processes,
         )
-    display.conclude(finished)
+        display.conclude(finished)
     if finished.diverged:
         raise typer.Exit(1)

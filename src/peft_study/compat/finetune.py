@@ -281,8 +281,9 @@ def _notes(command: Command) -> list[str]:
         notes.append(f"accepted without effect: {'; '.join(ignored)}")
     if launch.processes > 1:
         device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+        train = "processes share each batch" if launch.started > 1 else "processes' batch is trained on by one"
         notes.append(
-            f"one process trains on the batch of all {launch.processes}: {device} x {steps} x {launch.processes} = "
+            f"{launch.processes} {train}: {device} x {steps} x {launch.processes} = "
             f"{launch.effective_batch_size(device, steps)} examples a step"
         )
     if launch.clip_norm is not None and "clip_grad_norm" not in given:

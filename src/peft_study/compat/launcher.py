@@ -2,14 +2,16 @@
 
     argv --split--> Split: tokens for our parser | LaunchArguments | the YAML file
 
-Their names and how many values each takes come from accelerate's own parser. Here one process trains, so what they
-say about processes, machines and sharding has no effect on the hardware; what they say about the numbers has: the
-batch they make together, the precision, and the clipping that DeepSpeed does without being asked.
+Their names and how many values each takes come from accelerate's own parser. Written behind ``peft-study finetune``
+they start no processes; what they say about the numbers counts: the batch they make together, the precision, and the
+clipping that DeepSpeed does without being asked. Where accelerate or torchrun really started this program, they told it
+the same through the environment.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +32,8 @@ DEEPSPEED_CLIPPING = 1.0
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "bfloat16"}  # the original loads in bf16 whatever is said
 _USED = frozenset({"num_processes", "mixed_precision", "gradient_clipping", "cpu", "config_file"})
-_BOOLS = frozenset({"yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"})
+_TRUE = frozenset({"yes", "true", "t", "y", "1"})
+_BOOLS = _TRUE | {"no", "false", "f", "n", "0"}
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)
 
 
@@ -42,19 +45,21 @@ class LaunchArguments:
         values: argument name to value, only of those that were given.
         script: the path of the user's training script, which is not run.
         settings: the content of accelerate's own ``--config_file``.
+        started: processes that a launcher really started, this one among them.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     script: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    started: int = 1
 
     def _value(self, name: str) -> Any:
         return self.values.get(name, self.settings.get(name))
 
     @property
     def processes(self) -> int:
-        """Processes over all machines, at least 1."""
-        return int(self._value("num_processes") or 1)
+        """Processes over all machines, at least 1: those that were started, or else those that were asked for."""
+        return self.started if self.started > 1 else int(self._value("num_processes") or 1)
 
     @property
     def dtype(self) -> str | None:
@@ -81,7 +86,7 @@ class LaunchArguments:
         return float(said) if said > 0 else None
 
     def effective_batch_size(self, per_device: int, accumulation: int) -> int:
-        """Returns the examples of one optimizer step over all processes, which one process trains on here."""
+        """Returns the examples of one optimizer step over all processes."""
         return per_device * accumulation * self.processes
 
     def notes(self) -> list[str]:
@@ -91,7 +96,7 @@ class LaunchArguments:
             ignored.append("--mixed_precision fp8")
         if self.script is not None:
             ignored.append(f"the script {self.script}")
-        return [f"one process trains here; ignored of `accelerate launch`: {', '.join(ignored)}"] if ignored else []
+        return [f"no launcher runs here; ignored of `accelerate launch`: {', '.join(ignored)}"] if ignored else []
 
 
 @dataclass
@@ -156,36 +161,50 @@ def split(argv: Sequence[str], ours: Mapping[str, argparse.Action]) -> Split:
     return parts
 
 
-def launch_arguments(parts: Split) -> LaunchArguments:
+def launch_arguments(parts: Split, environ: Mapping[str, str]) -> LaunchArguments:
     """Builds the launch arguments of a command line, reading accelerate's configuration file where one is named.
 
+    Args:
+        parts: of the command line.
+        environ: where a launcher left what it was told; the command line wins.
+
     Raises:
-        ConfigError: the configuration file cannot be read, or the number of processes is below 1.
+        ConfigError: the configuration file cannot be read, the number of processes is below 1, or another number was
+            started than the command line says.
     """
     path = parts.launch.get("config_file")
-    launch = LaunchArguments(parts.launch, parts.script, _settings(Path(path)) if path else {})
+    values = {**_told_by_launcher(environ), **parts.launch}
+    size = environ.get("WORLD_SIZE", "1")
+    started = int(size) if size.isdigit() else 1
+    launch = LaunchArguments(values, parts.script, _settings(Path(path)) if path else {}, started)
     said = launch._value("num_processes")
     if said is not None and (isinstance(said, bool) or not isinstance(said, int) or said < 1):
         raise ConfigError(f"{said!r} is not a whole number above 0", where="--num_processes", remedy="leave it out")
+    if said is not None and started > 1 and said != started:
+        raise ConfigError(
+            f"{said} is said, but the launcher started {started} processes",
+            where="--num_processes",
+            remedy="give it to the launcher alone",
+        )
     return launch
 
 
-def refuse_several_processes(environ: Mapping[str, str]) -> None:
-    """Stops where this program was started as one of several processes.
-
-    Each of them would train the same run on the same data, N times over.
-
-    Raises:
-        ConfigError: ``WORLD_SIZE`` of ``environ`` is above 1.
-    """
-    size = environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1:
-        raise ConfigError(
-            f"started as one of {size} processes, but one process trains here",
-            where=f"WORLD_SIZE={size}",
-            remedy="start it once, without `accelerate launch` or torchrun; the batch of all processes is kept "
-            f"with --num_processes {size}",
-        )
+def _told_by_launcher(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the launch arguments that accelerate hands to its processes in the environment (accelerate 1.15)."""
+    values: dict[str, Any] = {}
+    precision = environ.get("ACCELERATE_MIXED_PRECISION")
+    if precision in ("bf16", "fp16", "fp8"):  # "no" is what it says where nothing was asked for
+        values["mixed_precision"] = precision
+    if environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
+        values["cpu"] = True
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _TRUE:
+        values["use_deepspeed"] = True
+        file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        if file and file.lower() != "none":
+            values["deepspeed_config_file"] = file
+        with contextlib.suppress(ValueError):
+            values["gradient_clipping"] = float(environ.get("ACCELERATE_GRADIENT_CLIPPING", ""))
+    return values
 
 
 def _is_option(token: str) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -41,8 +42,12 @@ class Command:
     given: frozenset[str]
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Command:
     """Parses what stands behind ``peft-study finetune``; values are checked by ``checks.check``.
+
+    Args:
+        argv: the words.
+        environ: the variables in which a launcher says how it started this process.
 
     Raises:
         ConfigError: an unknown argument or a value of the wrong type, with the flag and the remedy.
@@ -65,7 +70,7 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(
         _filled(FinetuneArguments(), merged),
         _filled(ExtraArguments(), merged),
-        launch_arguments(parts),
+        launch_arguments(parts, environ),
         frozenset(merged),
     )
 

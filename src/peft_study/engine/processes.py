@@ -99,3 +99,20 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         yield Processes(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
+
+
+def refuse_several_processes(environ: Mapping[str, str]) -> None:
+    """Stops a command that was started as one of several processes and knows nothing of the others.
+
+    Each of them would do the same work on the same data, N times over.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` of ``environ`` is above 1.
+    """
+    size = environ.get("WORLD_SIZE", "1")
+    if size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            f"started as one of {size} processes, but a study is one process, with many trials in it",
+            where=f"WORLD_SIZE={size}",
+            remedy="start it once, without `accelerate launch` or torchrun",
+        )

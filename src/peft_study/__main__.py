@@ -1,0 +1,5 @@
+"""``python -m peft_study``: the command line, for launchers that start a module."""
+
+from peft_study.cli import main
+
+main()
