@@ -242,7 +242,7 @@ class StudyConfig(Strict):
     methods: tuple[MethodSpace, ...] = Field(min_length=1)
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
-    slots: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    slots: int | Literal["auto"] = Field(
         "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"
     )
     output: Path = Field(description="folder of the study")
@@ -251,6 +251,14 @@ class StudyConfig(Strict):
     @classmethod
     def _methods(cls, value: Any) -> Any:
         return [_method_space(name, body) for name, body in value.items()] if isinstance(value, dict) else value
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _slots(cls, value: Any) -> Any:
+        number = int(value) if str(value).isdigit() and not isinstance(value, bool) else 0
+        if value != "auto" and number < 1:
+            raise ValueError("is neither auto nor a whole number above 0")
+        return value if value == "auto" else number
 
     @model_validator(mode="after")
     def _rate_belongs_to_methods(self) -> StudyConfig:

@@ -104,6 +104,9 @@ STUDY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "nothing held out": ({"data.held_out": 0}, ("held_out", "above 0")),
     "no such module": ({"methods.lora.target_modules": ["q_prj"]}, ("q_prj", "q_proj")),
     "model missing": ({"model.name": "./no-model"}, ("no-model", "no such model folder")),
+    "slots 0": ({"slots": 0}, ("slots", "neither auto nor a whole number above 0", "0")),
+    "slots a word": ({"slots": "many"}, ("slots", "neither auto", "many")),
+    "slots half": ({"slots": 1.5}, ("slots", "1.5")),
     "unknown device": ({"model.device": "gpu"}, ("model.device", "cuda", "gpu")),
 }
 

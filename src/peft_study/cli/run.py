@@ -50,7 +50,7 @@ def run(
     override(given, "training.steps", steps)
     override(given, "model.device", device)
     override(given, "model.dtype", dtype)
-    override(given, "slots", int(slots) if slots is not None and slots.isdigit() else slots)
+    override(given, "slots", slots)
     override(given, "output", None if output is None else str(output))
     config = validate(StudyConfig, given, where=str(study))
     with StopRequest().listening() as stop, StudyDisplay() as display:

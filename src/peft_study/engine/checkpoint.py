@@ -217,12 +217,14 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
     for name, parameter in trial.parameters.items():
         parameter.copy_(tensors[f"parameter/{name}"])
         gradient = tensors.get(f"gradient/{name}")
-        parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
         if trial.optimizer is not None and f"exp_avg/{name}" in tensors:
             # on CUDA the fused kernel keeps its step counter beside the parameters
             homes = dict.fromkeys(_STATE, parameter.device)
             homes["step"] = parameter.device if parameter.is_cuda else torch.device("cpu")
-            trial.optimizer.state[parameter] = {kind: tensors[f"{kind}/{name}"].to(homes[kind]) for kind in _STATE}
+            trial.optimizer.state[parameter] = {
+                kind: tensors[f"{kind}/{name}"].to(homes[kind], copy=True) for kind in _STATE
+            }
 
 
 def _unwritable(error: Exception, target: Path) -> OutputError:

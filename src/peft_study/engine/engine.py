@@ -115,8 +115,11 @@ class Engine:
             served: tokens it counts as having been served; None: as few as any trial here.
 
         Raises:
-            ConfigError: when no slot is free, or the trial, or one already here, changes the base and must be alone.
+            ConfigError: when no slot is free, or the trial, or one already here, changes the base and must be alone,
+                or shares its name or adapter with one already here.
         """
+        if any(other.name == trial.name or other.adapter is trial.adapter for other in self._slots.values()):
+            raise ConfigError("a trial of this name, or with this adapter, is in the engine", where=trial.name)
         if not self.has_room(exclusive=trial.adapter.exclusive):
             if self.slots is not None and len(self._slots) >= self.slots:
                 raise ConfigError(f"all {self.slots} slots are taken", where=trial.name, remedy="evict a trial first")
@@ -135,9 +138,18 @@ class Engine:
         return slot
 
     def evict(self, trial: Trial) -> None:
-        """Takes the trial out, whatever it was doing; the others do not notice."""
-        slot = next(slot for slot, other in self._slots.items() if other is trial)
+        """Takes the trial out, whatever it was doing; the others do not notice.
+
+        Admitted again, it begins its current batch anew.
+
+        Raises:
+            ConfigError: when it has no slot.
+        """
+        slot = next((slot for slot, other in self._slots.items() if other is trial), None)
+        if slot is None:
+            raise ConfigError("is not in the engine", where=trial.name)
         del self._slots[slot], self._served[slot]
+        trial.restart_batch()
         trial.adapter.detach()
 
     def step(self) -> list[Event]:

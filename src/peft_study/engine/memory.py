@@ -17,6 +17,9 @@ from peft_study.methods.base import Adapter
 MARGIN = 0.1
 """Share of the free memory that is left alone."""
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux keeps a container's limits (version 2)."""
+
 _BYTES_A_PARAMETER = 16
 """A float32 value with its gradient and AdamW's two moments."""
 
@@ -90,9 +93,8 @@ def available(device: torch.device) -> int | None:
     except OSError:
         return None
     free = int(lines["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        free = min(free, int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
     return free
 
 

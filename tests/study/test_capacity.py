@@ -1,0 +1,75 @@
+"""Slots, row budget and threads are settled once, written down, and kept on resume."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from command_line import CommandLine
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
+    values: dict[str, Any] = {
+        "model": {"name": str(tiny_model_folder), "dtype": "float32"},
+        "data": {"train": str(tiny_data), "held_out": 8, "max_length": 64},
+        "training": {"steps": 2, "batch_size": 4, "row_tokens": 128},
+        "methods": {"lora": {"rank": 4, "learning_rate": [1e-4, 1e-3, 1e-2, 0.1]}, "none": {}},
+        "logging": {"tensorboard": False},
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def capacity(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "capacity.json").read_text())
+    return found
+
+
+def test_auto_fills_two_rows_and_says_what_would_fit(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    ran = cli("run", study).ok()
+    found = capacity(tmp_path / "out")
+    assert 1 <= found["slots"] <= 5
+    assert found["row_tokens"] == 128
+    assert found["threads"] == torch.get_num_threads()
+    assert found["measured"]["fits"] > 5
+    assert f"{found['slots']} trials side by side in rows of 128 tokens (the memory would hold " in ran.out
+
+
+def test_slots_of_the_command_line_count(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    ran = cli("run", study, "--slots", 3).ok()
+    assert "3 trials side by side in rows of 128 tokens\n" in ran.out
+    assert capacity(tmp_path / "out")["slots"] == 3
+    assert capacity(tmp_path / "out")["measured"] is None
+
+
+def test_what_was_settled_is_used_again(
+    cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft_study.study.stop import StopRequest
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopRequest, "asked", True, raising=False)
+        patched.setattr(StopRequest, "__init__", lambda self: None)
+        assert cli("run", study, "--slots", 2).code == 130
+    before = capacity(tmp_path / "out")
+    ran = cli("run", study, "--slots", 4).ok()
+    assert "2 slots, as when this run began (asked for: 4)" in ran.out
+    assert capacity(tmp_path / "out") == before
+
+
+def test_numbers_do_not_depend_on_slots(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    for slots in (1, 2, 5):
+        cli("run", study, "--slots", slots, "-o", tmp_path / str(slots)).ok()
+    for path in (tmp_path / "1" / "trials").glob("*/result.json"):
+        one = json.loads(path.read_text())
+        for slots in (2, 5):
+            other = json.loads((tmp_path / str(slots) / "trials" / path.parent.name / "result.json").read_text())
+            assert other["sums"] == pytest.approx(one["sums"], rel=1e-4)
