@@ -281,10 +281,11 @@ def _notes(command: Command) -> list[str]:
         notes.append(f"accepted without effect: {'; '.join(ignored)}")
     if launch.processes > 1:
         device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-        train = "processes share each batch" if launch.started > 1 else "processes' batch is trained on by one"
+        count = launch.processes
+        shared = launch.started > 1
+        who = f"{count} processes share each batch" if shared else f"one process trains on the batch of all {count}"
         notes.append(
-            f"{launch.processes} {train}: {device} x {steps} x {launch.processes} = "
-            f"{launch.effective_batch_size(device, steps)} examples a step"
+            f"{who}: {device} x {steps} x {count} = {launch.effective_batch_size(device, steps)} examples a step"
         )
     if launch.clip_norm is not None and "clip_grad_norm" not in given:
         notes.append(f"gradients are clipped at {launch.clip_norm:g}, as DeepSpeed would (--clip_grad_norm -1: off)")

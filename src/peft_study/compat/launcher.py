@@ -96,7 +96,8 @@ class LaunchArguments:
             ignored.append("--mixed_precision fp8")
         if self.script is not None:
             ignored.append(f"the script {self.script}")
-        return [f"no launcher runs here; ignored of `accelerate launch`: {', '.join(ignored)}"] if ignored else []
+        who = f"{self.started} processes train here" if self.started > 1 else "one process trains here"
+        return [f"{who}; ignored of `accelerate launch`: {', '.join(ignored)}"] if ignored else []
 
 
 @dataclass
