@@ -33,7 +33,7 @@ def rates(trial: Trial, steps: int) -> list[float]:
         found.append(trial.optimizer.param_groups[0]["lr"])
         for parameter in trial.parameters.values():
             parameter.grad = torch.ones_like(parameter)
-        trial._update()
+        trial._update(0.0)
         trial.step += 1
     return found
 

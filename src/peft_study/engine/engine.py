@@ -24,7 +24,7 @@ from peft_study.engine.guards import refuse_strangers
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner
-from peft_study.engine.trial import Diverged, Examples, StepReport, Trial
+from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
 from peft_study.errors import ConfigError, ModelError
 from peft_study.model.load import Base
 
@@ -173,13 +173,14 @@ class Engine:
                     trial.record(place, loss)
                 except Diverged as reason:
                     events.append(self._remove(trial, reason))
-        for trial in self.trials:
-            if trial.batch_complete:
-                self.processes.sum_gradients(list(trial.parameters.values()))
-                try:
-                    events.append(Event(trial, trial.finish_batch()))
-                except Diverged as reason:
-                    events.append(self._remove(trial, reason))
+        complete = [trial for trial in self.trials if trial.batch_complete]
+        for trial in complete:
+            self.processes.sum_gradients(list(trial.parameters.values()))
+        for trial, norm in zip(complete, gradient_norms(complete), strict=True):
+            try:
+                events.append(Event(trial, trial.finish_batch(norm)))
+            except Diverged as reason:
+                events.append(self._remove(trial, reason))
         return events
 
     def evaluate(

@@ -216,8 +216,15 @@ class Trial:
         """True when every example of the current batch has been through a row."""
         return self._batch is not None and len(self._batch.sums) == len(self._batch.indices)
 
-    def finish_batch(self) -> StepReport:
+    def gradients(self) -> list[Tensor]:
+        """Returns the gradients that the current batch has given so far."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def finish_batch(self, scaled_norm: float) -> StepReport:
         """Clips, steps optimizer and schedule, and returns the report; the batch must be complete.
+
+        Args:
+            scaled_norm: L2 norm over `gradients`, as `gradient_norms` gives it.
 
         Raises:
             Diverged: when the gradient is not finite (float16: and the loss scale cannot fall further).
@@ -226,7 +233,7 @@ class Trial:
         assert self._batch is not None
         batch, self._batch = self._batch, None
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer else 0.0
-        norm, skipped = (0.0, False) if self.optimizer is None else self._update()
+        norm, skipped = (0.0, False) if self.optimizer is None else self._update(scaled_norm)
         self.step += 0 if skipped else 1
         self.tokens += batch.tokens
         sums = [batch.sums[place] for place in range(len(batch.indices))]
@@ -246,15 +253,12 @@ class Trial:
             skipped=skipped,
         )
 
-    def _update(self) -> tuple[float, bool]:
+    def _update(self, scaled_norm: float) -> tuple[float, bool]:
         """Takes the optimizer step; returns the gradient norm and whether float16 overflowed."""
         assert self.optimizer is not None
         if self.step == 0:
             _warn_of_idle(self.name, self.parameters)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if self._scales_loss:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale)
-        norm = _norm(gradients)
+        norm = scaled_norm / self.loss_scale
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             if self.loss_scale <= 1.0:
@@ -262,8 +266,11 @@ class Trial:
             self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
             return norm, True
         clip = self.training.clip_norm
+        factor = 1.0 / self.loss_scale
         if clip is not None and norm > clip:
-            torch._foreach_mul_(gradients, clip / (norm + 1e-6))
+            factor *= clip / (norm + 1e-6)
+        if factor != 1.0:
+            torch._foreach_mul_(self.gradients(), factor)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -285,8 +292,9 @@ def _warn_of_idle(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def _norm(gradients: Sequence[Tensor]) -> float:
-    """Returns the L2 norm over all gradients of one trial, and of no other."""
-    if not gradients:
-        return 0.0
-    return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients)))))
+def gradient_norms(trials: Sequence[Trial]) -> list[float]:
+    """Returns the L2 norm over each trial's own gradients, 0 where it has none; the device is waited for once."""
+    norms = [torch._foreach_norm(trial.gradients()) if trial.gradients() else [] for trial in trials]
+    totals = [torch.linalg.vector_norm(torch.stack(list(own))) for own in norms if own]
+    values = iter(torch.stack(totals).tolist() if totals else ())
+    return [next(values) if own else 0.0 for own in norms]
