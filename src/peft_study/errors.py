@@ -6,7 +6,8 @@
         ├── DataError        a file or one of its rows (file, row counted from 1)
         ├── TemplateError    a chat template that cannot be rendered or whose answers cannot be located
         ├── ModelError       a model or adapter folder that cannot be used
-        └── OutputError      a place that cannot be written, or that holds something worth keeping
+        ├── OutputError      a place that cannot be written, or that holds something worth keeping
+        └── ProcessError     another process of the same run is gone
 
 Everything else (``AssertionError``, ``TypeError``, ...) is a defect of this program and keeps its traceback.
 """
@@ -55,6 +56,10 @@ class TemplateError(UserError):
 
 class ModelError(UserError):
     """A model or adapter that cannot be loaded, or that does not fit the method."""
+
+
+class ProcessError(UserError):
+    """Another process of the same run is gone, so this one cannot go on."""
 
 
 class OutputError(UserError):

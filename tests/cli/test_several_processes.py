@@ -86,3 +86,13 @@ def test_two_processes_stop_together_and_go_on(cli: CommandLine, words: tuple[An
     ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("cut", "alone"))
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_mistake_is_a_line_in_each_process_and_no_traceback(words: tuple[Any, ...], tmp_path: Path) -> None:
+    ran = launch(*words, "--use_lora", "--train_file", tmp_path / "nope.jsonl", "--output_dir", tmp_path / "out")
+    assert ran.returncode != 0
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert any("nope.jsonl: no such file" in line for line in lines)
+    assert all("nope.jsonl" in line or "another process of this run ended" in line for line in lines)
+    assert "peft_study/engine" not in ran.stderr, "a traceback of ours"
+    assert not (tmp_path / "out").exists()

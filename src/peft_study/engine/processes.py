@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from peft_study.errors import ConfigError
+from peft_study.errors import ConfigError, ProcessError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Processes:
         if self.count == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
+        _sum(tensor)
         return [float(x) for x in tensor.tolist()]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -49,7 +49,7 @@ class Processes:
         there = self.total([float(p.grad is not None) for p in parameters])
         chosen = [p for p, count in zip(parameters, there, strict=True) if count]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in chosen])
-        dist.all_reduce(flat)
+        _sum(flat)
         for parameter, piece in zip(chosen, flat.split([p.numel() for p in chosen]), strict=True):
             parameter.grad = piece.view_as(parameter)
 
@@ -63,6 +63,16 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def _sum(tensor: Tensor) -> None:
+    """Adds the tensor up over the processes, in place."""
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:  # of any backend: the connection closed, or nothing came in time
+        raise ProcessError(
+            "another process of this run ended, so this one cannot go on", remedy="its own message says why"
+        ) from error
 
 
 @contextmanager
