@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from peft_study.engine.guards import refuse_strangers
-from peft_study.engine.heldout import example_losses
+from peft_study.engine.heldout import Losses, example_losses
 from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
 from peft_study.errors import ConfigError, ModelError
+from peft_study.methods.base import Adapter
 from peft_study.model.load import Base
 
 Result = TypeVar("Result")
@@ -183,26 +182,44 @@ class Engine:
                 events.append(self._remove(trial, reason))
         return events
 
-    def evaluate(
-        self, trials: Sequence[Trial], examples: Examples, indices: Sequence[int]
-    ) -> list[npt.NDArray[np.float64]]:
+    def evaluate(self, trials: Sequence[Trial], examples: Examples, indices: Sequence[int]) -> list[Losses]:
         """Returns for each trial the summed token loss of each example, in nats, without dropout.
 
         The trials' examples share rows; an exclusive trial must be in its slot.
         """
-        adapters = [trial.adapter for trial in trials]
+        return self.losses([trial.adapter for trial in trials], examples, indices)
+
+    def losses(self, adapters: Sequence[Adapter], examples: Examples, indices: Sequence[int]) -> list[Losses]:
+        """Returns what `evaluate` does, for adapters; rows are cut smaller where they do not fit into the memory.
+
+        Raises:
+            ModelError: when a single example does not fit.
+        """
+        virtual = max((adapter.row_tokens for adapter in adapters), default=0)
+        longest = virtual + max((len(examples[i]) for i in indices), default=0)
         return self.retried(
-            lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes)
+            lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes),
+            longest,
         )
 
-    def retried(self, work: Callable[[], Result]) -> Result:
-        """Returns what `work` gives, with smaller rows where it was out of memory on an accelerator."""
+    def retried(self, work: Callable[[], Result], longest: int) -> Result:
+        """Returns what `work` gives, with smaller rows where it was out of memory on an accelerator.
+
+        Args:
+            work: runs rows of `row_tokens`.
+            longest: tokens of the longest example in them, for the error where even that has a row of its own.
+
+        Raises:
+            ModelError: when a single example does not fit.
+        """
         while True:
             try:
                 return work()
             except RuntimeError as error:
-                if not out_of_memory(error) or self.row_tokens == 1 or self.processes.count > 1:
+                if not out_of_memory(error) or self.processes.count > 1:
                     raise
+            if self.row_tokens == 1:
+                raise self._too_long(longest)
             self._shrink()  # outside the handler, whose traceback holds the row's tensors
 
     def _remove(self, trial: Trial, reason: Diverged) -> Event:
@@ -259,14 +276,16 @@ class Engine:
     def _halve(self, rows: Sequence[_Row]) -> None:
         """Makes rows smaller after one did not fit, and begins anew the batches that were in them."""
         if max(len(row.entries) for row in rows) == 1:
-            longest = max(row.used for row in rows)
-            raise ModelError(
-                f"one example of {longest} tokens does not fit into the memory of {self.base.device}",
-                remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
-            )
+            raise self._too_long(max(row.used for row in rows))
         for trial in {id(t): t for row in rows for t, _, _ in row.entries}.values():
             trial.restart_batch()
         self._shrink(below=max(row.used for row in rows))
+
+    def _too_long(self, tokens: int) -> ModelError:
+        return ModelError(
+            f"one example of {tokens} tokens does not fit into the memory of {self.base.device}",
+            remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
+        )
 
     def _shrink(self, below: int | None = None) -> None:
         before = self.row_tokens

@@ -14,7 +14,6 @@ from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner, fill_rows
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
-from peft_study.methods.reference import NoAdapter
 
 Losses = npt.NDArray[np.float64]
 
@@ -68,25 +67,22 @@ class BaseLosses:
     """The untouched base's loss of every example: computed when first needed, kept on disk, shared by all trials.
 
     Args:
-        runner: of the base.
-        examples: the data.
+        measure: returns the base's summed losses of these examples.
+        count: examples of the data.
         path: file the losses are kept in (NaN: not computed yet), or None to keep them in memory.
-        row_tokens: tokens a row.
-        processes: each takes its share of the rows; one of them writes the file.
+        processes: that measure together; one of them writes the file.
     """
 
     def __init__(
         self,
-        runner: RowRunner,
-        examples: Examples,
+        measure: Callable[[Sequence[int]], Losses],
+        count: int,
         path: Path | None,
-        row_tokens: int,
         *,
         processes: Processes = ALONE,
     ) -> None:
-        self._runner, self._examples, self._row_tokens, self._path = runner, examples, row_tokens, path
-        self._processes = processes
-        self._losses_N = np.full(len(examples), np.nan)
+        self._measure, self._path, self._processes = measure, path, processes
+        self._losses_N = np.full(count, np.nan)
         if path is not None and path.exists():
             found = np.load(path)
             if found.shape == self._losses_N.shape:
@@ -98,9 +94,7 @@ class BaseLosses:
         missing = sorted({i for i in indices if np.isnan(self._losses_N[i])})
         if missing:
             # weights of an exclusive trial would be measured instead of the base's: its caller asks beforehand
-            (self._losses_N[missing],) = example_losses(
-                self._runner, [NoAdapter()], self._examples, missing, self._row_tokens, processes=self._processes
-            )
+            self._losses_N[missing] = self._measure(missing)
         return self._losses_N[list(indices)]
 
     def save(self) -> None:

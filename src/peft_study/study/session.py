@@ -17,11 +17,12 @@ from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
-from peft_study.engine.heldout import BaseLosses
+from peft_study.engine.heldout import BaseLosses, Losses
 from peft_study.engine.processes import ALONE, Processes
 from peft_study.errors import ConfigError, OutputError
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
+from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create
 from peft_study.model.load import Base, load_base
 from peft_study.model.precision import choose
@@ -190,7 +191,11 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     precision = base.quantization or base.placement.dtype_name
     name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
-    return BaseLosses(engine.runner, rows, path, engine.row_tokens, processes=engine.processes)
+
+    def measure(indices: Sequence[int]) -> Losses:
+        return engine.losses([NoAdapter()], rows, indices)[0]
+
+    return BaseLosses(measure, len(rows), path, processes=engine.processes)
 
 
 def _tokenized(source: Source, data: DataConfig, encoder: ChatEncoder) -> TokenizedData:
