@@ -129,7 +129,7 @@ def main(steps: int = 20) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(folder), max_length=256)
     examples = [encoder.encode(conversation) for conversation in skills.generate(200)]
-    held_out, examples = examples[:16], examples[16:]
+    held_out, examples = examples[:8], examples[8:]
     torch.manual_seed(0)
     parameters = [p for lora in add_lora(model).values() for p in lora.parameters() if p.requires_grad]
     print(f"{sum(p.numel() for p in parameters):,} parameters train")
