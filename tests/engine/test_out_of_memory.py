@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 
 import tiny_world as tw
+from command_line import CommandLine
 from company import apart, trial, values
 from peft_study.config import LoraConfig, TrainingConfig
 from peft_study.engine.engine import Engine
@@ -20,6 +22,7 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.errors import ModelError
 from peft_study.methods import create
 from peft_study.model.load import Base
+from peft_study.study.metrics import read
 
 ROW_TOKENS = 160
 NAMES = ("lora", "prefix", "prompt", "prefix, projected")
@@ -212,3 +215,30 @@ def test_an_evaluation_of_one_example_that_does_not_fit_ends() -> None:
     ):
         engine.evaluate([trial(base, "lora")], tw.examples([30, 9]), range(2))
     assert len(memory.rows) < 12
+
+
+def test_a_whole_run_goes_on_where_no_row_of_the_wanted_length_fits(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base's own losses, the held-out losses and the steps: each of them meets the limit."""
+    words = (
+        *("finetune", "--model_name_or_path", tiny_model_folder, "--train_file", tiny_data, "--use_lora"),
+        *("--max_train_steps", 4, "--per_device_train_batch_size", 6, "--dtype", "float32", "--row_tokens", 400),
+        "--output_dir",
+    )
+    cli(*words, tmp_path / "whole").ok()
+    monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "cache"))  # else the base's losses are known already
+    whole_row, refused = RowRunner.row, []
+
+    def limited(runner: RowRunner, items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+        if len(items) > 1 and sum(item.row_length for item in items) > 150:
+            refused.append(len(items))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return whole_row(runner, items)
+
+    monkeypatch.setattr(RowRunner, "row", limited)
+    cli(*words, tmp_path / "cut").ok()
+    assert refused
+    one, two = (read(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut"))
+    assert len(one) == len(two) > 4
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)

@@ -146,8 +146,8 @@ def through(
     row: list[Tensor], prefixes: dict[int, Tensor], lengths: list[int], device: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Returns output and gradients, on the CPU in float32; segment i is of slot i."""
-    leaves = [x.to(device, dtype).requires_grad_() for x in row]
-    stacks = {slot: x.to(device, dtype).requires_grad_() for slot, x in prefixes.items()}
+    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in row]
+    stacks = {slot: x.to(device, dtype, copy=True).requires_grad_() for slot, x in prefixes.items()}
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     segments = tuple(Segment(e - n, e, i) for i, (e, n) in enumerate(zip(ends, lengths, strict=True)))
     layout = SegmentLayout(segments, dict(stacks))
