@@ -20,6 +20,7 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.row import Item, RowRunner, fill_rows
 from peft_study.engine.trial import Trial
 from peft_study.methods import Adapter, create
+from peft_study.methods.hooks import DropoutKey
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import Base
 
@@ -95,6 +96,46 @@ def test_an_item_in_a_row_has_the_loss_it_has_alone(family: str, lengths: list[i
     for name, gradient in gradients.items():
         # a value's gradient is zero where the segment has one token to attend to
         assert (gradient - summed[name]).norm() <= 2e-5 * summed[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+@PROPERTY
+@given(lengths=_lengths, data=st.data())
+def test_gradients_do_not_depend_on_what_the_neighbours_say_or_who_they_are(
+    family: str, dropout: float, lengths: list[int], data: st.DataObject
+) -> None:
+    """Other tokens in the same lengths: the same bits. Other neighbours, or none: the same to rounding."""
+    base, examples = tw.base(family), tw.examples(lengths, seed=len(lengths))
+    kept = data.draw(st.integers(0, 3), label="trial")
+    slots = sorted(
+        [kept, *data.draw(st.lists(st.integers(0, 3), min_size=len(lengths) - 1, max_size=len(lengths) - 1))]
+    )
+    configs = [c.model_copy(update={"dropout": dropout}) if isinstance(c, LoraConfig) else c for c in CONFIGS]
+    adapters = [pr.adapter_of(config, base, seed=s + 1) for s, config in enumerate(configs)]
+    strangers = [pr.adapter_of(config, base, seed=s + 51) for s, config in enumerate([*configs[1:], configs[0]])]
+
+    def item(slot: int, adapter: Adapter, number: int, example: Example) -> Item:
+        return Item(slot, adapter, example, 0.5, DropoutKey(slot, 3, number, adapter.row_tokens + len(example)))
+
+    def own(found: tuple[list[float], dict[tuple[int, str], Tensor]]) -> dict[str, Tensor]:
+        return {name: gradient for (slot, name), gradient in found[1].items() if slot == kept}
+
+    places = list(enumerate(zip(slots, examples, strict=True)))
+    gradients = own(row(base, [item(s, adapters[s], i, e) for i, (s, e) in places]))
+    assert gradients
+    others = own(row(base, [item(s, adapters[s], i, e if s == kept else others_tokens(e)) for i, (s, e) in places]))
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, others[name]), f"{name} noticed its neighbours' tokens"
+
+    replaced = [item(s, adapters[s] if s == kept else strangers[s], i, e) for i, (s, e) in places]
+    absent = [item(s, adapters[s], i, e) for i, (s, e) in places if s == kept]
+    for company, items in {"other neighbours": replaced, "no neighbours": absent}.items():
+        found = own(row(base, items))
+        assert set(found) == set(gradients)
+        for name, gradient in gradients.items():
+            # a key's gradient is zero where the segment has one token to attend to
+            assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6, (company, name)
 
 
 @pytest.mark.parametrize("poisoned", [0, 1, 2, 3])
