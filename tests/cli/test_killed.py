@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ import yaml
 from command_line import CommandLine
 from peft_study.engine import checkpoint
 from peft_study.study.metrics import read
+from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder
+from peft_study.study.trial_run import TrialRun
 
 PROGRAM = (sys.executable, "-c", "from peft_study.cli import main; main()")
 TIMES = {"tokens_per_second", "peak_memory_bytes"}
@@ -168,10 +171,11 @@ def test_a_study_killed_twenty_times_is_bit_equal(
     check_study(cli, study, tmp_path, kills=20, seed=seed)
 
 
-def flags(model: Path, data: Path, flag: str) -> tuple[object, ...]:
+def flags(model: Path, data: Path, flag: str, *, steps: int = 30) -> tuple[object, ...]:
     return (
-        *("finetune", "--model_name_or_path", model, "--train_file", data, "--max_train_steps", 30, flag),
+        *("finetune", "--model_name_or_path", model, "--train_file", data, flag),
         *("--per_device_train_batch_size", 4, "--dtype", "float32", "--checkpointing_steps", 2, "--row_tokens", 128),
+        *("--max_train_steps", steps),
         *(("--lora_dropout", "0.1") if flag == "--use_lora" else ()),
         "--output_dir",
     )
@@ -197,6 +201,34 @@ def test_a_run_killed_and_then_terminated_is_bit_equal(
     assert stopped is not None
     assert stopped.step >= 15
     assert f"goes on from step {stopped.step} of 30" in here(cli, words, cut)
+    same(cut, whole)
+
+
+def test_a_run_stopped_before_its_first_step_keeps_what_was_measured_before_it(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    """Four examples do not fit into the first row, so the cut after it holds a trial at step 0, as late entries are."""
+    words, whole, cut = flags(tiny_model_folder, tiny_data, "--use_lora", steps=3), tmp_path / "whole", tmp_path / "cut"
+    here(cli, words, whole)
+    with patch.object(StopRequest, "asked", property(lambda _s: True, lambda _s, _v: None), create=True):
+        assert cli(*words, cut).code == 130
+    assert [found.step for found in checkpoint.find(cut / "checkpoints")] == [0]
+    here(cli, words, cut)
+    same(cut, whole)
+
+
+def test_a_run_that_ends_between_its_last_checkpoint_and_its_adapter_measures_nothing_twice(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    """The last cut holds a finished trial whose held-out losses are already written down."""
+    words, whole, cut = flags(tiny_model_folder, tiny_data, "--use_lora", steps=4), tmp_path / "whole", tmp_path / "cut"
+    here(cli, words, whole)
+    with patch.object(TrialRun, "save_adapter", side_effect=KeyboardInterrupt):
+        assert cli(*words, cut).code == 130
+    newest = checkpoint.newest(cut / "checkpoints")
+    assert newest is not None
+    assert newest.step == 4
+    here(cli, words, cut)
     same(cut, whole)
 
 
