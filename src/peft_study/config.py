@@ -184,10 +184,10 @@ class LoggingConfig(Strict):
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
     evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
     checkpoint_every: int | Literal["epoch"] | None = Field(
-        None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock alone"
+        None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock"
     )
     checkpoint_minutes: float | None = Field(
-        5.0, gt=0, description="minutes between checkpoints by the clock; None: only when stopped"
+        5.0, gt=0, description="minutes between checkpoints where no steps are given; None: only when stopped"
     )
     keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept, at least 1; -1: all")
     tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")

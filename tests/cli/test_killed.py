@@ -209,6 +209,7 @@ def test_a_run_stopped_before_its_first_step_keeps_what_was_measured_before_it(
 ) -> None:
     """Four examples do not fit into the first row, so the cut after it holds a trial at step 0, as late entries are."""
     words, whole, cut = flags(tiny_model_folder, tiny_data, "--use_lora", steps=3), tmp_path / "whole", tmp_path / "cut"
+    words = (*words[:-1], "--row_tokens", 64, words[-1])
     here(cli, words, whole)
     with patch.object(StopRequest, "asked", property(lambda _s: True, lambda _s, _v: None), create=True):
         assert cli(*words, cut).code == 130

@@ -192,7 +192,9 @@ def _tensors(trial: Trial) -> dict[str, Tensor]:
 
 def _read(found: Found, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
     """Returns the trial's tensors, checked whole and fitting."""
-    broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one")
+    broken = OutputError(
+        "the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one (delete this folder)"
+    )
     path = found.folder / _file(slot)
     try:
         if file_digest(path) != manifest["sha256"][path.name]:

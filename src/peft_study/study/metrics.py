@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,23 +18,26 @@ class MetricsWriter:
     Args:
         path: of the JSON lines.
         tensorboard: folder for event files, or None.
-        from_step: records of later steps are dropped.
+        from_step: of a run that goes on: records of later steps are dropped; None: of a new one, all are.
 
     Raises:
         OutputError: when they cannot be written.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None, *, from_step: int = 0) -> None:
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= from_step] if from_step else []
+    def __init__(self, path: Path, tensorboard: Path | None, *, from_step: int | None = None) -> None:
+        lines = [] if from_step is None else _whole_lines(path)
+        kept = [line for line in lines if json.loads(line)["step"] <= (from_step or 0)]
         self._path = path
         self._events: Any = None
         with self._telling():
             path.write_text("".join(kept))
             self._file: TextIO = path.open("a")
             if tensorboard is not None:
+                if from_step is None:
+                    shutil.rmtree(tensorboard, ignore_errors=True)  # of a start that left no checkpoint
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._events = SummaryWriter(str(tensorboard), purge_step=from_step + 1 if from_step else None)
+                self._events = SummaryWriter(str(tensorboard), purge_step=None if from_step is None else from_step + 1)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Writes one record: its kind (``train`` or ``held_out``), the step, and the values.

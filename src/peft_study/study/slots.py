@@ -108,7 +108,7 @@ class Slots:
             self._watcher.say(f"{run.job.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
             run.begin(self._initial[run.job.start], from_step=run.trial.step)
         self._mark = self._progress_mark()
-        self._evaluate([run for run in runs.values() if run.trial.finished], ended)
+        self._evaluate([run for run in runs.values() if run.trial.finished], ended, told=True)
 
     def _new(self, job: Job) -> TrialRun:
         return TrialRun(job, self._session, self._logging, self._watcher)
@@ -145,14 +145,15 @@ class Slots:
                 due.append(run)
         self._evaluate(due, ended)
 
-    def _evaluate(self, due: Sequence[TrialRun], ended: Ended) -> None:
+    def _evaluate(self, due: Sequence[TrialRun], ended: Ended, *, told: bool = False) -> None:
         losses = self._held_out([run.trial for run in due])
         for run, sums_N in zip(due, losses, strict=True):
             if not np.isfinite(sums_N).all():
                 reason = f"the held-out loss became {sums_N.sum()} after step {run.trial.step}"
                 self._end(run, run.outcome(None, reason), ended)
                 continue
-            run.tell(sums_N)
+            if not told:
+                run.tell(sums_N)
             if run.trial.finished:
                 if not self._several:  # a checkpoint that was asked for at the last step is one of the trial, too
                     self._save_at_mark()
@@ -212,7 +213,7 @@ class Slots:
 
     def _clock_due(self) -> bool:
         minutes = self._logging.checkpoint_minutes
-        if minutes is None:
+        if minutes is None or self._logging.checkpoint_every is not None:
             return False
         return time.monotonic() - self._saved_at >= max(60 * minutes, self._save_seconds / CHECKPOINT_SHARE)
 

@@ -122,7 +122,7 @@ class TrialRun:
             folder = self.job.folder
             folder.write("parameters.json", asdict(self.trainable))
             events = folder.path / "tensorboard" if self._logging.tensorboard else None
-            self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step or 0)
+            self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step)
         if from_step is None:
             self.tell(start_N)
 
