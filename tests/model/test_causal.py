@@ -104,3 +104,17 @@ def test_tokens_see_no_later_token() -> None:
     after = causal.attend(*tensors, [Piece(0, 20, None)], [], 0.3)
     assert torch.equal(before[:11], after[:11])
     assert not torch.equal(before[11:], after[11:])
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    query, key, value = inputs(60, ())
+    value = value.detach()[..., :5].clone().requires_grad_()
+    pieces = [Piece(0, 25, None), Piece(25, 60, None)]
+    out, reference = causal.attend(query, key, value, pieces, [], 0.3), expected(pieces, [query, key, value], 0.3, None)
+    assert out.shape == (60, H, 5)
+    for ours, theirs in zip(
+        torch.autograd.grad(out.sum(), [query, key, value]),
+        torch.autograd.grad(reference.sum(), [query, key, value]),
+        strict=True,
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-12)

@@ -14,6 +14,7 @@ H = G * R, P prefix tokens, D head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,10 +85,10 @@ class _Attention(torch.autograd.Function):
         window: int | None,
         *prefixes: Tensor,
     ) -> Tensor:
-        groups, tokens, size = key_GTD.shape
+        groups, tokens, _ = key_GTD.shape
         query_GTRD = _grouped(query_HTD, groups, scale)
         key_GTD, value_GTD = key_GTD.contiguous(), value_GTD.contiguous()
-        out_TGRD = query_HTD.new_empty(tokens, groups, query_HTD.shape[0] // groups, size)
+        out_TGRD = query_HTD.new_empty(tokens, groups, query_HTD.shape[0] // groups, value_GTD.shape[-1])
         kept: list[Tensor] = []
         keeps = any(ctx.needs_input_grad)
         for piece in pieces:
@@ -213,29 +214,21 @@ def _weights(rows_GND: Tensor, key_GKD: Tensor, block: _Block, window: int | Non
     scores_GNK = torch.bmm(rows_GND, key_GKD[:, block.first : block.last].transpose(1, 2))
     queries, keys = block.end - block.start, block.last - block.first
     repeats = rows_GND.shape[1] // queries
-    # without a window all keys before the block's own are seen by all of its queries
-    masked = keys if window is not None else queries
+    # without a window in reach, all keys before the block's own are seen by all of its queries
+    window = window if window is not None and keys > window else None
+    masked = queries if window is None else keys
     scores_GNK[:, :, -masked:] += _bias(queries, masked, repeats, window, rows_GND.dtype)
     return torch.softmax(scores_GNK, dim=-1, out=scores_GNK)
 
 
-_BIASES: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
-
-
+@functools.lru_cache(maxsize=64)
 def _bias(queries: int, keys: int, repeats: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """Returns (N * R, K): 0 where a query sees a key, else -inf; the last query's own key is the last.
 
-    Adding it is several times as fast as filling by a boolean mask, for which torch has no vector code.
+    Every layer of a row asks for the same few. Adding them is several times as fast as filling by a boolean mask.
     """
-    if window is not None and keys <= window:
-        window = None
-    key = (queries, keys, repeats, window, dtype)
-    if key not in _BIASES:
-        rank_N1 = torch.arange(keys - queries, keys)[:, None]
-        index_K = torch.arange(keys)
-        allowed = index_K <= rank_N1 if window is None else (index_K <= rank_N1) & (index_K > rank_N1 - window)
-        bias_NK = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-        if len(_BIASES) > 1024:
-            _BIASES.clear()
-        _BIASES[key] = bias_NK.repeat_interleave(repeats, dim=0)
-    return _BIASES[key]
+    rank_N1 = torch.arange(keys - queries, keys)[:, None]
+    index_K = torch.arange(keys)
+    allowed_NK = index_K <= rank_N1 if window is None else (index_K <= rank_N1) & (index_K > rank_N1 - window)
+    bias_NK = torch.zeros(queries, keys, dtype=dtype).masked_fill_(~allowed_NK, float("-inf"))
+    return bias_NK.repeat_interleave(repeats, dim=0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = (1 << 23) - (1 << 16)
-"""Logits held at a time (positions x vocabulary): just under 32 MiB in float32.
+"""Logits held at a time on CPU (positions x vocabulary): just under 32 MiB in float32; accelerators hold twice as many.
 
 From 32 MiB on, glibc asks the kernel for every buffer anew, and clearing its pages costs more than the arithmetic.
 """
@@ -77,8 +77,8 @@ def logit_losses(logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor) -> tup
     return (losses_S * weights_S).sum(), losses_S.detach()
 
 
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    most = max(1, CHUNK_LOGITS // vocabulary)
+def _chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
+    most = max(1, CHUNK_LOGITS * (1 if device.type == "cpu" else 2) // vocabulary)
     size = math.ceil(count / math.ceil(count / most)) if count else most  # chunks of about one size
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
@@ -97,7 +97,7 @@ def _checkpointed_losses(
     """Chunks under activation checkpointing, for heads that are trained themselves (full fine-tuning)."""
     pieces = [
         checkpoint(_losses, hidden_SE[part], targets_S[part], head, transform, use_reentrant=False)
-        for part in _chunks(len(targets_S), _vocabulary(head))
+        for part in _chunks(len(targets_S), _vocabulary(head), hidden_SE.device)
     ]
     losses_S = torch.cat(pieces) if pieces else hidden_SE.new_zeros(0, dtype=torch.float32)
     return (losses_S * weights_S).sum(), losses_S.detach()
@@ -136,7 +136,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses_S = hidden_SE.new_empty(len(targets_S), dtype=torch.float32)
         wanted = ctx.needs_input_grad[0]
         gradient_SE = torch.empty_like(hidden_SE) if wanted else None
-        for part in _chunks(len(targets_S), _vocabulary(head)):
+        for part in _chunks(len(targets_S), _vocabulary(head), hidden_SE.device):
             with torch.set_grad_enabled(wanted):
                 chunk = hidden_SE[part].detach().requires_grad_(wanted)
                 logits = transform(head(chunk))
