@@ -138,8 +138,8 @@ def test_no_prefix_where_attention_cannot_take_one(name: str) -> None:
 
 
 def test_a_changed_attention_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_study.model import attention
+    from peft_study.model import causal
 
-    original = attention._attend
-    monkeypatch.setattr(attention, "_attend", lambda *a: original(*a) * 1.05)
+    original = causal.attend
+    monkeypatch.setattr(causal, "attend", lambda *a: original(*a) * 1.05)
     assert not tw.base("llama").proof.segmented

@@ -1,6 +1,7 @@
 """Where adapted linear layers of the shared base receive their updates.
 
-Each adapted layer carries one forward hook. For every row the engine says which span of it belongs to which adapter:
+Plain linear layers get a forward of ours (methods/low_rank.py); other kinds (quantised, transposed) carry a hook that
+adds to what they computed. For every row the engine says which span of it belongs to which adapter:
 
     row:    |  trial 0: [0, 310)  |  trial 1: [310, 540)  |  trial 2: [540, 1024)  |
     y[span] += scale * B A dropout(x[span])     with the A and B of the span's own adapter
@@ -8,7 +9,7 @@ Each adapted layer carries one forward hook. For every row the engine says which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from peft_study.methods.base import Adapter, LowRank
+from peft_study.methods import low_rank
+from peft_study.methods.base import Adapter
 from peft_study.methods.dropout import keep_mask
+from peft_study.methods.low_rank import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +54,14 @@ class LinearHooks:
     def ensure(self, names: Sequence[str]) -> None:
         """Hooks the layers of these names that are not hooked yet."""
         for name in names:
-            if name not in self._hooked:
-                self._modules[name].register_forward_hook(partial(self._update, name))
-                self._hooked.add(name)
+            if name in self._hooked:
+                continue
+            module = self._modules[name]
+            if type(module) is nn.Linear:  # a subclass may compute something else
+                module.forward = partial(self._linear, name, module, module.forward)  # type: ignore[method-assign]
+            else:
+                module.register_forward_hook(partial(self._update, name))
+            self._hooked.add(name)
 
     @contextmanager
     def row(self, spans: Sequence[Span]) -> Iterator[None]:
@@ -64,42 +72,43 @@ class LinearHooks:
         finally:
             self._spans = ()
 
+    def _linear(self, name: str, module: nn.Linear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        jobs = self._jobs(name, x)
+        if not jobs:
+            return forward(x)
+        if module.weight.requires_grad or x.dtype != module.weight.dtype:
+            return low_rank.add(x, forward(x), jobs)
+        return low_rank.linear(x, module.weight, module.bias, jobs)
+
     def _update(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not self._spans:
-            return output
-        x_TI, y_TO = inputs[0].flatten(0, -2), output.flatten(0, -2)
-        pieces, end = [], 0
+        jobs = self._jobs(name, inputs[0])
+        return low_rank.add(inputs[0], output, jobs) if jobs else output
+
+    def _jobs(self, name: str, x: Tensor) -> list[Job]:
+        """Returns the updates of the layer in the row that is being computed."""
+        jobs = []
         for span in self._spans:
             update = span.adapter.linear_update(name)
-            if update is None:
-                continue
-            if span.start > end:
-                pieces.append(y_TO[end : span.start])
-            pieces.append(_updated(name, span, update, x_TI[span.start : span.end], y_TO[span.start : span.end]))
-            end = span.end
-        if not pieces:
-            return output
-        if end < len(y_TO):
-            pieces.append(y_TO[end:])
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view_as(output)
+            if update is not None:
+                jobs.append(Job(span.start, span.end, update, _mask(name, span, x)))
+        return jobs
 
 
-def _updated(name: str, span: Span, update: LowRank, x_LI: Tensor, y_LO: Tensor) -> Tensor:
-    """Returns y + scale * dropout(x) A^T B^T in y's precision; products accumulate in float32 inside the kernels."""
-    if span.adapter.dropout > 0 and span.keys:
-        masks = [
-            keep_mask(
-                seed=key.seed,
-                step=key.step,
-                example=key.example,
-                module=name,
-                length=key.length,
-                width=x_LI.shape[1],
-                probability=span.adapter.dropout,
-                like=x_LI,
-            )
-            for key in span.keys
-        ]
-        x_LI = x_LI * (masks[0] if len(masks) == 1 else torch.cat(masks))
-    hidden_LR = x_LI.to(y_LO.dtype) @ update.A.to(y_LO.dtype).t()
-    return torch.addmm(y_LO, hidden_LR, update.B.to(y_LO.dtype).t(), alpha=update.scale)
+def _mask(name: str, span: Span, x: Tensor) -> Tensor | None:
+    """Returns the dropout mask (L, I) of the span at the layer, or None where nothing is dropped."""
+    if span.adapter.dropout <= 0 or not span.keys:
+        return None
+    masks = [
+        keep_mask(
+            seed=key.seed,
+            step=key.step,
+            example=key.example,
+            module=name,
+            length=key.length,
+            width=x.shape[-1],
+            probability=span.adapter.dropout,
+            like=x,
+        )
+        for key in span.keys
+    ]
+    return masks[0] if len(masks) == 1 else torch.cat(masks)

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from peft_study.model import causal
+
 NAME = "peft_study_segments"
 """Name under which the function and its mask function are registered."""
 
@@ -112,6 +114,9 @@ def segment_attention(
     if _varlen_serves(query_1HTD, softcap, s_aux):
         out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
         return out_THD.unsqueeze(0), None
+    if _products_serve(query_1HTD, softcap, s_aux):
+        out_THD = _products(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
+        return out_THD.unsqueeze(0), None
     pieces_HLD = []
     for segment in segments.segments:
         span = slice(segment.start, segment.end)
@@ -123,6 +128,21 @@ def segment_attention(
     return torch.cat(pieces_HLD, dim=1).transpose(0, 1).unsqueeze(0), None
 
 
+def _products(
+    query_HTD: Tensor,
+    key_GTD: Tensor,
+    value_GTD: Tensor,
+    layout: SegmentLayout,
+    prefixes: dict[int, Tensor],
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attends over the whole row in matrix products of our own; returns (T, H, D)."""
+    slots = {slot: number for number, slot in enumerate(prefixes)}
+    pieces = [causal.Piece(s.start, s.end, slots.get(s.slot)) for s in layout.segments]
+    return causal.attend(query_HTD, key_GTD, value_GTD, pieces, list(prefixes.values()), scale, window)
+
+
 def _attend(
     query_HLD: Tensor,
     key_GKD: Tensor,
@@ -132,13 +152,16 @@ def _attend(
     softcap: float | None,
     sinks_H: Tensor | None,
 ) -> Tensor:
-    """Attends in one segment whose K = P + L keys end where its queries end; returns (H, L, D)."""
+    """Attends in one segment whose K = P + L keys end where its queries end; returns (H, L, D).
+
+    Serves scores that are capped or beside sinks, and devices without a kernel of variable lengths.
+    """
     groups = query_HLD.shape[0] // key_GKD.shape[0]
     queries, keys = query_HLD.shape[1], key_GKD.shape[1]
     if groups > 1:
         key_GKD, value_GKD = (x.repeat_interleave(groups, dim=0) for x in (key_GKD, value_GKD))
     windowed = window is not None and keys > window
-    if softcap is None and sinks_H is None and not _products_serve(query_HLD, keys):
+    if softcap is None and sinks_H is None:
         plain = queries == keys and not windowed
         mask = None if plain else _bottom_right_causal(queries, keys, window if windowed else None, query_HLD.device)
         return F.scaled_dot_product_attention(
@@ -156,14 +179,9 @@ def _attend(
     return torch.matmul(weights_HLK.to(value_GKD.dtype), value_GKD)
 
 
-def _products_serve(query_HLD: Tensor, keys: int) -> bool:
-    """True where two plain matrix products beat the fused kernel: short segments on CPU.
-
-    Measured on 2 cores of an EPYC with avx512_bf16, torch 2.13, 9 heads of 64, forward and backward of 1,024 tokens:
-    14 segments of 70: 6 ms against 16; 5 of 200: 12 against 15; 2 of 512: 30 against 25; 1 of 1,024: 96 against 29
-    (benchmarks/short_segments.py).
-    """
-    return query_HLD.device.type == "cpu" and keys <= 256
+def _products_serve(query_1HTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
+    """True where attention is done in products of our own: on CPU they beat the fused kernel at every length tried."""
+    return query_1HTD.device.type == "cpu" and softcap is None and sinks_H is None
 
 
 def _bottom_right_causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ Shape legend: S supervised positions of the row, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = 1 << 24
-"""Logits held at a time (positions x vocabulary): 64 MiB in float32."""
+CHUNK_LOGITS = (1 << 23) - (1 << 16)
+"""Logits held at a time on CPU (positions x vocabulary): just under 32 MiB in float32; accelerators hold twice as many.
+
+From 32 MiB on, glibc asks the kernel for every buffer anew, and clearing its pages costs more than the arithmetic.
+"""
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -73,8 +77,9 @@ def logit_losses(logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor) -> tup
     return (losses_S * weights_S).sum(), losses_S.detach()
 
 
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
+def _chunks(count: int, vocabulary: int, device: torch.device) -> list[slice]:
+    most = max(1, CHUNK_LOGITS * (1 if device.type == "cpu" else 2) // vocabulary)
+    size = math.ceil(count / math.ceil(count / most)) if count else most  # chunks of about one size
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
@@ -92,10 +97,30 @@ def _checkpointed_losses(
     """Chunks under activation checkpointing, for heads that are trained themselves (full fine-tuning)."""
     pieces = [
         checkpoint(_losses, hidden_SE[part], targets_S[part], head, transform, use_reentrant=False)
-        for part in _chunks(len(targets_S), _vocabulary(head))
+        for part in _chunks(len(targets_S), _vocabulary(head), hidden_SE.device)
     ]
     losses_S = torch.cat(pieces) if pieces else hidden_SE.new_zeros(0, dtype=torch.float32)
     return (losses_S * weights_S).sum(), losses_S.detach()
+
+
+def _losses_and_gradient(
+    logits_SV: Tensor, targets_S: Tensor, weights_S: Tensor, *, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns each token's loss (S,) and the gradient (S, V) of their weighted sum, in one float32 copy of the logits.
+
+    The loss is log sum exp(logits) - logit of the target; its gradient is the softmax, less one at the target.
+    """
+    target_S1 = targets_S[:, None]
+    work_SV = logits_SV.to(torch.float32, copy=True)
+    chosen_S1 = work_SV.gather(1, target_S1)
+    top_S1 = work_SV.amax(dim=1, keepdim=True)
+    total_S1 = work_SV.sub_(top_S1).exp_().sum(dim=1, keepdim=True)
+    losses_S = (total_S1.log() + top_S1 - chosen_S1).squeeze(1)
+    if not wanted:
+        return losses_S, None
+    work_SV.mul_(weights_S[:, None] / total_S1)
+    work_SV.scatter_add_(1, target_S1, -weights_S[:, None])
+    return losses_S, work_SV.to(logits_SV.dtype)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -111,15 +136,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
         losses_S = hidden_SE.new_empty(len(targets_S), dtype=torch.float32)
         wanted = ctx.needs_input_grad[0]
         gradient_SE = torch.empty_like(hidden_SE) if wanted else None
-        for part in _chunks(len(targets_S), _vocabulary(head)):
-            if gradient_SE is None:
-                losses_S[part] = _losses(hidden_SE[part], targets_S[part], head, transform)
-                continue
-            with torch.enable_grad():
-                chunk = hidden_SE[part].detach().requires_grad_()
-                losses = _losses(chunk, targets_S[part], head, transform)
-                (gradient_SE[part],) = torch.autograd.grad((losses * weights_S[part]).sum(), chunk)
-            losses_S[part] = losses.detach()
+        for part in _chunks(len(targets_S), _vocabulary(head), hidden_SE.device):
+            with torch.set_grad_enabled(wanted):
+                chunk = hidden_SE[part].detach().requires_grad_(wanted)
+                logits = transform(head(chunk))
+            losses_S[part], d_logits = _losses_and_gradient(
+                logits.detach(), targets_S[part], weights_S[part], wanted=wanted
+            )
+            if gradient_SE is not None:
+                (gradient_SE[part],) = torch.autograd.grad(logits, chunk, d_logits)
         ctx.save_for_backward(gradient_SE)
         ctx.mark_non_differentiable(losses_S)
         return (losses_S * weights_S).sum(), losses_S

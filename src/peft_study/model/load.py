@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.errors import ModelError, first_line
-from peft_study.model import attention
+from peft_study.model import attention, norm
+from peft_study.model.allocator import keep_freed_memory
 from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
 from peft_study.model.head import Transform, head_transform
@@ -210,6 +211,9 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
             module.p = 0.0
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
+    norm.install(model)
+    if placement.device.type == "cpu":
+        keep_freed_memory()
     transform = head_transform(config)
     proof = prove(model, model.get_output_embeddings(), transform, config.vocab_size)
     folder = Path(path)
