@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from common import Rows, arguments, ceiling, median
 from peers import Ours, Pass, Peer, PeftLoop
-from peft_study.data.conversation import Example
 from trl_peer import DEFAULT, TrlPeer, best
 from worlds import METHODS, MODELS, World, adapter_of, open_world
+
+from peft_study.data.conversation import Example
 
 PEERS = ("ours", "peft_loop", "peft_loop_grouped", "trl_default", "trl_best")
 TOLERANCE = 0.02
@@ -89,7 +89,7 @@ def same_work(found: Pass, expected: Pass) -> dict[str, Any]:
 
 
 def flops(base: Any, examples: list[Example]) -> tuple[float, float]:
-    """Returns FLOP of a pass: 4 a parameter and token plus attention; and those with the head on supervised tokens only.
+    """Returns FLOP of a pass, 4 a parameter and token plus attention; and with the head on supervised tokens only.
 
     Attention: a causal segment of L tokens has L*L/2 pairs; each costs 4*D FLOP a head forward, twice that backward.
     """

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-
 from common import synchronize
+
 from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
@@ -92,15 +92,14 @@ class Ours:
     ) -> None:
         self.base, self._adapter = base, adapter
         self._examples, self._batch_size = InOrder(examples, batch_size), batch_size
-        self._row_tokens = row_tokens
-        self.settings: dict[str, Any] = {"batch_size": batch_size, "row_tokens": row_tokens}
+        self._engine = Engine(base, row_tokens=row_tokens)
+        self.settings: dict[str, Any] = {"batch_size": batch_size, "row_tokens": self._engine.row_tokens}
 
     def run(self) -> Pass:
         """Runs one pass as a trial of one epoch."""
         training = TrainingConfig(learning_rate=LEARNING_RATE, epochs=1, batch_size=self._batch_size)
         trial = Trial("ours", self._adapter, training, self._examples)
-        engine = Engine(self.base, row_tokens=self._row_tokens)
-        self.settings["row_tokens"] = engine.row_tokens
+        engine = self._engine
         engine.admit(trial)
         reports, steps = [], []
         synchronize(self.base.device)

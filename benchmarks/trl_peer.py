@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import tempfile
 import time
 import warnings
@@ -16,13 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
 from common import synchronize
 from peers import LEARNING_RATE, Pass, copy_numbers, peft_config
+from worlds import MAX_LENGTH, World
+
 from peft_study.config import MethodConfig
 from peft_study.data.conversation import Example
 from peft_study.methods import Adapter
-from worlds import MAX_LENGTH, World
 
 SILENT: dict[str, Any] = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 """What is no training: progress bars, services, checkpoints at the end."""
@@ -161,7 +162,7 @@ class TrlPeer:
         tokens, supervised, positions = (int(sum(int(row[i]) for row in self._seen)) for i in range(3))
         # each loss is a sum over its batch divided by the labels of the optimizer batch
         total = sum(float(loss) * int(items if items is not None else own) for _, own, _, loss, items in self._seen)
-        steps = [b - a for a, b in zip(times, times[1:], strict=False)]
+        steps = [end - start for start, end in itertools.pairwise(times)]
         return Pass(times[-1] - times[0], tokens, supervised, total / supervised, positions, steps)
 
 

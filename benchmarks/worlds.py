@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from common import SHARED
+
 from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.data.conversation import Example
 from peft_study.methods import Adapter, create
@@ -144,6 +144,11 @@ def examples_of_length(count: int, length: int, vocabulary: int) -> list[Example
     generator = np.random.default_rng(0)
     mask = np.arange(length) >= max(1, round(0.63 * length))
     return [Example(generator.integers(3, vocabulary, size=length).astype(np.int32), mask) for _ in range(count)]
+
+
+def vocabulary_of(base: Base) -> int:
+    """Returns how many tokens the model knows."""
+    return int(base.model.config.get_text_config().vocab_size)
 
 
 def adapter_of(config: MethodConfig, base: Base, seed: int = 0) -> Adapter:
