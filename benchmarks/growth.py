@@ -4,8 +4,8 @@
     python benchmarks/growth.py --model llama-1b --rows 1024 2048 4096 8192 16384
 
 Each measurement trains LoRA trials (r = 16 unless the rank is what grows) on examples of one length. Along the slots
-every trial keeps its 128 tokens a step (--step-tokens), so that few trials leave the row short; along the other axes one
-trial fills its row. Writes growth.jsonl and growth.png.
+every trial keeps its 128 tokens a step (--step-tokens), so that few trials leave the row short; along the other axes
+one trial fills its row. Writes growth.jsonl and growth.png.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Rows, arguments, machine
+from common import Rows, arguments, machine, synchronize
 from peers import LEARNING_RATE
 from worlds import MODELS, adapter_of, examples_of_length, open_world, vocabulary_of
 
@@ -90,7 +90,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
 
 
 def points_of(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns what to measure: along each axis the others stay at one slot, rank 16, one row a step, examples of 128."""
+    """Returns what to measure; what does not grow stays at one slot, rank 16, one row a step, examples of 128."""
     usual = {"slots": 1, "rank": 16, "row": options.row, "length": min(128, options.row), "step_tokens": options.row}
     few = {**usual, "length": min(64, options.step_tokens), "step_tokens": options.step_tokens}
     return [

@@ -96,8 +96,8 @@ class World:
         return wrap(self.model(), None, self.placement, path=f"{self.name} of the benchmarks")
 
     def tokenizer(self) -> Any:
-        """Returns the model's tokenizer, or one that only knows how to pad."""
-        return load_tokenizer(EMBEDDED) if self.name == EMBEDDED else _padding_tokenizer()
+        """Returns the model's tokenizer, or one of bytes."""
+        return load_tokenizer(EMBEDDED) if self.name == EMBEDDED else _byte_tokenizer()
 
     def examples(self, count: int) -> tuple[list[Example], str]:
         """Returns the first examples of the real data, and where they are from."""
@@ -183,10 +183,31 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _padding_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
+def save_tiny(folder: Path) -> Path:
+    """Writes the tiny model with its tokenizer, as `--model_name_or_path` takes it; returns the folder."""
+    _random_model("tiny", torch.device("cpu"), torch.float32).save_pretrained(folder)
+    _byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _byte_tokenizer() -> Any:
+    """Returns a tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    return tokenizer
