@@ -70,9 +70,11 @@ def machine() -> dict[str, Any]:
             packages[package] = version(package)
         except PackageNotFoundError:
             packages[package] = None
-    # the script by its place in the repository: no path of this machine is written down
-    script = Path(sys.argv[0])
-    words = [f"benchmarks/{script.name}" if script.parent.name == "benchmarks" else script.name, *sys.argv[1:]]
+    # the script by its place in the repository and no folder of rows: no path of this machine is written down
+    script, words = Path(sys.argv[0]), sys.argv[1:]
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    script_name = f"benchmarks/{script.name}" if script.parent.name == "benchmarks" else script.name
     return {
         "machine": hardware["gpu"] or f"{hardware['processor']}, {hardware['cores']} cores",
         "threads": hardware["threads"],
@@ -81,7 +83,7 @@ def machine() -> dict[str, Any]:
         "date": found["date"],
         "commit": code.get("commit"),
         "commit_changed": code.get("changed"),
-        "command": " ".join(["python", *words]),
+        "command": " ".join(["python", script_name, *words]),
     }
 
 

@@ -33,11 +33,12 @@ def make_peers(world: World, method: str, examples: list[Example], options: argp
     """Returns the peers asked for; one that cannot be made is named and left out."""
     config, base = METHODS[method], world.base()
     adapter, batch = adapter_of(config, base), options.batch_size
+    loop_batch = options.loop_batch_size or batch
     device = world.placement.device.type
     makers: dict[str, Callable[[], Peer]] = {
         "ours": lambda: Ours(base, adapter, examples, batch, options.row_tokens),
-        "peft_loop": lambda: PeftLoop(world.model(), config, adapter, examples, batch),
-        "peft_loop_grouped": lambda: PeftLoop(world.model(), config, adapter, examples, batch, grouped=True),
+        "peft_loop": lambda: PeftLoop(world.model(), config, adapter, examples, loop_batch),
+        "peft_loop_grouped": lambda: PeftLoop(world.model(), config, adapter, examples, loop_batch, grouped=True),
         "trl_default": lambda: TrlPeer("trl_default", world, config, adapter, examples, DEFAULT[method]),
         "trl_best": lambda: TrlPeer("trl_best", world, config, adapter, examples, best(device, method)),
     }
@@ -75,6 +76,7 @@ def measure(peers: list[Peer], rounds: int, rows: Rows) -> dict[str, list[Pass]]
                 round=number,
                 tokens_per_second=round(found.tokens / found.seconds, 1),
                 seconds=round(found.seconds, 3),
+                cpu_seconds=round(found.cpu_seconds, 3),
                 step_seconds=[round(s, 3) for s in found.steps],
             )
     return passes
@@ -109,7 +111,8 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS)
     parser.add_argument("--pool", type=int, default=32, help="examples of a pass")
     parser.add_argument("--rounds", type=int, default=5, help="counted passes of each peer")
-    parser.add_argument("--batch-size", type=int, default=8, help="examples an optimizer step, ours and the plain loop")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples an optimizer step")
+    parser.add_argument("--loop-batch-size", type=int, help="of the plain loop, where memory wants a smaller one")
     parser.add_argument("--row-tokens", type=int, help="ours: tokens a row; the engine's default where not given")
     options = parser.parse_args(words)
     world = open_world(options.model, options.device)

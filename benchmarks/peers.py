@@ -38,6 +38,7 @@ class Pass:
         loss: mean over the supervised tokens of the pool, in nats.
         positions: token positions that the model was given, padding included, virtual ones not.
         steps: seconds of each optimizer step, the fetching of its batch included.
+        cpu_seconds: of all threads; well below `seconds` times the threads where a neighbour took the processor.
     """
 
     seconds: float
@@ -46,6 +47,7 @@ class Pass:
     loss: float
     positions: int
     steps: list[float] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 class Peer(Protocol):
@@ -103,7 +105,8 @@ class Ours:
         engine.admit(trial)
         reports, steps = [], []
         synchronize(self.base.device)
-        started = last = time.perf_counter()
+        cpu, started = time.process_time(), time.perf_counter()
+        last = started
         while not trial.finished:
             for event in engine.step():
                 assert event.report is not None, event.diverged
@@ -112,11 +115,11 @@ class Ours:
                 steps.append(now - last)
                 reports.append(event.report)
                 last = now
-        taken = time.perf_counter() - started
+        taken, cpu = time.perf_counter() - started, time.process_time() - cpu
         engine.evict(trial)
         tokens, supervised = (sum(getattr(r, what) for r in reports) for what in ("tokens", "supervised"))
         loss = sum(r.loss * r.supervised for r in reports) / supervised
-        return Pass(taken, tokens, supervised, loss, positions=tokens, steps=steps)
+        return Pass(taken, tokens, supervised, loss, positions=tokens, steps=steps, cpu_seconds=cpu)
 
 
 class PeftLoop:
@@ -158,7 +161,8 @@ class PeftLoop:
         device = self._parameters[0].device
         found, losses = Pass(0.0, 0, 0, 0.0, 0), []
         synchronize(device)
-        started = last = time.perf_counter()
+        cpu, started = time.process_time(), time.perf_counter()
+        last = started
         for batch in self._batches:
             inputs = {name: tensor.to(device) for name, tensor in padded(batch).items()}
             loss = self._model(**inputs).loss
@@ -170,7 +174,7 @@ class PeftLoop:
             now = time.perf_counter()
             found.steps.append(now - last)
             last = now
-        found.seconds = time.perf_counter() - started
+        found.seconds, found.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
         counts = [sum(int(e.supervised_L.sum()) for e in batch) for batch in self._batches]
         found.tokens = sum(len(e) for batch in self._batches for e in batch)
         found.supervised = sum(counts)

@@ -105,15 +105,18 @@ class TrlPeer:
                 """The first batch is fetched after this."""
                 synchronize(peer._device)
                 peer._times.append(time.perf_counter())
+                peer._cpu.append(time.process_time())
 
             def on_step_end(self, *_: Any, **__: Any) -> None:
                 """The optimizer step is done."""
                 synchronize(peer._device)
                 peer._times.append(time.perf_counter())
+                peer._cpu.append(time.process_time())
 
         self.name, self.settings, self._device = name, dict(settings), world.placement.device
         self._seen: list[tuple[Any, ...]] = []
         self._times: list[float] = []
+        self._cpu: list[float] = []
         chosen = dict(settings)
         weights, attention = chosen.pop("weights", None), chosen.pop("attention", None)
         rows = [
@@ -156,6 +159,7 @@ class TrlPeer:
         """Runs one `train()`, an epoch."""
         self._seen.clear()
         self._times.clear()
+        self._cpu.clear()
         with _quiet():
             self._trainer.train()
         times = self._times
@@ -163,7 +167,8 @@ class TrlPeer:
         # each loss is a sum over its batch divided by the labels of the optimizer batch
         total = sum(float(loss) * int(items if items is not None else own) for _, own, _, loss, items in self._seen)
         steps = [end - start for start, end in itertools.pairwise(times)]
-        return Pass(times[-1] - times[0], tokens, supervised, total / supervised, positions, steps)
+        cpu = self._cpu[-1] - self._cpu[0]
+        return Pass(times[-1] - times[0], tokens, supervised, total / supervised, positions, steps, cpu)
 
 
 @contextlib.contextmanager
