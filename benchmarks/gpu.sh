@@ -5,13 +5,17 @@
 # (pydantic and what it needs) come in through PYTHONPATH; without trl its peers are named and left out.
 #
 #   OUT=results benchmarks/gpu.sh
-#   MODEL=tiny BIG=tiny DEVICE=cpu OUT=results benchmarks/gpu.sh    # does every part start? (no GPU needed)
+#   MODEL=tiny BIG=tiny MOST=4 ROW=128 POOL=8 STEP=32 DEVICE=cpu OUT=results benchmarks/gpu.sh    # does it all start?
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}
 MODEL=${MODEL:-llama-1b}
 BIG=${BIG:-llama-8b}
 DEVICE=${DEVICE:-cuda}
+MOST=${MOST:-1024}
+ROW=${ROW:-8192}
+POOL=${POOL:-84}
+STEP=${STEP:-512}
 PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD/src:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -32,11 +36,12 @@ timeout 80 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "
 tests=${PIPESTATUS[0]}
 
 # 42 examples are 8,100 tokens on average; a row may be longer than that, so that no batch is cut in two
-part 110 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool 84
-part 75 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens 512 \
-    --length 128 --row-tokens 8192 --solo-rows 8192
-part 60 many_trials --model "$MODEL" --parts slots --step-tokens 256 --length 128 --most-slots 1024
-part 60 many_trials --model "$BIG" --parts slots --step-tokens 256 --length 128 --most-slots 1024
-part 50 growth --model "$MODEL" --row 8192 --rows 1024 2048 4096 8192 16384 --step-tokens 512 --repeats 3
+part 110 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool "$POOL"
+part 75 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens "$STEP" \
+    --length 128 --row-tokens "$ROW" --solo-rows "$ROW"
+part 60 many_trials --model "$MODEL" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
+part 60 many_trials --model "$BIG" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
+part 50 growth --model "$MODEL" --row "$ROW" --rows $((ROW / 8)) $((ROW / 4)) $((ROW / 2)) "$ROW" $((ROW * 2)) \
+    --step-tokens "$STEP" --repeats 3
 part 10 summary
 exit $((tests || failed))

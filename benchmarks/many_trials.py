@@ -28,6 +28,7 @@ from peers import LEARNING_RATE, PeftLoop
 from worlds import METHODS, MODELS, World, adapter_of, examples_of_length, open_world, vocabulary_of
 
 from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, PromptTuningConfig, TrainingConfig
+from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Trial
 from peft_study.methods import Adapter
@@ -74,16 +75,31 @@ class Crowd:
     """
 
     def __init__(self, base: Base, settings: Sequence[Setting], length: int) -> None:
-        self._base, self._engines = base, engines_of(base)
-        self._settings = settings
-        self._adapters: list[Adapter] = [adapter_of(config, base, seed) for seed, (config, _) in enumerate(settings)]
-        self._lengths = [min(length, tokens) for _, tokens in settings]
-        self._batches = [max(1, tokens // size) for (_, tokens), size in zip(settings, self._lengths, strict=True)]
-        vocabulary = vocabulary_of(base)
-        self._examples = [
-            examples_of_length(batch, size, vocabulary)
-            for batch, size in zip(self._batches, self._lengths, strict=True)
-        ]
+        self._base, self._engines, self._length = base, engines_of(base), length
+        self._settings: list[Setting] = []
+        self._adapters: list[Adapter] = []
+        self._lengths: list[int] = []
+        self._batches: list[int] = []
+        self._examples: list[list[Example]] = []
+        self.add(settings)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
+
+    def add(self, settings: Sequence[Setting]) -> None:
+        """Adds trials of these settings."""
+        for config, tokens in settings:
+            size = min(self._length, tokens)
+            self._settings.append((config, tokens))
+            self._lengths.append(size)
+            self._batches.append(max(1, tokens // size))
+            self._examples.append(examples_of_length(self._batches[-1], size, vocabulary_of(self._base)))
+            self._adapters.append(adapter_of(config, self._base, len(self._adapters)))
+
+    def keep(self, count: int) -> None:
+        """Takes all but the first trials out again."""
+        for things in (self._settings, self._lengths, self._batches, self._examples, self._adapters):
+            del things[count:]
 
     def trials(self, steps: int) -> list[Trial]:
         """Returns fresh trials of the same adapters."""
@@ -196,27 +212,25 @@ def peak(world: World, options: argparse.Namespace) -> None:
 
 
 def slots(world: World, options: argparse.Namespace) -> None:
-    """Doubles the slots until memory ends, then halves the gap; a slot holds a LoRA trial that has taken a step."""
+    """Adds LoRA trials, a quarter more at a time, until memory ends, then fewer at a time; each takes two steps."""
     rows = Rows(options, part="slots", **_facts(world, options))
     base = world.base()
-    fits, fails, count = 0, options.most_slots + 1, 1
-    while fails - fits > max(1, fits // 16):
+    crowd, more, ended = Crowd(base, [], options.length), 1, False
+    while more and len(crowd) + more <= options.most_slots:
+        before, fits = len(crowd), True
         try:
-            crowd = Crowd(base, settings_of("equal", count, options.step_tokens), options.length)
+            crowd.add(settings_of("equal", more, options.step_tokens))
             taken = crowd.fused(2, options.row_tokens)
-            fits = count
-            rows.add(row="slots", slots=count, fits=True, seconds=round(taken, 2), peak_gib=_gib(base.device))
+            rows.add(row="slots", slots=len(crowd), fits=True, seconds=round(taken, 2), peak_gib=_gib(base.device))
         except torch.OutOfMemoryError:
-            fails = count
-            rows.add(row="slots", slots=count, fits=False)
-        crowd = None
-        gc.collect()
-        if base.device.type == "cuda":
+            fits, ended = False, True
+            rows.add(row="slots", slots=before + more, fits=False)
+        if not fits:  # outside the handler, whose traceback holds tensors
+            crowd.keep(before)
+            gc.collect()
             torch.cuda.empty_cache()
-        count = min(2 * fits, options.most_slots) if fails > options.most_slots else (fits + fails) // 2
-        if count in (fits, fails):
-            break
-    rows.add(row="most", slots=fits, reached_the_end_of_memory=fails <= options.most_slots, peak_gib=_gib(base.device))
+        more = more // 2 if ended else min(max(1, len(crowd) // 4), max(1, options.most_slots - len(crowd)))
+    rows.add(row="most", slots=len(crowd), memory_ended=ended, peak_gib=_gib(base.device))
 
 
 def _gib(device: torch.device) -> float:

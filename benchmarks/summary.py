@@ -182,9 +182,8 @@ def main(words: list[str] | None = None) -> None:
     entries = summarise(options.out)
     (options.out / "summary.json").write_text(json.dumps(entries, indent=1) + "\n")
     for entry in entries:
-        goal = (
-            "" if entry["target"] is None else f" (target {entry['target']:g}, {'met' if entry['met'] else 'not met'})"
-        )
+        met = {True: "met", False: "missed", None: "open"}[entry["met"]]
+        goal = "" if entry["target"] is None else f" (target {entry['target']:g}: {met})"
         print(f"{entry['name']}: {entry['note'] if entry['value'] is None else entry['value']}{goal}")
 
 

@@ -3,7 +3,7 @@
     python benchmarks/trl_best.py --methods lora                              # all candidates
     python benchmarks/trl_best.py --methods lora --candidates b1 b4 packed    # some
 
-What wins is written by hand into trl_peer.py's BEST. Rows go to results/trl_best.jsonl.
+What wins is written by hand into trl_peer.py. Rows go to results/trl_best.jsonl.
 """
 
 from __future__ import annotations
@@ -14,16 +14,8 @@ from typing import Any
 from common import Rows, arguments
 from one_trial import make_peers, measure, same_work
 from peers import Peer
-from trl_peer import TrlPeer
+from trl_peer import LEAN, TrlPeer
 from worlds import METHODS, MODELS, adapter_of, open_world
-
-LEAN: dict[str, Any] = {
-    "weights": "bfloat16",
-    "gradient_checkpointing": False,
-    "optim": "adamw_torch_fused",
-    "logging_steps": 100_000,
-}
-"""What no candidate does without: nothing is recomputed, logged or kept in float32 that need not be."""
 
 _GROUPED: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
 
@@ -53,6 +45,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "packed 8 rows": _batch(8, packing=True),
     "padding-free b4": _batch(4, padding_free=True, max_length=None),
     "padding-free b4 no autocast": _batch(4, padding_free=True, max_length=None, bf16=False),
+    "b1 no autocast compiled": _batch(1, bf16=False, torch_compile=True),
     # of CUDA
     "packed flash": _batch(8, packing=True, attention="flash_attention_2"),
     "packed flash liger": _batch(8, packing=True, attention="flash_attention_2", use_liger_kernel=True),

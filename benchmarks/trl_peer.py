@@ -8,6 +8,7 @@ generation tags; the tokens would be the same, and reading them is no part of wh
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import tempfile
@@ -37,24 +38,34 @@ DEFAULT: dict[str, dict[str, Any]] = {
 """SFTConfig as it comes (TRL 1.16): batches of 8 in random order, gradient checkpointing, bf16 autocast over weights
 that SFTTrainer loads in float32."""
 
-_BEST: dict[str, Any] = {
+LEAN: dict[str, Any] = {
     "weights": "bfloat16",
     "gradient_checkpointing": False,
     "optim": "adamw_torch_fused",
     "logging_steps": 100_000,
-    "train_sampling_strategy": "group_by_length",
-    "per_device_train_batch_size": 8,
 }
-BEST: dict[tuple[str, str], dict[str, Any]] = {
-    ("cpu", "lora"): _BEST,
-    ("cpu", "prefix_tuning"): _BEST,
-    ("cpu", "prompt_tuning"): _BEST,
+"""What its best does without: nothing is recomputed, logged, or kept in float32 that need not be."""
+
+# one example at a time, eight to an optimizer step: on two cores no padding is worth more than larger products
+_ONE_BY_ONE: dict[str, Any] = {
+    **LEAN,
+    "bf16": False,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
 }
 
 
 def best(device: str, method: str) -> dict[str, Any]:
-    """Returns the best settings that were found (`benchmarks/trl_best.py` is the search)."""
-    return BEST[device, method]
+    """Returns the best settings that were found (`benchmarks/trl_best.py` is the search); on CUDA, not searched yet."""
+    if device != "cuda":
+        return _ONE_BY_ONE
+    liger = {"use_liger_kernel": True} if importlib.util.find_spec("liger_kernel") else {}
+    if method == "lora" and importlib.util.find_spec("flash_attn"):
+        # eight rows of 1,024 tokens, flattened into one
+        packed = {"packing": True, "attention": "flash_attention_2", "per_device_train_batch_size": 8}
+        return {**LEAN, **liger, **packed}
+    grouped = {"train_sampling_strategy": "group_by_length", "per_device_train_batch_size": 16}
+    return {**LEAN, **liger, **grouped}
 
 
 class TrlPeer:

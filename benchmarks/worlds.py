@@ -154,10 +154,10 @@ def vocabulary_of(base: Base) -> int:
 def adapter_of(config: MethodConfig, base: Base, seed: int = 0) -> Adapter:
     """Returns the method's adapter with a little noise on every parameter, so that none is zero."""
     adapter = create(config, base, None, seed)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(base.device).manual_seed(seed)
     with torch.no_grad():
         for parameter in adapter.parameters().values():
-            parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.01).to(parameter.device))
+            parameter.add_(torch.randn(parameter.shape, generator=generator, device=base.device), alpha=0.01)
     return adapter
 
 
