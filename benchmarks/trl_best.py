@@ -38,6 +38,8 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "b4 no autocast": _batch(4, bf16=False, **_GROUPED),
     "b8 no autocast": _batch(8, bf16=False, **_GROUPED),
     "b1 eager": _batch(1, attention="eager"),
+    "b2 eager": _batch(2, attention="eager", **_GROUPED),
+    "b2 no autocast eager": _batch(2, bf16=False, attention="eager", **_GROUPED),
     "b1 no autocast eager": _batch(1, bf16=False, attention="eager"),
     "b4 no autocast eager": _batch(4, bf16=False, attention="eager", **_GROUPED),
     "packed": _batch(1, 1, packing=True),
