@@ -25,7 +25,7 @@ from worlds import METHODS, MODELS, World, adapter_of, open_world
 from peft_study.data.conversation import Example
 
 PEERS = ("ours", "peft_loop", "peft_loop_grouped", "trl_default", "trl_best")
-TOLERANCE = 0.02
+TOLERANCE = 0.005
 """Largest relative difference of two losses of the same tokens in bfloat16 that is taken for rounding."""
 
 

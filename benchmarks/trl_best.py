@@ -3,6 +3,9 @@
     python benchmarks/trl_best.py --methods lora                              # all candidates
     python benchmarks/trl_best.py --methods lora --candidates b1 b4 packed    # some
 
+Packed and padding-free batches are wrong with soft prompts: the virtual tokens stand before a row, not before each of
+its examples, and the loss is another one (tests/benchmarks).
+
 What wins is written by hand into trl_peer.py. Rows go to results/trl_best.jsonl.
 """
 
@@ -91,6 +94,8 @@ def main(words: list[str] | None = None) -> None:
                     tokens_per_second=round(best.tokens / best.seconds, 1),
                     # says more than the clock where others use the machine (with OMP_NUM_THREADS=1: threads spin)
                     tokens_per_cpu_second=round(max(p.tokens / p.cpu_seconds for p in passes[1:]), 1),
+                    loss=round(passes[0].loss, 5),
+                    our_loss=round(reference.loss, 5),
                     padding=padding,
                     **same,
                 )

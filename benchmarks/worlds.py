@@ -34,7 +34,8 @@ MODELS = (EMBEDDED, "llama-1b", "llama-8b", "tiny")
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=16, alpha=32),
-    "prefix_tuning": PrefixTuningConfig(tokens=30, init="zero"),
+    # at random, as PEFT begins: far from doing nothing, so that a peer whose examples miss it has another loss
+    "prefix_tuning": PrefixTuningConfig(tokens=30, init="random"),
     "prompt_tuning": PromptTuningConfig(tokens=8, init="random"),
 }
 
@@ -180,7 +181,12 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if name == "tiny":  # at the usual size its answers would hardly depend on what it reads
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(10 if parameter.dim() > 1 else 1)
+    return model
 
 
 def save_tiny(folder: Path) -> Path:

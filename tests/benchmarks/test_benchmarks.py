@@ -70,6 +70,24 @@ def test_trl_as_it_comes_cannot_train_a_prefix() -> None:
         peer.run()
 
 
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+def test_trl_packs_soft_prompts_wrongly(method: str) -> None:
+    """The reason why no packing is among TRL's best for soft prompts: its loss is another one."""
+    pytest.importorskip("trl", reason="TRL is a peer, no dependency")
+    from trl_peer import TrlPeer
+
+    world = worlds.open_world("tiny", "cpu")
+    config, examples, base = worlds.METHODS[method], world.examples(12)[0], world.base()
+    adapter = worlds.adapter_of(config, base)
+    expected = one_trial.Ours(base, adapter, examples, 4).run().loss
+    found = {
+        name: TrlPeer(name, world, config, adapter, examples, trl_best.CANDIDATES[name]).run().loss
+        for name in ("b1", "packed")
+    }
+    assert abs(found["b1"] - expected) < 3e-4 * expected
+    assert abs(found["packed"] - expected) > 1e-3 * expected
+
+
 def test_the_search_for_trls_best(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is a peer, no dependency")
     words = ["--methods", "lora", "--candidates", "b1", "packed", "--pool", "6", "--out", str(tmp_path)]
