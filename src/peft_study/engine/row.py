@@ -57,11 +57,20 @@ class RowResult:
 
     Attributes:
         total: weighted sum of all token losses, differentiable.
-        item_losses: sum of the token losses of each item, in nats, in the items' order.
+        sums_N: sum of the token losses of each item, float64, on the device.
     """
 
     total: Tensor
-    item_losses: list[float]
+    sums_N: Tensor
+
+    @property
+    def item_losses(self) -> list[float]:
+        """Returns the summed token loss of each item, in nats, in the items' order.
+
+        It waits for the device: asked for after backward, the device never waits for its next work.
+        """
+        losses: list[float] = self.sums_N.tolist()
+        return losses
 
 
 class RowRunner:
@@ -97,9 +106,10 @@ class RowRunner:
             else:  # the model does more to its logits than is known here: it makes them itself, all at once
                 logits_SV = self.base.model(**inputs, logits_to_keep=places_S).logits[0]
                 total, losses_S = logit_losses(logits_SV, targets_S, weights_S)
-            sums = torch.zeros(len(items), dtype=torch.float64, device=owners_S.device if _float64(owners_S) else "cpu")
-            sums.index_add_(0, owners_S.to(sums.device), losses_S.to(sums.device, torch.float64))
-            yield RowResult(total, sums.tolist())
+            home = owners_S.device if _float64(owners_S) else "cpu"
+            sums_N = torch.zeros(len(items), dtype=torch.float64, device=home)
+            sums_N.index_add_(0, owners_S.to(home), losses_S.to(home, torch.float64))
+            yield RowResult(total, sums_N)
 
     def _layout(self, items: Sequence[Item]) -> SegmentLayout:
         segments, prefixes, start = [], {}, 0
