@@ -73,3 +73,17 @@ def test_rows_do_not_meet() -> None:
     others = [0, 1, 3, 4]
     assert torch.equal(out[others], sick[others])
     assert torch.equal(gradient[others], sick_gradient[others])
+
+
+def test_a_second_argument_is_the_modules_own_business() -> None:
+    class Gated(Rms):
+        def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+            out = super().forward(x)
+            return out if gate is None else out * gate
+
+    module = Gated(24)
+    x, gate = torch.randn(2, 3, 24)
+    expected = module(x, gate)
+    assert norm.install(module) == 1
+    assert torch.equal(module(x, gate), expected)
+    assert torch.equal(module(x, gate=gate), expected)

@@ -50,9 +50,12 @@ def install(model: nn.Module) -> int:
     return count
 
 
-def _forward(module: Any, epsilon: float, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.device.type != "cpu" or module.weight.requires_grad:
-        return original(x)
+def _forward(
+    module: Any, epsilon: float, original: Callable[..., Tensor], x: Tensor, *more: Any, **named: Any
+) -> Tensor:
+    # with a second argument it is another function, as the gated norms of recurrent layers are
+    if more or named or x.device.type != "cpu" or module.weight.requires_grad:
+        return original(x, *more, **named)
     out: Tensor = _RmsNorm.apply(x, module.weight, epsilon)
     return out
 
