@@ -141,30 +141,31 @@ def test_a_limit_is_found_by_halving_and_every_example_goes_through_once_after_i
 
 
 def test_batches_that_were_not_in_the_row_are_kept() -> None:
-    """Only what the refused row held is begun anew; another slot's half batch stays as it is."""
+    """Row 1 holds an example of 60 tokens, row 2 three of 20: when row 2 is refused, the first's half batch stays."""
     base = tw.base("llama")
-    engine, memory = engine_of(base)
-    examples = tw.examples([60] * 6)
-    training = TrainingConfig(learning_rate=1e-3, steps=2, batch_size=3)
-    one, two = (Trial(str(n), create(LoraConfig(rank=2), base, None, n), training, examples) for n in range(2))
+    engine, _ = engine_of(base, refused=frozenset({2}))
     engine.row_tokens = 60
+    training = TrainingConfig(learning_rate=1e-3, steps=2, batch_size=3)
+    one, two = (
+        Trial(str(n), create(LoraConfig(rank=2), base, None, n), training, tw.examples([length] * 6))
+        for n, length in enumerate((60, 20))
+    )
     engine.admit(one)
     engine.admit(two)
     engine.step()
-    assert (len(one.progress().sums), len(two.progress().sums)) == (1, 0)
-    engine.row_tokens = 120  # the least served first: two of `two`, or one of each
-    memory.refused = frozenset({2})
-    held = {id(item.adapter) for item in memory.rows[-1]}
+    before = one.progress()
+    gradients = {name: p.grad.clone() for name, p in one.parameters.items() if p.grad is not None}
+    assert (len(before.sums), len(before.waiting), two.progress().sums) == (1, 2, {})
     with pytest.warns(UserWarning, match="out of memory"):
         engine.step()
-    held = {id(item.adapter) for item in memory.rows[-1]}
-    for own in (one, two):
-        if id(own.adapter) in held:
-            assert own.progress().sums == {}
-            assert all(parameter.grad is None for parameter in own.parameters.values())
-    memory.refused = frozenset()
+    assert one.progress() == before
+    assert gradients
+    for name, gradient in gradients.items():
+        assert torch.equal(one.parameters[name].grad, gradient), name
+    assert two.progress().sums == {}
+    assert all(parameter.grad is None for parameter in two.parameters.values())
     finish(engine)
-    assert one.tokens == two.tokens == 2 * 3 * 60
+    assert (one.tokens, two.tokens) == (2 * 3 * 60, 2 * 3 * 20)
 
 
 def test_one_example_that_does_not_fit_is_an_error_that_names_the_remedy() -> None:
