@@ -90,10 +90,11 @@ def test_bfloat16_company_is_no_further_off_than_another_cut_into_rows(family: s
         distance = float((torch.tensor(curves[own.name], dtype=torch.float64) - losses).abs().amax(1).min())
         assert distance <= max(2 * spread, 1e-4), (own.name, distance, spread)
         noises.append(spread / float(losses.mean()))
+        # one tensor's noise is seen in three draws only; the largest of the trial's tensors says what rounding does
+        noise = max(apart(a.parameters[n], b.parameters[n]) for n in values(own) for a in cuts for b in cuts)
         for name, tensor in values(own).items():
-            noise = max(apart(a.parameters[name], b.parameters[name]) for a in cuts for b in cuts if a is not b)
             nearest = min(apart(tensor, cut.parameters[name]) for cut in cuts)
-            assert nearest <= max(2 * noise, 1e-5), (own.name, name, nearest, noise)
+            assert nearest <= max(noise, 1e-5), (own.name, name, nearest, noise)
     assert max(noises) < 1e-2, "noise as large as this would hide anything"
 
 

@@ -138,13 +138,17 @@ def load(engine: Engine, found: Found, trials: Mapping[str, Trial]) -> None:
 
 
 def find(folder: Path) -> list[Found]:
-    """Returns the whole checkpoints of a run, oldest first (by number: step_900 before step_1000)."""
-    found = []
-    for path in folder.glob("step_*"):
+    """Returns the whole checkpoints of a run, oldest first (by number: step_900 before step_1000).
+
+    One that a killed process had written to its end but not yet renamed, or had renamed away to replace it, is whole,
+    too; it counts where there is none of its name.
+    """
+    found: dict[int, Found] = {}
+    for path in (*folder.glob("step_*"), *folder.glob(".step-*")):
         checkpoint = read(path)
         if checkpoint is not None:
-            found.append(checkpoint)
-    return sorted(found, key=lambda item: item.step)
+            found.setdefault(checkpoint.step, checkpoint)
+    return [found[step] for step in sorted(found)]
 
 
 def read(folder: Path) -> Found | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from peft_study.data.atomic import output_error
+from peft_study.data.atomic import atomic_writer, output_error
 
 
 class MetricsWriter:
@@ -30,7 +30,8 @@ class MetricsWriter:
         self._path = path
         self._events: Any = None
         with self._telling():
-            path.write_text("".join(kept))
+            with atomic_writer(path) as file:  # killed here, a run that goes on must not lose the lines before
+                file.writelines(kept)
             self._file: TextIO = path.open("a")
             if tensorboard is not None:
                 if from_step is None:
