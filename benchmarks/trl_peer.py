@@ -58,7 +58,8 @@ _ONE_BY_ONE: dict[str, Any] = {
 def best(device: str, method: str) -> dict[str, Any]:
     """Returns the best settings that were found (`benchmarks/trl_best.py` is the search); on CUDA, not searched yet."""
     if device != "cuda":
-        return _ONE_BY_ONE
+        # a soft prompt is cast to the base's precision as it enters; LoRA's float32 matrices want the autocast
+        return _ONE_BY_ONE if method == "lora" else {**_ONE_BY_ONE, "bf16": False}
     liger = {"use_liger_kernel": True} if importlib.util.find_spec("liger_kernel") else {}
     if method == "lora" and importlib.util.find_spec("flash_attn"):
         # eight rows of 1,024 tokens, flattened into one

@@ -111,15 +111,18 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
         return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew at what is resident now
-    before = _resident("VmRSS")
+    before = resident("VmRSS") or 0
     yield found
-    found[0] = max(0, _resident("VmHWM") - before)
+    found[0] = max(0, (resident("VmHWM") or 0) - before)
 
 
-def _resident(name: str) -> int:
-    """Returns a figure of the process in bytes, 0 where the system has no such file."""
+def resident(name: str) -> int | None:
+    """Returns a figure of the process in bytes: VmRSS (now) or VmHWM (peak); None where the system has no such file.
+
+    The peak that getrusage tells is, in a child, at least its parent's.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), 0)
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

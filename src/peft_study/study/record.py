@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from peft_study.engine.memory import resident
+
 _PACKAGES = ("peft-study", "torch", "transformers", "peft", "tokenizers", "numpy", "safetensors")
 
 
@@ -37,6 +39,9 @@ def peak_memory(device: torch.device) -> int:
     """Returns the peak memory so far, in bytes: of the accelerator where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = resident("VmHWM")
+    if peak is not None:
+        return peak
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes if sys.platform == "darwin" else kilobytes * 1024  # macOS counts bytes
 
