@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import growth
 import many_trials
 import one_trial
+import profile_step
 import pytest
 import startup
 import trl_best
@@ -161,6 +163,14 @@ def test_growth(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
 
+def test_the_profile_of_a_step_is_whole(tmp_path: Path) -> None:
+    profile_step.main(["--model", "tiny", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
+    (row,) = rows(tmp_path, "profile_step")
+    assert sum(row["shares"].values()) == pytest.approx(1, abs=0.01)
+    assert row["shares"]["matrix products"] > 0
+    assert row["products_alone"] > row["tokens_per_second"] > 0
+
+
 def test_startup(tmp_path: Path) -> None:
     startup.main(["--model", "tiny", "--device", "cpu", "--runs", "1", "--first-steps", "0", "--out", str(tmp_path)])
     assert rows(tmp_path, "startup", "help")[0]["seconds"] > 0
@@ -205,10 +215,12 @@ def test_the_summary_takes_the_newest_rows_and_no_peer_that_computed_something_e
     assert entries["cpu: lora against TRL's best"]["value"] is None
 
 
-@pytest.mark.parametrize("script", ["one_trial", "trl_best", "many_trials", "growth", "startup", "summary"])
+@pytest.mark.parametrize(
+    "script", ["one_trial", "trl_best", "many_trials", "growth", "profile_step", "startup", "summary"]
+)
 def test_every_benchmark_says_what_it_does(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        {m.__name__: m for m in (one_trial, trl_best, many_trials, growth, startup, summary)}[script].main(["--help"])
+        importlib.import_module(script).main(["--help"])
     assert ended.value.code == 0
     assert "python benchmarks/" in capsys.readouterr().out
 

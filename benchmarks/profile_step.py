@@ -1,0 +1,110 @@
+"""Where the time of a training step goes, and what the matrix products alone would allow.
+
+    python benchmarks/profile_step.py [--method lora]
+
+The products alone: every linear layer of the model at its own shape, forward and the gradient of its input, over the
+tokens of a row, and the head over the supervised ones; nothing else is computed. The profile: torch's profiler over
+whole steps, own time of the device's operations by kind. Writes profile_step.jsonl.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from common import Rows, arguments, median, seconds
+from peers import LEARNING_RATE, InOrder
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from worlds import METHODS, MODELS, adapter_of, open_world
+
+from peft_study.config import TrainingConfig
+from peft_study.engine.engine import Engine, Event
+from peft_study.engine.trial import Trial
+from peft_study.model.load import Base
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::linear"),
+    "attention's products": ("aten::bmm", "aten::baddbmm"),
+    "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_log_softmax"),
+    "copies and casts": ("aten::copy_", "aten::cat", "aten::clone", "aten::contiguous", "aten::_to_copy"),
+    "SiLU": ("aten::silu", "aten::silu_backward"),
+    "products and sums by element": ("aten::mul", "aten::mul_", "aten::add", "aten::add_", "aten::sub_", "aten::neg"),
+    "optimizer": ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::_foreach_mul_"),
+}
+
+
+def products_alone(base: Base, tokens: int, supervised: int) -> float:
+    """Returns the tokens a second at which the model's own matrix products alone would run, forward and backward."""
+    total = 0.0
+    timed: dict[tuple[int, int, int], float] = {}
+    for module in base.model.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        rows = supervised if module is base.head else tokens
+        shape = (rows, module.in_features, module.out_features)
+        if shape not in timed:
+            x, d_y = (torch.randn(rows, width, dtype=base.dtype, device=base.device) for width in shape[1:])
+            weight = module.weight.detach()
+
+            def both(x: torch.Tensor = x, d_y: torch.Tensor = d_y, weight: torch.Tensor = weight) -> None:
+                nn.functional.linear(x, weight)
+                d_y @ weight
+
+            timed[shape] = median([seconds(both, base.device) for _ in range(8)][3:], digits=6)
+        total += timed[shape]
+    return tokens / total
+
+
+def shares(events: Any) -> dict[str, float]:
+    """Returns the share of each kind of operation in the own time of all."""
+    own = Counter[str]()
+    for event in events:
+        own[event.key] += event.self_device_time_total or event.self_cpu_time_total
+    whole = sum(own.values())
+    found = {kind: sum(own.pop(name, 0) for name in names) / whole for kind, names in KINDS.items()}
+    return {**found, "everything else": sum(own.values()) / whole}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures and writes one row."""
+    parser = arguments(__doc__, "profile_step")
+    parser.add_argument("--model", default=MODELS[0], choices=MODELS)
+    parser.add_argument("--method", default="lora", choices=METHODS)
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args(words)
+    world = open_world(options.model, options.device)
+    base = world.base()
+    pool, _ = world.examples(32)
+    trial = Trial(
+        options.method,
+        adapter_of(METHODS[options.method], base),
+        TrainingConfig(learning_rate=LEARNING_RATE, steps=2 * options.steps + 2, batch_size=5),
+        InOrder(pool, 5),
+    )
+    engine = Engine(base, row_tokens=4096)  # a batch is a row
+    engine.admit(trial)
+    for _ in range(2):  # to warm up
+        engine.step()
+    speeds = []
+    for _ in range(options.steps):
+        found: list[Event] = []
+        taken = seconds(lambda found=found: found.extend(engine.step()), base.device)  # type: ignore[misc]
+        speeds.append(sum(event.report.tokens for event in found if event.report) / taken)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if base.device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        while not trial.finished:
+            engine.step()
+    tokens = sum(len(e) for e in pool) * 5 // len(pool)
+    supervised = sum(int(e.supervised_L.sum()) for e in pool) * 5 // len(pool)
+    Rows(options, model=options.model, method=options.method, device=base.device.type).add(
+        row="profile",
+        tokens_per_second=median(speeds),
+        products_alone=round(products_alone(base, tokens, supervised), 1),
+        shares={kind: round(share, 3) for kind, share in shares(profiler.key_averages()).items()},
+    )
+
+
+if __name__ == "__main__":
+    main()
