@@ -72,7 +72,7 @@ def main(words: list[str] | None = None) -> None:
     parser = arguments(__doc__, "profile_step")
     parser.add_argument("--model", default=MODELS[0], choices=MODELS)
     parser.add_argument("--method", default="lora", choices=METHODS)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args(words)
     world = open_world(options.model, options.device)
     base = world.base()
