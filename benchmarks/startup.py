@@ -36,12 +36,11 @@ STAGES = (
     ("weights", "peft_study.model.load", "load_model"),
     ("proof of packing and head", "peft_study.model.load", "prove"),
     ("tokens of the data", "peft_study.study.session", "tokenize"),
-    ("the base's held-out losses", "peft_study.engine.heldout", "example_losses"),
+    ("held-out losses, the base's and at step 0", "peft_study.engine.engine", "example_losses"),
     ("record of the machine", "peft_study.study.single", "environment"),
     ("metrics files", "peft_study.study.trial_run", "MetricsWriter"),
     ("optimizer and schedule", "peft_study.study.trial_run", "Trial"),
     ("initialisation of the adapter", "peft_study.study.trial_run", "create"),
-    ("held-out losses at step 0", "peft_study.study.trial_run", "example_losses"),
 )
 
 
