@@ -80,12 +80,14 @@ def _measure(session: Session, jobs: Sequence[Job]) -> Measured | None:
 def _enough(session: Session, jobs: Sequence[Job], measured: Measured | None) -> int:
     """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
 
-    A batch ends in the middle of a row and the next one can only begin in the next row; batches of two rows' worth
-    in the slots leave something to fill in.
+    On an accelerator a short row is a waste: a batch ends in the middle of a row and the next one can only begin in the
+    next row, so two rows' worth of batches are held. On CPU a short row costs no more a token, and more slots mean
+    thinner products: 16 trials of 128 tokens in rows of 1,024 took 40 % longer a token than 8 (docs/performance.md).
     """
     lengths = [len(session.train[i]) for i in islice(range(len(session.train)), 256)]
     batch = min(job.training.batch_size for job in jobs) * sum(lengths) / len(lengths)
-    filling = math.ceil(2 * session.engine.row_tokens / batch)
+    rows = 1 if session.base.device.type == "cpu" else 2
+    filling = math.ceil(rows * session.engine.row_tokens / batch)
     fits = measured.fits if measured is not None and measured.fits is not None else filling
     return max(1, min(len(jobs), filling, fits))
 
