@@ -33,7 +33,7 @@ def capacity(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_auto_fills_two_rows_and_says_what_would_fit(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+def test_auto_fills_a_row_and_says_what_would_fit(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study).ok()
     found = capacity(tmp_path / "out")
     assert 1 <= found["slots"] <= 5
