@@ -11,7 +11,20 @@ import pytest
 import peft_study
 
 SOURCE = Path(peft_study.__file__).parent
-FLOORS = ("errors", "places", "config", "data", "model", "methods", "engine", "evaluate", "study", "compat", "cli", "__main__")
+FLOORS = (
+    "errors",
+    "places",
+    "config",
+    "data",
+    "model",
+    "methods",
+    "engine",
+    "evaluate",
+    "study",
+    "compat",
+    "cli",
+    "__main__",
+)
 """Data flows in this order: a floor knows those before it, and none behind it."""
 MODULES = sorted(SOURCE.rglob("*.py"))
 INSIDE = [path for path in MODULES if path != SOURCE / "__init__.py"]
