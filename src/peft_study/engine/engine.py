@@ -167,7 +167,7 @@ class Engine:
             return []
         events = []
         for (trial, place, _), loss in zip((entry for row in rows for entry in row.entries), losses, strict=True):
-            if trial in self.trials:  # else it left with an earlier example of this row
+            if trial in self._slots.values():  # else it left with an earlier example of this row
                 try:
                     trial.record(place, loss)
                 except Diverged as reason:
@@ -195,19 +195,17 @@ class Engine:
         Raises:
             ModelError: when a single example does not fit.
         """
-        virtual = max((adapter.row_tokens for adapter in adapters), default=0)
-        longest = virtual + max((len(examples[i]) for i in indices), default=0)
         return self.retried(
             lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes),
-            longest,
+            lambda: max(adapter.row_tokens for adapter in adapters) + max(len(examples[i]) for i in indices),
         )
 
-    def retried(self, work: Callable[[], Result], longest: int) -> Result:
+    def retried(self, work: Callable[[], Result], longest: Callable[[], int]) -> Result:
         """Returns what `work` gives, with smaller rows where it was out of memory on an accelerator.
 
         Args:
             work: runs rows of `row_tokens`.
-            longest: tokens of the longest example in them, for the error where even that has a row of its own.
+            longest: counts the tokens of their longest example, for the error where even that has a row of its own.
 
         Raises:
             ModelError: when a single example does not fit.
@@ -219,7 +217,7 @@ class Engine:
                 if not out_of_memory(error) or self.processes.count > 1:
                     raise
             if self.row_tokens == 1:
-                raise self._too_long(longest)
+                raise self._too_long(longest())
             self._shrink()  # outside the handler, whose traceback holds the row's tensors
 
     def _remove(self, trial: Trial, reason: Diverged) -> Event:

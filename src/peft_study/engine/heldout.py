@@ -26,7 +26,6 @@ def example_losses(
     indices: Sequence[int],
     row_tokens: int,
     *,
-    on_row: Callable[[], None] | None = None,
     processes: Processes = ALONE,
 ) -> list[Losses]:
     """Returns, for each adapter, the summed token loss of each example, in nats, without dropout.
@@ -40,7 +39,6 @@ def example_losses(
         examples: the data.
         indices: which of them.
         row_tokens: tokens a row.
-        on_row: called after each row, for progress.
         processes: each takes its share of the rows.
     """
     items: list[Item] = []
@@ -58,8 +56,6 @@ def example_losses(
                 for place, loss in zip(places[done : done + len(row)], result.item_losses, strict=True):
                     sums_AN[place] = loss
         done += len(row)
-        if on_row:
-            on_row()
     return list(np.array(processes.total(sums_AN.ravel().tolist())).reshape(sums_AN.shape))
 
 

@@ -57,8 +57,9 @@ def probe(engine: Engine, adapters: Sequence[Adapter], examples: Examples) -> Me
     assert not engine.trials, "the probe has the device to itself"
     dearest = max(adapters, key=slot_bytes)
     free = available(engine.base.device)
-    longest = dearest.row_tokens + max(len(examples[i]) for i in range(min(len(examples), engine.row_tokens)))
-    activations = engine.retried(lambda: _row_peak(engine, dearest, examples), longest)
+    activations = engine.retried(
+        lambda: _row_peak(engine, dearest, examples), lambda: dearest.row_tokens + len(examples[0])
+    )
     for parameter in dearest.parameters().values():
         parameter.grad = None
     slot = max(1, slot_bytes(dearest))

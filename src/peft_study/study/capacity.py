@@ -36,10 +36,8 @@ class Capacity:
     measured: dict[str, Any] | None = None
 
 
-def settle(
-    session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int | Literal["auto"]
-) -> tuple[Capacity, str | None]:
-    """Gives the engine its slots and row budget, and returns them with a line for the user where there is news.
+def settle(session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int | Literal["auto"]) -> str | None:
+    """Gives the engine its slots and row budget, and returns a line for the user where there is news.
 
     Args:
         session: its engine has no trials yet.
@@ -66,7 +64,7 @@ def settle(
     if capacity.threads != torch.get_num_threads():
         # sums over threads are cut differently: with another number the last bits of a resumed run would differ
         torch.set_num_threads(capacity.threads)
-    return capacity, note
+    return note
 
 
 def _measure(session: Session, jobs: Sequence[Job]) -> Measured | None:

@@ -128,7 +128,7 @@ class _Study:
         for name in done:
             watcher.ended(name, _read(RunFolder(self._place(name))))
         if len(done) < len(jobs):
-            _, news = settle(session, self._folder, jobs, self._config.slots)
+            news = settle(session, self._folder, jobs, self._config.slots)
             if news:
                 watcher.say(news)
         slots = Slots(
