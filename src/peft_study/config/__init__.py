@@ -1,0 +1,72 @@
+"""Everything a user may say, as validated models; each field has its unit or meaning.
+
+    StudyConfig  (peft-study run)       one model, one data set, a search space for each of several methods
+    TrainConfig  (peft-study finetune)  one model, one data set, one setting of one method
+        ├── ModelConfig      which base model, where and in which precision
+        ├── DataConfig       which rows, how they become tokens, which are held out
+        ├── MethodConfig     LoraConfig | PrefixTuningConfig | PromptTuningConfig | NoneConfig | FullConfig
+        └── TrainingConfig   optimizer, schedule, batch
+
+Learning-rate defaults and ranges belong to the methods, because they differ by orders of magnitude: a soft prompt
+learns nothing at a rate that is right for LoRA (docs/decisions/learning-rates.md).
+"""
+
+from peft_study.config.common import Strict, validate
+from peft_study.config.methods import (
+    METHODS,
+    FullConfig,
+    LearningRates,
+    LoraConfig,
+    MethodConfig,
+    NoneConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+)
+from peft_study.config.run import (
+    DataConfig,
+    Device,
+    Dtype,
+    LoggingConfig,
+    ModelConfig,
+    Schedule,
+    Source,
+    TrainConfig,
+    TrainingConfig,
+)
+from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range
+from peft_study.config.study import BudgetConfig, FinalsConfig, Pruner, Sampler, SearchConfig, StudyConfig, grid_size
+
+__all__ = [
+    "DEFAULT_SPACES",
+    "METHODS",
+    "SPACES",
+    "BudgetConfig",
+    "Choices",
+    "DataConfig",
+    "Device",
+    "Dimension",
+    "Dtype",
+    "FinalsConfig",
+    "FullConfig",
+    "LearningRates",
+    "LoggingConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "MethodSpace",
+    "ModelConfig",
+    "NoneConfig",
+    "PrefixTuningConfig",
+    "PromptTuningConfig",
+    "Pruner",
+    "Range",
+    "Sampler",
+    "Schedule",
+    "SearchConfig",
+    "Source",
+    "Strict",
+    "StudyConfig",
+    "TrainConfig",
+    "TrainingConfig",
+    "grid_size",
+    "validate",
+]

@@ -1,0 +1,129 @@
+"""One run of one method: base model, data, optimizer, budget, and what is written down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from peft_study.config.common import Strict
+from peft_study.config.methods import MethodConfig
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+class ModelConfig(Strict):
+    """The frozen base model."""
+
+    name: str = Field(description="folder, hub id, or the embedded 'smollm2-135m-instruct'")
+    tokenizer: str | None = Field(None, description="tokenizer, when it is not the model's own")
+    revision: str | None = Field(None, description="git revision on the hub")
+    device: Device = Field("auto", description="auto takes cuda, then mps, then cpu")
+    dtype: Dtype = Field("auto", description="of the frozen base; adapters are always float32")
+    quantization: Literal["nf4"] | None = Field(None, description="4-bit base through bitsandbytes")
+    trust_remote_code: bool = Field(False, description="run code that ships with the model")
+
+
+class Source(Strict):
+    """One data source and how much of it is used."""
+
+    path: str = Field(description="what `peft-study data convert` takes, or the embedded 'skills'")
+    take: float = Field(1.0, gt=0, description="at most 1: share of the rows; above 1: number of rows")
+
+
+class DataConfig(Strict):
+    """Rows, their tokens, and the part that is held out."""
+
+    train: tuple[Source, ...] = Field(description="training sources, in order", min_length=1)
+    held_out: float | str | None = Field(
+        None, description="from 1: rows; below 1: share; a path: rows of that file; None: 64, at most a tenth"
+    )
+    split: str | None = Field(None, description="split of the sources, where they have several")
+    mapping: dict[str, str] | None = Field(None, description="other column names, e.g. {messages: chat}")
+    max_length: int | None = Field(1024, gt=0, description="tokens an example; the rest is cut off")
+    chat_template: str | None = Field(None, description="None: the tokenizer's own; tulu, another name, or a file")
+    add_bos: bool = Field(False, description="put BOS first where the template does not")
+    limit: int | None = Field(None, gt=0, description="use this many rows at most, drawn at random by the seed")
+    workers: int | None = Field(None, gt=0, description="processes that tokenise; None: all cores")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        items = [value] if isinstance(value, (str, Path, dict)) else value
+        return [{"path": str(item)} if isinstance(item, (str, Path)) else item for item in items]
+
+    @field_validator("held_out")
+    @classmethod
+    def _held_out(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, (int, float)) and value <= 0:
+            raise ValueError("a comparison needs held-out rows: give a number above 0")
+        return value
+
+
+class TrainingConfig(Strict):
+    """Optimizer, schedule, batch and budget of one trial."""
+
+    learning_rate: float | None = Field(None, gt=0, description="peak rate of AdamW; None: the method's default")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    epochs: int = Field(1, ge=1, description="passes over the training rows")
+    batch_size: int = Field(8, ge=1, description="examples an optimizer step")
+    schedule: Schedule = Field("linear", description="how the rate goes on after the warm-up; names of transformers")
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="share of the steps over which the rate rises from 0")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled, as in AdamW")
+    clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm of a trial; None: off")
+    reduce_loss: Literal["mean", "sum"] = Field("mean", description="over the supervised tokens of the whole batch")
+    sum_divisor: int = Field(1, ge=1, description="with sum: what the sum is divided by (accumulation steps)")
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
+    seed: int = Field(0, ge=0, description="initialisation and dropout")
+    data_seed: int = Field(0, ge=0, description="order of the examples, and which rows are held out")
+    row_tokens: int | None = Field(None, ge=1, description="tokens packed into one row; None: measured default")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainingConfig:
+        if self.schedule == "constant_with_warmup" and self.warmup_ratio == 0:
+            raise ValueError("constant_with_warmup needs warmup_ratio above 0")
+        return self
+
+
+class LoggingConfig(Strict):
+    """What is written down while a trial runs, and how often."""
+
+    log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
+    evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
+    checkpoint_every: int | Literal["epoch"] | None = Field(
+        None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock"
+    )
+    checkpoint_minutes: float | None = Field(
+        5.0, gt=0, description="minutes between checkpoints where no steps are given; None: only when stopped"
+    )
+    keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept, at least 1; -1: all")
+    tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")
+    base_loss: bool = Field(True, description="log the loss minus the untouched base's on the same examples")
+
+    @field_validator("keep_checkpoints")
+    @classmethod
+    def _keeps_one(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("keeps none, so that a stopped run could not go on")
+        return value
+
+    @field_validator("checkpoint_every")
+    @classmethod
+    def _positive(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("is below 1")
+        return value
+
+
+class TrainConfig(Strict):
+    """One run of one method."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: Annotated[MethodConfig, Field(discriminator="method")]
+    training: TrainingConfig = TrainingConfig()
+    logging: LoggingConfig = LoggingConfig()
+    output: Path = Field(description="folder of the run")

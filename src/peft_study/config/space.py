@@ -1,0 +1,210 @@
+"""The search space of a method: each setting is one value, some choices, or a range.
+
+    lora: {}                                  the default space of LoRA
+    lora: {rank: [8, 64]}                     these ranks; the rate over its default range, everything else fixed
+    lora: {space: default, rank: 16}          the default space with the rank fixed
+    lora: {learning_rate: {low: 1e-5, high: 1e-2, log: true}}
+
+A rate left out is searched all the same: a comparison at one method's rate says nothing about another's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema, create_model, model_validator
+
+from peft_study.config.common import Strict, said
+from peft_study.config.methods import METHODS, MethodConfig
+from peft_study.config.run import TrainingConfig
+
+
+class Range(Strict):
+    """All values from low to high; whole numbers where the setting takes whole numbers."""
+
+    low: float = Field(description="least value")
+    high: float = Field(description="greatest value")
+    log: bool = Field(False, description="search the logarithm: factors count, not differences")
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {self.low:g} has no logarithm: give a value above 0, or log: false")
+        return self
+
+
+class Choices(Strict):
+    """Some values."""
+
+    choices: tuple[Any, ...] = Field(min_length=1, description="the values to try")
+
+    @property
+    def sorted_numbers(self) -> list[float]:
+        """Returns the choices in order where all of them are numbers, else nothing."""
+        numbers = all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in self.choices)
+        return sorted(self.choices) if numbers else []
+
+
+Dimension = Range | Choices
+TRAINING_DIMENSIONS = ("learning_rate", "warmup_ratio", "weight_decay")
+"""Settings of the optimizer that belong to a method's space."""
+
+_COMMON: dict[str, Dimension] = {
+    "warmup_ratio": Choices(choices=(0.0, 0.03, 0.1)),
+    "weight_decay": Choices(choices=(0.0, 0.01, 0.1)),
+}
+DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
+    # alpha stays: at a fixed one the best rate moves less than twofold over ranks of 4 to 512 (LoRA Without Regret)
+    "lora": {"rank": Choices(choices=(8, 16, 32, 64)), "dropout": Choices(choices=(0.0, 0.05, 0.1)), **_COMMON},
+    # random tables are left out: they start far above the base's loss (docs/decisions/learning-rates.md)
+    "prefix_tuning": {"tokens": Choices(choices=(10, 30, 100)), "init": Choices(choices=("text", "zero")), **_COMMON},
+    "prompt_tuning": {
+        "tokens": Choices(choices=(8, 20, 50, 100)),
+        "init": Choices(choices=("text", "vocab")),
+        **_COMMON,
+    },
+    "none": {},
+    "full": dict(_COMMON),
+}
+"""What is searched beside the learning rate, whose range is the method's own (config/methods.py)."""
+
+
+def _default_rate(method: str) -> Dimension | None:
+    rates = METHODS[method].learning_rates
+    return None if rates is None else Range(low=rates.low, high=rates.high, log=True)
+
+
+class MethodSpace(Strict):
+    """What the spaces of all methods have in common; `SPACES` holds one class a method."""
+
+    space: Literal["default"] | None = Field(
+        None, description="default: what is not given is searched as the method's default space says"
+    )
+
+    @property
+    def kind(self) -> str:
+        """Returns the method's name."""
+        method: str = getattr(self, "method")  # noqa: B009  (declared by the classes that are made)
+        return method
+
+    def filled(self, training: TrainingConfig) -> MethodSpace:
+        """Returns the space with every setting given, none left to a rule.
+
+        Args:
+            training: what it fixes is not searched, unless the method itself says so.
+        """
+        given = self.model_fields_set - {"method", "space"}
+        whole = self.space == "default" or not given
+        defaults: dict[str, Any] = dict(DEFAULT_SPACES[self.kind]) if whole else {}
+        for name in TRAINING_DIMENSIONS:
+            if name in training.model_fields_set or name not in defaults:
+                defaults[name] = getattr(training, name)
+        if "learning_rate" not in given:
+            defaults["learning_rate"] = _default_rate(self.kind)
+        fields = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
+        return self.model_copy(update={"space": None, **fields, **{n: v for n, v in defaults.items() if n not in given}})
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Returns what is searched (of a filled space); a single choice is no dimension."""
+        found = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
+        return {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, Range) or (isinstance(value, Choices) and len(value.choices) > 1)
+        }
+
+    def settings(self, values: Mapping[str, Any]) -> MethodConfig:
+        """Returns the method's setting with these values for its dimensions."""
+        fields = {n: v for n, v in self._at(values).items() if n not in TRAINING_DIMENSIONS}
+        return METHODS[self.kind](**fields)
+
+    def training(self, values: Mapping[str, Any], training: TrainingConfig) -> TrainingConfig:
+        """Returns the optimizer's setting with these values; a method without a rate gets one that is never used."""
+        fields = {n: v for n, v in self._at(values).items() if n in TRAINING_DIMENSIONS}
+        return training.model_copy(update={**fields, "learning_rate": fields["learning_rate"] or 1.0})
+
+    def _at(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        fixed = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
+        single = {n: v.choices[0] for n, v in fixed.items() if isinstance(v, Choices) and len(v.choices) == 1}
+        return {**fixed, **single, **values}
+
+    def whole(self, name: str) -> bool:
+        """True where the setting takes whole numbers."""
+        field = METHODS[self.kind].model_fields.get(name)
+        return field is not None and field.annotation is int
+
+
+def _dimension(value: Any, *, adapter: TypeAdapter[Any]) -> Any:
+    """Returns a setting as a value, choices or a range, whichever was written."""
+    try:
+        if isinstance(value, (Range, Choices)):
+            return value
+        if isinstance(value, dict) and "choices" in value:
+            return _checked(Choices.model_validate(value), adapter)
+        if isinstance(value, dict):
+            found = Range.model_validate(value)
+            for end in (found.low, found.high):
+                adapter.validate_python(int(end) if end == int(end) else end)
+            return found
+        try:
+            return adapter.validate_python(value)
+        except ValidationError:
+            if not isinstance(value, (list, tuple)):
+                raise
+        return _checked(Choices(choices=tuple(value)), adapter)
+    except ValidationError as error:
+        raise ValueError(said(error)) from None
+
+
+def _checked(found: Choices, adapter: TypeAdapter[Any]) -> Choices:
+    """Returns the choices with each one validated, without repetitions."""
+    checked = (adapter.validate_python(choice) for choice in found.choices)
+    unique = {json.dumps(choice, default=str): choice for choice in checked}
+    return Choices(choices=tuple(unique.values()))
+
+
+def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
+    value = adapter.json_schema()
+    ranges, choices = Range.model_json_schema(), Choices.model_json_schema()
+    return {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}, ranges, choices]}
+
+
+def _searchable(name: str, config: type[Strict]) -> tuple[Any, Any]:
+    """Returns annotation and default of a setting in a space."""
+    field = config.model_fields[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, None, *field.metadata])  # type: ignore[valid-type]
+    parse = functools.partial(_dimension, adapter=adapter)
+    return (
+        Annotated[Any, BeforeValidator(parse), WithJsonSchema(_schema(adapter))],
+        Field(field.default, description=field.description),
+    )
+
+
+def _space(method: str) -> type[MethodSpace]:
+    config = METHODS[method]
+    fields: dict[str, Any] = {n: _searchable(n, config) for n in config.model_fields if n != "method"}
+    fields |= {name: _searchable(name, TrainingConfig) for name in TRAINING_DIMENSIONS}
+    made: type[MethodSpace] = create_model(
+        config.__name__.replace("Config", "Space"),
+        __base__=MethodSpace,
+        __doc__=config.__doc__,
+        __module__=__name__,
+        method=(Literal[method], method),
+        **fields,
+    )
+    return made
+
+
+SPACES: dict[str, type[MethodSpace]] = {method: _space(method) for method in METHODS}
+"""The class of each method's space: the settings of its configuration, each of which may be searched."""
+
+
+if TYPE_CHECKING:
+    AnySpace = MethodSpace
+else:
+    AnySpace = Annotated[Union[tuple(SPACES.values())], Field(discriminator="method")]  # noqa: UP007  (made at run time)

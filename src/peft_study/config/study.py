@@ -1,0 +1,166 @@
+"""A study: one model, one data set, every method searched under one budget."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from peft_study.config.common import Strict
+from peft_study.config.methods import METHODS
+from peft_study.config.run import DataConfig, LoggingConfig, ModelConfig, TrainingConfig
+from peft_study.config.space import AnySpace, Choices, MethodSpace
+from peft_study.errors import ConfigError, nearest
+
+Sampler = Literal["auto", "tpe", "random", "grid", "quasi_random", "gp"]
+Pruner = Literal["successive_halving", "median", "none"]
+
+TRIALS = 12
+"""Trials a method where nothing is said."""
+FEW_TRIALS = 20
+"""Below this many, a model of the space has too little to learn from, and a quasi-random design is better."""
+
+
+class BudgetConfig(Strict):
+    """What may be spent; the same for every method."""
+
+    trials: int | None = Field(None, ge=1, description="trials a method; None: 12, or the grid where only lists are given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps a trial; None: training.steps or epochs")
+    tokens: int | None = Field(None, ge=1, description="data tokens a trial, instead of steps")
+    minutes: float | None = Field(None, gt=0, description="wall-clock limit of the search; finals are run after it")
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> BudgetConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError("give steps or tokens, not both")
+        return self
+
+
+class SearchConfig(Strict):
+    """How settings are chosen and hopeless ones stopped."""
+
+    sampler: Sampler = Field("auto", description="auto: grid, if only lists are given; below 20 trials quasi_random; tpe")
+    pruner: Pruner = Field("successive_halving", description="which trials are stopped early")
+    reduction: int = Field(3, ge=2, description="successive halving keeps one in so many at each rung")
+    audit: float = Field(0.1, ge=0, le=1, description="share of the pruned trials that is run to the end all the same")
+    range_test: bool | Literal["auto"] = Field(
+        "auto", description="try many learning rates briefly first; auto: where that costs under a tenth of the search"
+    )
+    range_steps: int = Field(32, ge=4, description="optimizer steps of each rate in that test")
+    widen: bool = Field(True, description="move the end of a log range outwards when the best value lies there")
+    seed: int = Field(0, ge=0, description="of the sampler")
+
+
+class FinalsConfig(Strict):
+    """The retraining of each method's best settings with new seeds."""
+
+    best: int = Field(2, ge=0, description="settings of each method that are retrained; 0: no finals, no winner")
+    seeds: int = Field(3, ge=1, description="new seeds (initialisation, dropout, order of the data) of each")
+
+
+class StudyConfig(Strict):
+    """A comparison of methods, each over its own search space, on one model and one data set."""
+
+    model: ModelConfig
+    data: DataConfig
+    methods: dict[str, AnySpace] = Field(
+        min_length=1, description="a space each; another name with `method:` inside gives a method a second space"
+    )
+    training: TrainingConfig = TrainingConfig()
+    budget: BudgetConfig = BudgetConfig()
+    search: SearchConfig = SearchConfig()
+    finals: FinalsConfig = FinalsConfig()
+    logging: LoggingConfig = LoggingConfig()
+    slots: int | Literal["auto"] = Field(
+        "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"
+    )
+    workers: int = Field(1, ge=1, description="processes on this machine, each with an engine of its own")
+    storage: str | None = Field(
+        None, description="URL of Optuna's database, e.g. postgresql://...; None: a SQLite file in the folder"
+    )
+    output: Path = Field(description="folder of the study")
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _methods(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: _with_method(str(name), body) for name, body in value.items()}
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _slots(cls, value: Any) -> Any:
+        number = int(value) if str(value).isdigit() and not isinstance(value, bool) else 0
+        if value != "auto" and number < 1:
+            raise ValueError("is neither auto nor a whole number above 0")
+        return value if value == "auto" else number
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        if self.training.learning_rate is not None:
+            raise ValueError("training.learning_rate: give learning_rate under each method, their scales differ")
+        steps = {self.budget.steps, self.training.steps} - {None}
+        if len(steps) > 1:
+            raise ValueError("budget.steps and training.steps differ: give one of them")
+        if self.budget.tokens is not None and self.training.steps is not None:
+            raise ValueError("budget.tokens and training.steps are two budgets: give one of them")
+        names = [n for n in self.methods if not n.replace("_", "").replace("-", "").isalnum()]
+        if names:
+            raise ValueError(f"methods.{names[0]}: a name has letters, digits, - and _ only")
+        return self
+
+    def filled(self) -> StudyConfig:
+        """Returns the study with every rule applied: what is searched where, with how many trials, by which sampler."""
+        spaces = {name: space.filled(self.training) for name, space in self.methods.items()}
+        trials = self.budget.trials
+        sampler = self.search.sampler
+        grids = [grid_size(space) for space in spaces.values()]
+        lists_only = all(size is not None for size in grids)
+        if sampler == "auto" and trials is None and lists_only:
+            sampler = "grid"
+        if trials is None:
+            trials = max(size or 1 for size in grids) if sampler == "grid" and lists_only else TRIALS
+        if sampler == "auto":
+            sampler = "quasi_random" if trials < FEW_TRIALS else "tpe"
+        training = self.training.model_copy(update={"steps": self.budget.steps or self.training.steps})
+        return self.model_copy(
+            update={
+                "methods": spaces,
+                "training": training,
+                "budget": self.budget.model_copy(update={"trials": trials, "steps": training.steps}),
+                "search": self.search.model_copy(update={"sampler": sampler}),
+            }
+        )
+
+    def trials(self, name: str) -> int:
+        """Returns how many trials a method of a filled study gets: its budget, or all settings where there are fewer."""
+        assert self.budget.trials is not None
+        size = grid_size(self.methods[name])
+        return self.budget.trials if size is None else min(self.budget.trials, size)
+
+
+def grid_size(space: MethodSpace) -> int | None:
+    """Returns how many settings a filled space of lists has; None where there is a range."""
+    dimensions = space.dimensions().values()
+    sizes = [len(dimension.choices) for dimension in dimensions if isinstance(dimension, Choices)]
+    return math.prod(sizes) if len(sizes) == len(dimensions) else None
+
+
+def _with_method(name: str, body: Any) -> Any:
+    """Returns what stands under a name, with the method it is about."""
+    if isinstance(body, MethodSpace):
+        return body
+    if body is not None and not isinstance(body, dict):
+        raise ConfigError(
+            f"{body!r} is not a mapping of settings", where=f"methods.{name}", remedy=f"write `{name}: {{}}`"
+        )
+    settings = {"method": name, **(body or {})}
+    if settings["method"] not in METHODS:
+        raise ConfigError(
+            f"unknown method {settings['method']!r}",
+            where=f"methods.{name}",
+            remedy=nearest(str(settings["method"]), METHODS),
+        )
+    return settings
