@@ -1,6 +1,6 @@
 """PEFT Study: choose and tune parameter-efficient fine-tuning, with evidence.
 
-    from peft_study import StudyConfig, compare, validate
+    from peft_study import StudyConfig, run_study, validate
 
 Names are loaded when first used, so that the command line starts without torch.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft_study.methods.peft_format import load_adapter
     from peft_study.methods.registry import create
     from peft_study.model.load import Base, load_base
-    from peft_study.study.comparison import compare
+    from peft_study.study.conduct import run_study
     from peft_study.study.single import train
 
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "peft_study.methods.peft_format": ("load_adapter",),
     "peft_study.methods.registry": ("create",),
     "peft_study.model.load": ("Base", "load_base"),
-    "peft_study.study.comparison": ("compare",),
+    "peft_study.study.conduct": ("run_study",),
     "peft_study.study.single": ("train",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -52,11 +52,11 @@ __all__ = [
     "TrainConfig",
     "Trial",
     "UserError",
-    "compare",
     "convert",
     "create",
     "load_adapter",
     "load_base",
+    "run_study",
     "sample",
     "tokenize",
     "train",

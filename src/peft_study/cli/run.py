@@ -31,18 +31,20 @@ def run(
         str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="The study file changed: new trials under it, beside those of before.")
+    ] = False,
 ) -> None:
-    """Compare methods over their learning rates on one model and one data set."""
+    """Search every method's settings on one model and one data set, retrain the best, and compare them."""
     import os
 
-    from peft_study.cli.display import StudyDisplay, quiet_libraries
+    from peft_study.cli.display import quiet_libraries
+    from peft_study.cli.study_display import StudyDisplay
     from peft_study.cli.yaml_file import load_yaml, override
     from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
-    from peft_study.study.comparison import compare
-    from peft_study.study.findings import save
+    from peft_study.study.conduct import run_study
     from peft_study.study.stop import StopRequest
-    from peft_study.study.store import RunFolder
 
     quiet_libraries()
     refuse_several_processes(os.environ)
@@ -54,9 +56,8 @@ def run(
     override(given, "output", None if output is None else str(output))
     config = validate(StudyConfig, given, where=str(study))
     with StopRequest().listening() as stop, StudyDisplay() as display:
-        comparison = compare(config, given, display, stop, overwrite=overwrite)
-    save(comparison, RunFolder(config.output))
-    display.conclude(comparison, config.output)
+        finished = run_study(config, given, display, stop, overwrite=overwrite, go_on=go_on)
+    display.conclude(finished)
 
 
 def finetune(context: typer.Context) -> None:

@@ -107,7 +107,9 @@ class MethodSpace(Strict):
         if "learning_rate" not in given:
             defaults["learning_rate"] = _default_rate(self.kind)
         fields = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
-        return self.model_copy(update={"space": None, **fields, **{n: v for n, v in defaults.items() if n not in given}})
+        return self.model_copy(
+            update={"space": None, **fields, **{n: v for n, v in defaults.items() if n not in given}}
+        )
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns what is searched (of a filled space); a single choice is no dimension."""
@@ -177,7 +179,7 @@ def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
 def _searchable(name: str, config: type[Strict]) -> tuple[Any, Any]:
     """Returns annotation and default of a setting in a space."""
     field = config.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, None, *field.metadata])  # type: ignore[valid-type]
+    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, None, *field.metadata])  # type: ignore[arg-type]
     parse = functools.partial(_dimension, adapter=adapter)
     return (
         Annotated[Any, BeforeValidator(parse), WithJsonSchema(_schema(adapter))],
@@ -194,7 +196,7 @@ def _space(method: str) -> type[MethodSpace]:
         __base__=MethodSpace,
         __doc__=config.__doc__,
         __module__=__name__,
-        method=(Literal[method], method),
+        method=(Literal[method], method),  # type: ignore[arg-type]
         **fields,
     )
     return made

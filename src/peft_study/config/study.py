@@ -26,7 +26,9 @@ FEW_TRIALS = 20
 class BudgetConfig(Strict):
     """What may be spent; the same for every method."""
 
-    trials: int | None = Field(None, ge=1, description="trials a method; None: 12, or the grid where only lists are given")
+    trials: int | None = Field(
+        None, ge=1, description="trials a method; None: 12, or the grid where only lists are given"
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps a trial; None: training.steps or epochs")
     tokens: int | None = Field(None, ge=1, description="data tokens a trial, instead of steps")
     minutes: float | None = Field(None, gt=0, description="wall-clock limit of the search; finals are run after it")
@@ -41,7 +43,9 @@ class BudgetConfig(Strict):
 class SearchConfig(Strict):
     """How settings are chosen and hopeless ones stopped."""
 
-    sampler: Sampler = Field("auto", description="auto: grid, if only lists are given; below 20 trials quasi_random; tpe")
+    sampler: Sampler = Field(
+        "auto", description="auto: grid, if only lists are given; below 20 trials quasi_random; tpe"
+    )
     pruner: Pruner = Field("successive_halving", description="which trials are stopped early")
     reduction: int = Field(3, ge=2, description="successive halving keeps one in so many at each rung")
     audit: float = Field(0.1, ge=0, le=1, description="share of the pruned trials that is run to the end all the same")
@@ -135,7 +139,7 @@ class StudyConfig(Strict):
         )
 
     def trials(self, name: str) -> int:
-        """Returns how many trials a method of a filled study gets: its budget, or all settings where there are fewer."""
+        """Returns the trials of a method of a filled study: its budget, or all settings where there are fewer."""
         assert self.budget.trials is not None
         size = grid_size(self.methods[name])
         return self.budget.trials if size is None else min(self.budget.trials, size)

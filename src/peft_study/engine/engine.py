@@ -48,6 +48,14 @@ class Event:
     diverged: str | None = None
 
 
+class DoesNotFit(ModelError):
+    """One example of a trial does not fit into the memory, even in a row of its own; the trial is still in its slot."""
+
+    def __init__(self, trial: Trial, cause: ModelError) -> None:
+        super().__init__(cause.what, where=cause.where, remedy=cause.remedy)
+        self.trial = trial
+
+
 @dataclass(slots=True)
 class _Row:
     """A row being filled: (trial, place in its batch, item), in the order taken."""
@@ -157,7 +165,7 @@ class Engine:
         Out of memory on an accelerator halves the row, and the batches it held begin anew: no example is lost.
 
         Raises:
-            ModelError: when a single example does not fit into the memory.
+            DoesNotFit: when a single example does not fit into the memory.
         """
         assert self._slots, "no trial was admitted"
         rows = self._plan()
@@ -274,7 +282,8 @@ class Engine:
     def _halve(self, rows: Sequence[_Row]) -> None:
         """Makes rows smaller after one did not fit, and begins anew the batches that were in them."""
         if max(len(row.entries) for row in rows) == 1:
-            raise self._too_long(max(row.used for row in rows))
+            longest = max(rows, key=lambda row: row.used)
+            raise DoesNotFit(longest.entries[0][0], self._too_long(longest.used))
         for trial in {id(t): t for row in rows for t, _, _ in row.entries}.values():
             trial.restart_batch()
         self._shrink(below=max(row.used for row in rows))

@@ -94,6 +94,11 @@ class Progress:
     waiting: tuple[int, ...] = ()
 
 
+def total_steps(training: TrainingConfig, examples: int) -> int:
+    """Returns the optimizer steps of a trial over so many examples."""
+    return training.steps or training.epochs * math.ceil(examples / training.batch_size)
+
+
 class Trial:
     """One setting of one method in training.
 
@@ -113,7 +118,7 @@ class Trial:
         assert training.learning_rate is not None, "the method's default was not filled in"
         self.name, self.adapter, self.training, self.examples = name, adapter, training, examples
         self.order = DataOrder(len(examples), training.batch_size, training.data_seed)
-        self.total_steps = training.steps or training.epochs * self.order.steps_per_epoch
+        self.total_steps = total_steps(training, len(examples))
         self.step = 0
         self.tokens = 0
         self.loss_scale = 2.0**16 if scales_loss else 1.0

@@ -74,3 +74,39 @@ def _ratio(numerators_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return Estimate(value, float(interval.low), float(interval.high))
+
+
+def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+    """Returns the mean loss over seeds, with a 95 % interval that counts examples and seeds.
+
+    The variance is that of the mean over examples (of the seeds' mean) plus that of the mean over seeds; with one seed
+    the second is not known and left out.
+
+    Args:
+        sums_SN: summed token loss of each seed and example, in nats.
+        counts_N: supervised tokens of each example.
+    """
+    return _with_seeds(mean_loss(sums_SN.mean(0), counts_N), _of_seeds(sums_SN, counts_N))
+
+
+def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+    """Returns how much the first mean over seeds is above the second, paired by example; seeds count as above."""
+    paired = difference(sums_SN.mean(0), others_SN.mean(0), counts_N)
+    return _with_seeds(paired, _of_seeds(sums_SN, counts_N), _of_seeds(others_SN, counts_N))
+
+
+def _of_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Losses:
+    losses: Losses = sums_SN.sum(1) / counts_N.sum()
+    return losses
+
+
+def _with_seeds(estimate: Estimate, *losses_S: Losses) -> Estimate:
+    """Returns the estimate with its interval widened by what the seeds' means vary."""
+    variance = sum(float(np.var(losses, ddof=1)) / len(losses) for losses in losses_S if len(losses) > 1)
+    extra = 1.96**2 * variance
+    below, above = estimate.value - estimate.low, estimate.high - estimate.value
+    return Estimate(
+        estimate.value,
+        estimate.value - float(np.hypot(below, extra**0.5)),
+        estimate.value + float(np.hypot(above, extra**0.5)),
+    )

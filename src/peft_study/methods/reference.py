@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -105,6 +106,18 @@ class FullAdapter(Adapter):
             target.grad = None
             if name in self._originals:
                 target.copy_(self._originals.pop(name))
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes the weights of a model folder that `save` wrote; what is tied there is written once.
+
+        Raises:
+            ModelError: when a weight is not among this model's, or has another shape.
+        """
+        for name, tensor in tensors.items():
+            if name not in self._masters or self._masters[name].shape != tensor.shape:
+                raise ModelError(f"the saved weights do not fit this base at {name}", remedy="train again")
+            self._masters[name].copy_(tensor)
 
     def save(self, folder: Path, base: Base) -> None:
         """Writes a model folder with the trained weights and the tokenizer.

@@ -37,6 +37,6 @@ def create(config: MethodConfig, base: Base, material: Material | None, seed: in
         raise ConfigError(str(error), where=config.method, remedy="use fewer tokens, or another init") from error
 
 
-def is_exclusive(config: MethodConfig) -> bool:
+def is_exclusive(method: str) -> bool:
     """True where the method changes the base itself, so that its trials run alone."""
-    return bool(_CLASSES[config.method].exclusive)
+    return bool(_CLASSES[method].exclusive)

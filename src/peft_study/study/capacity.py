@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 
+from peft_study.config import MethodConfig, TrainingConfig
 from peft_study.engine.memory import Measured, probe
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.study.session import Session
 from peft_study.study.store import RunFolder
-from peft_study.study.trial_run import Job
 
 _FILE = "capacity.json"
 
@@ -36,13 +36,24 @@ class Capacity:
     measured: dict[str, Any] | None = None
 
 
-def settle(session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int | Literal["auto"]) -> str | None:
+@dataclass(frozen=True, slots=True)
+class Typical:
+    """The largest setting of a method that trains beside others, and its optimizer's: what slots are measured with."""
+
+    method: MethodConfig
+    training: TrainingConfig
+
+
+def settle(
+    session: Session, folder: RunFolder, largest: Sequence[Typical], *, trials: int, wanted: int | Literal["auto"]
+) -> str | None:
     """Gives the engine its slots and row budget, and returns a line for the user where there is news.
 
     Args:
         session: its engine has no trials yet.
         folder: of the run; what an earlier start settled is used again.
-        jobs: all of the run.
+        largest: of each method.
+        trials: of the whole run.
         wanted: slots, or auto.
     """
     engine = session.engine
@@ -52,12 +63,12 @@ def settle(session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int
         if wanted not in ("auto", capacity.slots):
             note = f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
     else:
-        measured = _measure(session, jobs) if wanted == "auto" else None
-        slots = _enough(session, jobs, measured) if wanted == "auto" else wanted
+        measured = _measure(session, largest) if wanted == "auto" and trials > 1 else None
+        slots = _enough(session, largest, trials, measured) if wanted == "auto" else wanted
         capacity = Capacity(
             slots, engine.row_tokens, torch.get_num_threads(), None if measured is None else asdict(measured)
         )
-        note = _sentence(capacity) if len(jobs) > 1 else None
+        note = _sentence(capacity) if trials > 1 else None
         if session.processes.writes:
             folder.write(_FILE, asdict(capacity))
     engine.slots, engine.row_tokens = capacity.slots, capacity.row_tokens
@@ -67,15 +78,15 @@ def settle(session: Session, folder: RunFolder, jobs: Sequence[Job], wanted: int
     return note
 
 
-def _measure(session: Session, jobs: Sequence[Job]) -> Measured | None:
-    side_by_side = {job.start: job for job in jobs if not is_exclusive(job.method)}
-    if len(side_by_side) == 0 or len(jobs) == 1:
+def _measure(session: Session, largest: Sequence[Typical]) -> Measured | None:
+    side_by_side = [t for t in largest if not is_exclusive(t.method.method)]
+    if not side_by_side:
         return None
-    adapters = [create(j.method, session.base, session.material, j.training.seed) for j in side_by_side.values()]
+    adapters = [create(t.method, session.base, session.material, t.training.seed) for t in side_by_side]
     return probe(session.engine, adapters, session.train)
 
 
-def _enough(session: Session, jobs: Sequence[Job], measured: Measured | None) -> int:
+def _enough(session: Session, largest: Sequence[Typical], trials: int, measured: Measured | None) -> int:
     """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
 
     On an accelerator a short row is a waste: a batch ends in the middle of a row and the next one can only begin in the
@@ -83,11 +94,11 @@ def _enough(session: Session, jobs: Sequence[Job], measured: Measured | None) ->
     thinner products: 16 trials of 128 tokens in rows of 1,024 took 40 % longer a token than 8 (docs/performance.md).
     """
     lengths = [len(session.train[i]) for i in islice(range(len(session.train)), 256)]
-    batch = min(job.training.batch_size for job in jobs) * sum(lengths) / len(lengths)
+    batch = min((t.training.batch_size for t in largest), default=1) * sum(lengths) / len(lengths)
     rows = 1 if session.base.device.type == "cpu" else 2
     filling = math.ceil(rows * session.engine.row_tokens / batch)
     fits = measured.fits if measured is not None and measured.fits is not None else filling
-    return max(1, min(len(jobs), filling, fits))
+    return max(1, min(trials, filling, fits))
 
 
 def _sentence(capacity: Capacity) -> str:

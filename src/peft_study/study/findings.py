@@ -1,168 +1,178 @@
-"""What a comparison says, in a sentence a method, with its noise.
+"""What a study says, in sentences, each with its noise, its seeds and its limits.
 
-Everything is paired by example: a difference between two settings is measured on the same held-out rows, and a
-setting is told from another only where the 95 % interval of that difference excludes zero.
+Two settings are told apart only where the 95 % interval of their difference, paired by held-out example, excludes zero.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from peft_study.evaluate.statistics import Estimate, difference, mean_loss
-from peft_study.study.comparison import Comparison, TrialResult
-from peft_study.study.store import RunFolder
+from peft_study.config import StudyConfig
+from peft_study.evaluate.statistics import Estimate, difference
+from peft_study.study import ranges
+from peft_study.study.results import Finalist, Results, Row
+from peft_study.study.trials import Known
+from peft_study.study.worker import Facts
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One setting with its numbers.
-
-    Attributes:
-        result: the trial.
-        start, loss: held-out loss before step 1 and after the last step; None where it did not finish.
-        minus_base: loss above the untouched base's.
-        minus_best: loss above that of the method's best setting.
-    """
-
-    result: TrialResult
-    start: Estimate
-    loss: Estimate | None
-    minus_base: Estimate | None
-    minus_best: Estimate | None
-    best: bool
+FEW = 6
+"""Settings that a sentence lists one by one; of more it gives the number."""
 
 
-def rows(comparison: Comparison) -> list[Row]:
-    """Returns every setting with its numbers, in the comparison's order."""
-    best = {id(result) for result in (_best(group) for group in _groups(comparison)) if result is not None}
-    champions = {r.method: r for r in comparison.results if id(r) in best}
-    made = []
-    for result in comparison.results:
-        loss = above = behind = None
-        if result.sums_N is not None:
-            loss = mean_loss(result.sums_N, comparison.counts_N)
-            above = difference(result.sums_N, comparison.base_N, comparison.counts_N)
-            champion = champions[result.method].sums_N
-            assert champion is not None
-            behind = difference(result.sums_N, champion, comparison.counts_N)
-        assert result.start_N is not None
-        start = mean_loss(result.start_N, comparison.counts_N)
-        made.append(Row(result, start, loss, above, behind, id(result) in best))
-    return made
-
-
-def sentences(comparison: Comparison) -> list[str]:
-    """Returns a sentence a method: its best setting, the noise, the edge of the range, and what does not work."""
-    table = rows(comparison)
-    said = []
-    for group in _groups(comparison):
-        own = [row for row in table if row.result.method == group[0].method]
-        said.append(_sentence(own, len(comparison.counts_N)))
+def sentences(config: StudyConfig, known: Known, facts: Facts, results: Results) -> list[str]:
+    """Returns what the study says: the base, each method's search, its finals, the winner, the pruning."""
+    said = [f"untouched base: {_level(results.base_dev, results.dev_examples)}"]
+    for method in results.methods:
+        said.append(_search(config, known, facts, results, method))
+        said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
+        said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
+    if results.finalists:
+        said.append(_conclusion(results))
+    if results.pruning.pruned or results.pruning.audited:
+        said.append(_pruning(results))
+    if results.deadline:
+        said.append("the time limit ended the search before all its trials")
+    if results.continued:
+        said.append("the study file was changed on the way, and the test part opened more than once")
     return said
 
 
-def save(comparison: Comparison, folder: RunFolder) -> None:
-    """Writes ``results.json``: every row with its estimates, and the sentences."""
-
-    def numbers(estimate: Estimate | None) -> dict[str, float] | None:
-        return None if estimate is None else dataclasses.asdict(estimate)
-
-    table = [
-        {
-            "method": row.result.method,
-            "learning_rate": row.result.learning_rate,
-            "status": row.result.status,
-            "reason": row.result.reason,
-            "best_of_method": row.best,
-            "step_0": numbers(row.start),
-            "loss": numbers(row.loss),
-            "minus_base": numbers(row.minus_base),
-            "minus_best": numbers(row.minus_best),
-            "trainable": row.result.trainable,
-            "seconds": row.result.seconds,
-        }
-        for row in rows(comparison)
-    ]
-    folder.write("results.json", {"rows": table, "sentences": sentences(comparison)})
+def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
+    """Returns what was searched with its values: the bare value where it is the learning rate alone."""
+    names = list(config.methods[method].dimensions()) or ["learning_rate"]
+    values = [_number(row.settings[name]) for name in names]
+    if names == ["learning_rate"]:
+        return values[0]
+    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
-def _groups(comparison: Comparison) -> list[list[TrialResult]]:
-    methods = dict.fromkeys(result.method for result in comparison.results)
-    return [[r for r in comparison.results if r.method == method] for method in methods]
+def _number(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _best(group: Sequence[TrialResult]) -> TrialResult | None:
-    finished = [result for result in group if result.sums_N is not None]
-    return min(finished, key=lambda r: float(r.sums_N.sum()), default=None)  # type: ignore[union-attr]
+def _title(method: str) -> str:
+    return method.replace("_", " ")
 
 
-def _sentence(own: Sequence[Row], examples: int) -> str:
-    method = own[0].result.method.replace("_", " ")
-    if own[0].result.learning_rate is None:
-        loss = own[0].loss
-        assert loss is not None
-        return (
-            f"untouched base: {loss.value:.2f} (95 % {loss.low:.2f}-{loss.high:.2f} over {examples} held-out examples)"
-        )
-    failed = [row for row in own if row.loss is None]
-    best = next((row for row in own if row.best), None)
-    if best is None:
-        return f"{method}: none of {len(own)} learning rates finished ({failed[0].result.reason})"
-    assert best.loss is not None
+def _level(estimate: Estimate, examples: int) -> str:
+    return f"{estimate.value:.3f} (95 % {estimate.low:.3f}-{estimate.high:.3f} over {examples} dev examples)"
+
+
+def _search(config: StudyConfig, known: Known, facts: Facts, results: Results, method: str) -> str:
+    own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
+    finished = [row for row in own if row.trial.last is not None]
+    title = _title(method)
+    if not own:
+        return f"{title}: no trial began in the time allowed"
+    if not finished:
+        return f"{title}: none of {len(own)} settings finished ({own[0].trial.reason})"
+    best = min(finished, key=lambda row: ranges.value_of(row.trial))
+    assert best.dev is not None
     assert best.minus_base is not None
-    rates = sorted(row.result.learning_rate or 0.0 for row in own)
-    noise = f"{best.loss.value:.2f}, 95 % {best.loss.low:.2f}-{best.loss.high:.2f} over {examples} held-out examples"
-    text = f"{method}: {_rate(best)} is best of {len(own)} ({noise}, one seed{_edge(best, rates)})"
+    level = _level(best.dev, results.dev_examples)
+    text = f"{title}: {label(best, config, method)} is best of {len(own)} ({level}, one seed"
+    if len(own) == 1:
+        text += "; the only one tried)"
+    else:
+        edges = ranges.edges(best.trial.values, config.methods[method], known.bounds.get(method, {}))
+        text += "".join(f"; {name} at the edge of the range: try {_way(edge)}" for name, edge in edges.items()) + ")"
     if best.minus_base.low > 0:
         text += "; even so it is worse than the untouched base"
     elif not best.minus_base.excludes_zero():
         text += "; even so it cannot be told from the base"
-    for verdict, members in _verdicts(own, best).items():
-        text += f"; {verdict.format(_list(members))}"
-    return text
+    if known.untuned(method, results.methods):
+        text += "; untuned: it had fewer trials than the others and is not ranked"
+    return text + _others(config, facts, method, own, best)
 
 
-def _edge(best: Row, rates: Sequence[float]) -> str:
-    """Returns the warning that the best rate lies at the end of the rates tried, if it does."""
-    rate = best.result.learning_rate
-    if len(rates) == 1:
-        return "; the only one tried"
-    if rate == rates[-1]:
-        return "; at the edge of the range: try higher"
-    if rate == rates[0]:
-        return "; at the edge of the range: try lower"
-    return ""
+def _way(edge: str) -> str:
+    return "higher" if edge == "high" else "lower"
 
 
-def _verdicts(own: Sequence[Row], best: Row) -> dict[str, list[Row]]:
+def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], best: Row) -> str:
     """Sorts the other settings: as good within noise, no different from the base, worse than it, not finished."""
     found: dict[str, list[Row]] = {
         "{} cannot be told from it": [],
         "at {} it cannot be told from the base": [],
         "at {} it is worse than the base": [],
+        "at {} it was stopped early": [],
         "at {} it diverged": [],
+        "at {} it failed": [],
     }
-    alike, idle, worse, diverged = found.values()
+    alike, idle, worse, pruned, diverged, failed = found.values()
+    assert best.trial.last is not None
     for row in own:
         if row is best:
             continue
-        if row.loss is None or row.minus_base is None or row.minus_best is None:
-            diverged.append(row)
-        elif not row.minus_best.excludes_zero():
+        if row.trial.status != "finished":
+            {"pruned": pruned, "diverged": diverged}.get(row.trial.status, failed).append(row)
+            continue
+        assert row.trial.last is not None
+        assert row.minus_base is not None
+        if not difference(row.trial.last, best.trial.last, facts.counts_N).excludes_zero():
             alike.append(row)
         elif not row.minus_base.excludes_zero():
             idle.append(row)
         elif row.minus_base.low > 0:
             worse.append(row)
-    return {verdict: members for verdict, members in found.items() if members}
+    bare = list(config.methods[method].dimensions()) == ["learning_rate"]
+    text = ""
+    for verdict, members in found.items():
+        if members:
+            few = bare and len(members) <= FEW
+            names = _list([label(row, config, method) for row in members]) if few else _count(len(members))
+            text += f"; {verdict.format(names)}"
+    return text
 
 
-def _rate(row: Row) -> str:
-    return f"{row.result.learning_rate:g}"
+def _count(number: int) -> str:
+    return "1 other setting" if number == 1 else f"{number} other settings"
 
 
-def _list(members: Sequence[Row]) -> str:
-    names = [_rate(row) for row in members]
+def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _finals(best: Finalist, results: Results) -> str:
+    title = _title(best.method)
+    seeds = len(best.dev_of_seeds)
+    if best.dev is None or best.failed:
+        failed = f"{best.failed} of {seeds + best.failed} seeds"
+        return f"{title}: {failed} of its best setting did not finish; it is not ranked"
+    spread = f", {min(best.dev_of_seeds):.3f} to {max(best.dev_of_seeds):.3f}" if seeds > 1 else ""
+    text = f"{title}, retrained with {_seeds(seeds)}: dev {best.dev.value:.3f}{spread}"
+    if best.test is not None and best.test_minus_base is not None:
+        text += (
+            f"; test {best.test} ({best.test_minus_base.value:+.3f} against the base"
+            f"{'' if best.test_minus_base.excludes_zero() else ', within the noise'})"
+        )
+    return text
+
+
+def _seeds(count: int) -> str:
+    return "one new seed" if count == 1 else f"{count} new seeds"
+
+
+def _conclusion(results: Results) -> str:
+    winner = next((f for f in results.finalists if f.winner), None)
+    if winner is None:
+        return "no finalist finished, so there is no winner"
+    settings = ", ".join(f"{n} {_number(v)}" for n, v in winner.settings.items() if v is not None)
+    text = f"winner by mean dev loss over {len(winner.dev_of_seeds)} seeds: {_title(winner.method)} with {settings}"
+    rivals = [f for f in results.finalists if not f.winner and f.method != winner.method and f.test_minus_winner]
+    close = [f for f in rivals if f.test_minus_winner and not f.test_minus_winner.excludes_zero()]
+    if len(winner.dev_of_seeds) < 3:
+        text += "; fewer than 3 seeds: take it as a lead"
+    if close:
+        methods = list(dict.fromkeys(_title(f.method) for f in close))
+        text += f"; on the test part {_list(methods)} cannot be told from it"
+    if winner.test_minus_base is not None and winner.test_minus_base.low > 0:
+        text += "; it is worse than the untouched base"
+    return text
+
+
+def _pruning(results: Results) -> str:
+    pruning = results.pruning
+    text = f"{pruning.pruned} trials were stopped early"
+    if not pruning.audited:
+        return f"{text}; none was run on to check that"
+    return f"{text}; {pruning.audited} more ran on to check that, of which {pruning.wrong} would have been finalists"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft_study.config import TrainConfig, TrainingConfig
 from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, Processes
+from peft_study.engine.trial import total_steps
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.study.capacity import settle
 from peft_study.study.record import environment
 from peft_study.study.session import Session, check_methods, describe, open_session, refuse_other_inputs
-from peft_study.study.slots import Slots
-from peft_study.study.stop import StopRequest
+from peft_study.study.slots import Ended, Orders, Slots
+from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.store import RunFolder, identity
 from peft_study.study.trial_run import Job, Outcome, Watcher
 
@@ -125,22 +126,41 @@ def _run(
 ) -> Finished:
     for note in session.notes:
         watcher.say(note)
-    job = Job(config.method.method, config.method, config.training, folder)
-    settle(session, folder, [job], wanted=1)
-    slots = Slots(session, config.logging, watcher, stop, checkpoints=folder.checkpoints, identity=identity(config))
-    outcomes: list[Outcome] = []
-    slots.run([job], lambda _job, outcome: outcomes.append(outcome), resume=resume)
-    (outcome,) = outcomes
+    logging = config.logging
+    job = Job(config.method.method, config.method, config.training, folder, evaluate_every=logging.evaluate_every)
+    if job.evaluate_every is None:
+        job = replace(job, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
+    settle(session, folder, [], trials=1, wanted=1)
+    slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config))
+    outcome = _to_the_end(slots, job, session, stop, resume)
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
     end_N = outcome.end_N
+    assert outcome.start_N is not None
     return Finished(
         folder.path,
         mean_loss(outcome.start_N, counts_N),
         None if end_N is None else mean_loss(end_N, counts_N),
         None if end_N is None else difference(end_N, base_N, counts_N),
-        outcome.diverged,
+        outcome.reason,
     )
+
+
+def _to_the_end(
+    slots: Slots, job: Job, session: Session, stop: StopRequest, resume: checkpoint.Found | None
+) -> Outcome:
+    try:
+        news = slots.resume(resume, {job.name: job}) if resume else slots.advance(Orders(enter=[job]))
+        while True:
+            for message in news:
+                if isinstance(message, Ended):
+                    return message.outcome
+            if session.processes.total([float(stop.asked)])[0]:
+                slots.save({})
+                raise Interrupted(f"{slots.where()}, with a checkpoint; the same command goes on from there")
+            news = slots.advance(Orders())
+    finally:
+        slots.close()
 
 
 def _checkpoint(path: Path, own: str) -> checkpoint.Found:

@@ -1,15 +1,18 @@
-"""Runs the trials of a run through the engine's slots: as one leaves, the next enters at the next row.
+"""The trials of a run on their way through the engine's slots.
 
-waiting --begin--> in a slot --row, row, row--> finished | diverged --end--> the caller
-                       |  held-out losses of all that are due, in the same rows
-                       +-- checkpoint of all slots at once, between two rows
+    orders --enter--> in a slot --row, row, row--> news: measured | ended --> the caller decides --> orders
+                          |  held-out losses of all that are due, in the same rows
+                          +-- checkpoint of all slots at once, when all news has been answered
+
+The caller decides what enters and what leaves; nothing here knows why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +20,62 @@ import numpy as np
 
 from peft_study.config import LoggingConfig
 from peft_study.engine import checkpoint
-from peft_study.engine.engine import Event
+from peft_study.engine.engine import DoesNotFit, Event
 from peft_study.engine.trial import Trial
-from peft_study.errors import OutputError
-from peft_study.methods.registry import is_exclusive
+from peft_study.errors import OutputError, UserError
 from peft_study.study.session import Session
-from peft_study.study.stop import Interrupted, StopRequest
-from peft_study.study.trial_run import Job, Losses, Outcome, TrialRun, Watcher
-
-Ended = Callable[[Job, Outcome], None]
+from peft_study.study.trial_run import Ending, Job, Losses, Outcome, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05
 """Writing checkpoints by the clock may take this share of the time at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The held-out losses of a trial after a step (0: before the first); `sums_N` in nats, summed over each example."""
+
+    name: str
+    step: int
+    sums_N: Losses
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A trial that is no longer in the engine."""
+
+    name: str
+    outcome: Outcome
+
+
+News = Measured | Ended
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What is to happen before the next row.
+
+    Attributes:
+        enter: trials to begin, in order; there must be room.
+        leave: trials to stop, with the reason.
+        decided: JSON values kept in a checkpoint made now.
+    """
+
+    enter: Sequence[Job] = ()
+    leave: Mapping[str, str] = field(default_factory=dict)
+    decided: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Slots:
-    """The trials of one run on their way through the engine.
+    """An engine with its trials, one row at a time.
 
     Args:
         session: what they share.
         logging: how often things are written.
         watcher: is told.
-        stop: asked between rows.
         checkpoints: folder of the run's checkpoints.
         identity: of the run's settings, kept in them.
+        tolerant: a trial that cannot be made, or whose example does not fit into the memory, ends as failed; else its
+            error ends the run.
     """
 
     def __init__(
@@ -48,59 +83,50 @@ class Slots:
         session: Session,
         logging: LoggingConfig,
         watcher: Watcher,
-        stop: StopRequest,
         *,
         checkpoints: Path,
         identity: str,
+        tolerant: bool = False,
     ) -> None:
-        self._session, self._logging, self._watcher, self._stop = session, logging, watcher, stop
-        self._checkpoints, self._identity = checkpoints, identity
+        self._session, self._logging, self._watcher = session, logging, watcher
+        self._checkpoints, self._identity, self._tolerant = checkpoints, identity, tolerant
         self._engine = session.engine
         self._running: dict[str, TrialRun] = {}
-        self._done: list[str] = []
         self._steps_done = 0  # optimizer steps of the trials that have ended
-        self._initial: dict[str, Losses] = {}  # held-out losses before step 1, by what decides them
+        # held-out losses before step 1, by what decides them; the base's own are known and kept on disk
+        self._initial = {"base": session.base_held_out.of(range(len(session.held_out)))}
+        session.base_held_out.save()
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
         self._mark = 0
-        self._several = False
 
-    def run(self, jobs: Sequence[Job], ended: Ended, *, resume: checkpoint.Found | None = None) -> None:
-        """Runs the jobs; those that change the base come last, each alone.
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the trials in the slots."""
+        return tuple(self._running)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all trials so far: the number of a checkpoint."""
+        return self._steps_done + sum(run.trial.step for run in self._running.values())
+
+    def room(self) -> int:
+        """Returns how many trials could enter now (one that changes the base: where all slots are free)."""
+        engine = self._engine
+        assert engine.slots is not None
+        alone = any(trial.adapter.exclusive for trial in engine.trials)
+        return 0 if alone else engine.slots - len(engine.trials)
+
+    def resume(self, found: checkpoint.Found, jobs: Mapping[str, Job]) -> list[News]:
+        """Puts the engine where the cut was, and returns the news of trials that had taken their last step.
 
         Args:
-            jobs: all of the run; those that had ended at the checkpoint are passed by.
-            ended: receives each job that ends.
-            resume: the cut to go on from.
-
-        Raises:
-            Interrupted: when asked to stop; a checkpoint was written.
+            found: the cut.
+            jobs: by name; those of its trials must be among them.
         """
-        waiting = sorted(jobs, key=lambda job: is_exclusive(job.method))
-        self._several = len(jobs) > 1
-        held_out = self._session.base_held_out
-        held_out.of(range(len(self._session.held_out)))
-        held_out.save()
-        try:
-            if resume is not None:
-                self._resume(resume, {job.name: job for job in waiting}, ended)
-                waiting = [job for job in waiting if job.name not in {*self._done, *self._running}]
-            while waiting or self._running:
-                self._enter(waiting, ended)
-                if self._running:
-                    self._after(self._engine.step(), ended)
-                self._checkpoint(unfinished=bool(waiting or self._running))
-        finally:
-            for run in list(self._running.values()):
-                with contextlib.suppress(OutputError):  # a full disk refuses the last flush once more
-                    run.close()
-                self._engine.evict(run.trial)
-            self._running.clear()
-        self._session.base_train.save()
-
-    def _resume(self, found: checkpoint.Found, jobs: Mapping[str, Job], ended: Ended) -> None:
-        self._done, self._steps_done = list(found.decided["done"]), found.decided["steps_done"]
-        self._initial = {key: np.array(values) for key, values in found.decided["initial"].items()}
+        kept = found.decided["slots"]
+        self._steps_done = kept["steps_done"]
+        self._initial |= {key: np.array(values) for key, values in kept["initial"].items()}
         runs = {name: self._new(jobs[name]) for name in found.trials}
         checkpoint.load(self._engine, found, {name: run.trial for name, run in runs.items()})
         self._running = runs
@@ -108,99 +134,150 @@ class Slots:
             self._watcher.say(f"{run.job.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
             run.begin(self._initial[run.job.start], from_step=run.trial.step)
         self._mark = self._progress_mark()
-        self._evaluate([run for run in runs.values() if run.trial.finished], ended, told=True)
+        return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
+
+    def where(self) -> str:
+        """Says where a stopped run stands."""
+        trials = [run.trial for run in self._running.values()]
+        if len(trials) == 1:
+            return f"stopped at step {trials[0].step} of {trials[0].total_steps} of {trials[0].name}"
+        return f"stopped with {len(trials)} trials under way"
+
+    def advance(self, orders: Orders) -> list[News]:
+        """Follows the orders; where they make no news themselves, runs one row. Returns the news.
+
+        A checkpoint is made where it is time to.
+        """
+        news: list[News] = []
+        for name, reason in orders.leave.items():
+            run = self._running.get(name)
+            if run is not None:
+                news.append(self._end(run, "pruned", run.last_N, reason))
+        news += self._enter(orders.enter)
+        if news:
+            return news
+        if self._save_due():
+            self.save(orders.decided)
+        if not self._running:
+            return []
+        try:
+            events = self._engine.step()
+        except DoesNotFit as error:
+            run = self._running[error.trial.name]
+            if not self._tolerant:
+                raise
+            return [self._end(run, "failed", None, str(error))]
+        return self._after(events, orders.decided)
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Writes a checkpoint; all news must have been answered."""
+        if not self._session.processes.writes:
+            return
+        started = time.monotonic()
+        self._session.base_train.save()  # what the cut's later numbers may draw on
+        initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
+        own = {"steps_done": self._steps_done, "initial": initial}
+        checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, {**decided, "slots": own})
+        checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - started
+
+    def close(self) -> None:
+        """Empties the slots and closes all files; what is in the slots goes on from the last checkpoint."""
+        for run in list(self._running.values()):
+            with contextlib.suppress(OutputError):  # a full disk refuses the last flush once more
+                run.close()
+            self._engine.evict(run.trial)
+        self._running.clear()
+        with contextlib.suppress(OutputError):
+            self._session.base_train.save()
 
     def _new(self, job: Job) -> TrialRun:
         return TrialRun(job, self._session, self._logging, self._watcher)
 
-    def _enter(self, waiting: list[Job], ended: Ended) -> None:
-        """Fills the free slots from the front of the queue, and measures the losses before step 1 of all at once."""
+    def _enter(self, jobs: Sequence[Job]) -> list[News]:
+        """Gives each a slot, and measures the losses before step 1 of all at once."""
+        news: list[News] = []
         entering: list[TrialRun] = []
-        while waiting and self._engine.has_room(exclusive=is_exclusive(waiting[0].method)):
-            run = self._new(waiting.pop(0))
+        for job in jobs:
+            try:
+                run = self._new(job)
+                if run.trial.parameters:
+                    self._engine.admit(run.trial)
+            except UserError as error:
+                if not self._tolerant or isinstance(error, OutputError):
+                    raise
+                news.append(Ended(job.name, Outcome("failed", str(error))))
+                continue
             entering.append(run)
-            if run.trial.parameters:
-                self._engine.admit(run.trial)
-                self._running[run.job.name] = run
+            self._running[job.name] = run
         unknown = {run.job.start: run for run in entering if run.job.start not in self._initial}
         losses = self._held_out([run.trial for run in unknown.values()])
         self._initial |= dict(zip(unknown, losses, strict=True))
         for run in entering:
             start_N = self._initial[run.job.start]
             run.begin(start_N, from_step=None)
+            news.append(Measured(run.job.name, 0, start_N))
             if not run.trial.parameters:  # the untouched base: there is nothing to train
-                run.tell(start_N)
-                self._end(run, run.outcome(start_N), ended)
+                news.append(self._end(run, "finished", start_N))
+        return news
 
-    def _after(self, events: Sequence[Event], ended: Ended) -> None:
-        """Writes down what a row completed, evaluates all that are due together, and lets go of those that ended."""
+    def _after(self, events: Sequence[Event], decided: Mapping[str, Any]) -> list[News]:
+        """Writes down what a row completed, and evaluates all that are due together."""
+        news: list[News] = []
         due = []
         for event in events:
             run = self._running[event.trial.name]
             if event.report is None:
-                self._end(run, run.outcome(None, event.diverged), ended)
+                news.append(self._end(run, "diverged", None, event.diverged))
                 continue
             run.log(event.report)
             if run.evaluation_due and not event.report.skipped:
                 due.append(run)
-        self._evaluate(due, ended)
+        return news + self._evaluate(due, decided)
 
-    def _evaluate(self, due: Sequence[TrialRun], ended: Ended, *, told: bool = False) -> None:
+    def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[News]:
+        news: list[News] = []
         losses = self._held_out([run.trial for run in due])
         for run, sums_N in zip(due, losses, strict=True):
+            step = run.trial.step
             if not np.isfinite(sums_N).all():
-                reason = f"the held-out loss became {sums_N.sum()} after step {run.trial.step}"
-                self._end(run, run.outcome(None, reason), ended)
+                reason = f"the held-out loss became {sums_N.sum()} after step {step}"
+                news.append(self._end(run, "diverged", None, reason))
                 continue
             if not told:
                 run.tell(sums_N)
+            news.append(Measured(run.job.name, step, sums_N))
             if run.trial.finished:
-                if not self._several:  # a checkpoint that was asked for at the last step is one of the trial, too
-                    self._save_at_mark()
-                run.save_adapter()
-                self._end(run, run.outcome(sums_N), ended)
+                if not self._tolerant:  # a checkpoint that was asked for at the last step is one of the trial, too
+                    self._save_at_mark(decided)
+                if run.job.keep:
+                    run.save_adapter()
+                news.append(self._end(run, "finished", sums_N))
+        return news
 
     def _held_out(self, trials: Sequence[Trial]) -> list[Losses]:
         rows = self._session.held_out
         return self._engine.evaluate(trials, rows, range(len(rows))) if trials else []
 
-    def _end(self, run: TrialRun, outcome: Outcome, ended: Ended) -> None:
+    def _end(self, run: TrialRun, status: Ending, end_N: Losses | None, reason: str | None = None) -> Ended:
         run.close()
         if run.trial in self._engine.trials:
             self._engine.evict(run.trial)
         self._running.pop(run.job.name, None)
-        self._done.append(run.job.name)
         self._steps_done += run.trial.step
-        ended(run.job, outcome)
+        return Ended(run.job.name, run.outcome(status, end_N, reason))
 
-    def _checkpoint(self, *, unfinished: bool) -> None:
-        """Saves where it is time to, and stops where that was asked."""
-        if unfinished and self._stop_asked():
-            self._save()
-            raise Interrupted(f"stopped {self._where()}, with a checkpoint; the same command goes on from there")
-        # a cut without trials in the slots costs next to nothing, so one is made whenever nothing is under way
-        if not self._save_at_mark() and (self._clock_due() if self._running else self._several):
-            self._save()
+    def _save_due(self) -> bool:
+        mark, before = self._progress_mark(), self._mark
+        self._mark = mark
+        return mark != before or (bool(self._running) and self._clock_due())
 
-    def _save_at_mark(self) -> bool:
+    def _save_at_mark(self, decided: Mapping[str, Any]) -> None:
         mark, before = self._progress_mark(), self._mark
         self._mark = mark
         if mark != before:
-            self._save()
-        return mark != before
-
-    def _stop_asked(self) -> bool:
-        return bool(self._session.processes.total([float(self._stop.asked)])[0])
-
-    def _where(self) -> str:
-        if len(self._running) == 1 and not self._done:
-            trial = next(iter(self._running.values())).trial
-            return f"at step {trial.step} of {trial.total_steps} of {trial.name}"
-        return f"with {len(self._running)} trials under way and {len(self._done)} ended"
-
-    def _steps(self) -> int:
-        """Returns the optimizer steps of all trials so far: the number of a checkpoint."""
-        return self._steps_done + sum(run.trial.step for run in self._running.values())
+            self.save(decided)
 
     def _progress_mark(self) -> int:
         """Returns a number that changes each time every slot has taken `checkpoint_every` steps more."""
@@ -209,25 +286,10 @@ class Slots:
             return self._mark
         if every == "epoch":
             every = max(run.trial.order.steps_per_epoch for run in self._running.values())
-        return self._steps() // (every * len(self._running))
+        return self.steps // (every * len(self._running))
 
     def _clock_due(self) -> bool:
         minutes = self._logging.checkpoint_minutes
         if minutes is None or self._logging.checkpoint_every is not None:
             return False
         return time.monotonic() - self._saved_at >= max(60 * minutes, self._save_seconds / CHECKPOINT_SHARE)
-
-    def _save(self) -> None:
-        if not self._session.processes.writes:
-            return
-        started = time.monotonic()
-        self._session.base_train.save()  # what the cut's later numbers may draw on
-        decided: dict[str, Any] = {
-            "done": self._done,
-            "steps_done": self._steps_done,
-            "initial": {key: sums_N.tolist() for key, sums_N in self._initial.items()},
-        }
-        checkpoint.save(self._engine, self._checkpoints, self._steps(), self._identity, decided)
-        checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
-        self._saved_at = time.monotonic()
-        self._save_seconds = self._saved_at - started

@@ -28,13 +28,19 @@ from peft_study.data.atomic import atomic_writer, made_folder, output_error
 from peft_study.errors import OutputError, PeftStudyError
 from peft_study.study.stop import Interrupted
 
-Status = Literal["running", "finished", "diverged", "failed", "interrupted"]
+Status = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
+SCHEMA_VERSION = 1
+"""Of what a run's or study's folder holds; raised when an older program could no longer read it."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
+LOCK, OWNER = "lock", "owner.json"
+"""Files of the process that writes to a study's folder."""
+_VERSION = {"version": SCHEMA_VERSION}
 
 
 def identity(config: BaseModel) -> str:
     """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
-    exclude: Any = {"output": True, "logging": True, "slots": True, "data": {"workers"}}
+    free = dict.fromkeys(("output", "logging", "slots", "workers", "storage"), True)
+    exclude: Any = {**free, "data": {"workers"}}
     values = config.model_dump(mode="json", exclude=exclude)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -86,13 +92,28 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError("is a file", where=str(self.path), remedy="give a folder")
         found = self.identity()
-        if found is None and self.path.exists() and any(self.path.iterdir()):
+        if found is None and self.path.exists() and {p.name for p in self.path.iterdir()} - {LOCK, OWNER}:
             raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
         if found is None or overwrite:
             return False
+        self.refuse_newer()
         if found != identity(config):
             raise OutputError("holds another run, with other settings", where=str(self.path), remedy=remedy)
         return True
+
+    def refuse_newer(self) -> None:
+        """Refuses a folder that a newer version of this program wrote.
+
+        Raises:
+            OutputError: then.
+        """
+        version = (self.read_if_there(_STATUS) or {}).get("version", SCHEMA_VERSION)
+        if version > SCHEMA_VERSION:
+            raise OutputError(
+                f"was written by a newer version of this program (schema {version}, this one knows {SCHEMA_VERSION})",
+                where=str(self.path),
+                remedy="upgrade peft-study, or give another folder",
+            )
 
     def claim(self, config: BaseModel, given: Any, *, overwrite: bool, remedy: str) -> bool:
         """Makes the folder this run's; returns True where a run of the same settings is gone on with.
@@ -135,7 +156,7 @@ class RunFolder:
 
     def set_status(self, status: Status, reason: str | None = None, *, own: str | None = None) -> None:
         """Writes how the run stands."""
-        self.write(_STATUS, {"status": status, "reason": reason, "identity": own or self.identity()})
+        self.write(_STATUS, {"status": status, "reason": reason, "identity": own or self.identity(), **_VERSION})
 
     def write_record(self, values: dict[str, Any]) -> None:
         """Writes what the run was made of."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,9 @@ class Watcher(Protocol):
         """Receives each held-out loss, and how far it is above the untouched base's."""
 
 
+Ending = Literal["finished", "pruned", "diverged", "failed"]
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A trial to be run.
@@ -51,16 +54,24 @@ class Job:
         name: unique among the run's trials.
         method, training: the setting; the learning rate is filled in.
         folder: claimed by the caller.
+        rungs: optimizer steps at which the held-out losses are measured.
+        evaluate_every: steps between further measurements; None: none but at the rungs and the end.
+        keep: the adapter is written at the end.
     """
 
     name: str
     method: MethodConfig
     training: TrainingConfig
     folder: RunFolder
+    rungs: tuple[int, ...] = ()
+    evaluate_every: int | None = None
+    keep: bool = True
 
     @property
     def start(self) -> str:
         """What decides the held-out losses before step 1: trials that differ in their rates alone share them."""
+        if self.method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
+            return "base"
         return f"{self.method.model_dump_json()} {self.training.seed}"
 
 
@@ -69,20 +80,23 @@ class Outcome:
     """How a trial ended.
 
     Attributes:
-        diverged: the reason, where its numbers stopped being finite.
-        start_N, end_N: summed held-out losses of each example before step 1 and after the last step (None: diverged).
-        trainable: parameter counts.
+        status, reason: finished, or why not.
+        start_N, end_N: summed held-out losses of each example before step 1 and at the end (None: not measured).
+        trainable: parameter counts; None where the trial could not be made.
         steps, tokens: what it took; tokens are data tokens.
+        virtual_tokens: of the method, beside them.
         seconds: from its entry, or the resume, to its end; beside others, their rows count too.
     """
 
-    diverged: str | None
-    start_N: Losses
-    end_N: Losses | None
-    trainable: Trainable
-    steps: int
-    tokens: int
-    seconds: float
+    status: Ending
+    reason: str | None
+    start_N: Losses | None = None
+    end_N: Losses | None = None
+    trainable: Trainable | None = None
+    steps: int = 0
+    tokens: int = 0
+    virtual_tokens: int = 0
+    seconds: float = 0.0
 
 
 class TrialRun:
@@ -105,6 +119,7 @@ class TrialRun:
         self._started = time.perf_counter()
         self._metrics: MetricsWriter | None = None
         self._start_N: Losses = np.empty(0)
+        self.last_N: Losses | None = None
         # the base's own losses are measured before an exclusive method changes the base
         self._base_N = session.base_held_out.of(range(len(session.held_out)))
         self._counts_N = session.held_out.counts()
@@ -129,8 +144,8 @@ class TrialRun:
     @property
     def evaluation_due(self) -> bool:
         """True where the held-out losses are to be measured now."""
-        every = self._logging.evaluate_every or max(1, self.trial.total_steps // 4)
-        return self.trial.finished or self.trial.step % every == 0
+        step, every = self.trial.step, self.job.evaluate_every
+        return self.trial.finished or step in self.job.rungs or (every is not None and step % every == 0)
 
     def log(self, report: StepReport) -> None:
         """Writes an optimizer step down."""
@@ -160,6 +175,7 @@ class TrialRun:
 
     def tell(self, sums_N: Losses) -> None:
         """Writes the held-out losses down and tells the watcher."""
+        self.last_N = sums_N
         loss = mean_loss(sums_N, self._counts_N)
         above = difference(sums_N, self._base_N, self._counts_N)
         if self._metrics is not None:
@@ -183,10 +199,20 @@ class TrialRun:
                 self.trial.adapter.save(place, self._session.base)
                 note_encoding(place, self._session.encoder.template_text, add_bos=self._session.add_bos)
 
-    def outcome(self, end_N: Losses | None, diverged: str | None = None) -> Outcome:
+    def outcome(self, status: Ending, end_N: Losses | None, reason: str | None = None) -> Outcome:
         """Returns how the trial ended."""
-        trial, seconds = self.trial, time.perf_counter() - self._started
-        return Outcome(diverged, self._start_N, end_N, self.trainable, trial.step, trial.tokens, seconds)
+        trial = self.trial
+        return Outcome(
+            status,
+            reason,
+            start_N=self._start_N,
+            end_N=end_N,
+            trainable=self.trainable,
+            steps=trial.step,
+            tokens=trial.tokens,
+            virtual_tokens=getattr(self.job.method, "tokens", 0) * trial.step * trial.training.batch_size,
+            seconds=time.perf_counter() - self._started,
+        )
 
     def close(self) -> None:
         """Closes the files."""

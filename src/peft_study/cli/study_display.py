@@ -1,0 +1,233 @@
+"""What a person sees of a study: live on a terminal, quiet lines elsewhere, and the tables at its end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from peft_study.config import StudyConfig
+    from peft_study.evaluate.statistics import Estimate
+    from peft_study.study.conduct import FinishedStudy
+    from peft_study.study.results import Results
+    from peft_study.study.trials import Known, TrialRecord
+    from peft_study.study.worker import Facts, Pace, Report
+
+LINE_SECONDS = 10.0
+"""Where there is no terminal, progress is told at most this often."""
+SPEED_SECONDS = 60.0
+"""Tokens a second are counted over about so long."""
+STATES = ("running", "finished", "pruned", "diverged", "failed")
+
+
+class StudyDisplay:
+    """Shows a study."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._live = Live(console=self.console, transient=True, refresh_per_second=4)
+        self._config: StudyConfig | None = None
+        self._known: Known | None = None
+        self._slots = 0
+        self._paces: dict[str, Pace] = {}
+        self._tokens: list[tuple[float, int]] = []
+        self._best: dict[str, float] = {}
+        self._methods: set[str] = set()
+        self._started = time.monotonic()
+        self._done_before = 0
+        self._told = 0.0
+
+    def __enter__(self) -> StudyDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        self.console.print(line, markup=False)
+
+    def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
+        """Says what is going to happen, or what is left of it."""
+        self._config, self._known, self._slots = config, known, slots
+        self._started = time.monotonic()
+        searched = {m: config.trials(m) for m, space in config.methods.items() if space.kind != "none"}
+        trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in searched.items())
+        finals = config.finals.best * config.finals.seeds * len(searched)
+        self.say(f"{trials or 'no'} trials ({config.search.sampler}), then up to {finals} finals, on {slots} slots")
+        self._done_before = sum(t.status != "running" for t in known.trials.values())
+        if known.trials:
+            self.say(f"goes on: {self._done_before} trials have ended")
+
+    def reported(self, report: Report, known: Known) -> None:
+        """Moves the display; without a terminal, prints a line now and then."""
+        self._known = known
+        for line in report.lines:
+            self.say(line)
+        for name, trainable in report.trainable.items():
+            method = known.trials[name].method
+            if method not in self._methods:
+                self._methods.add(method)
+                self.say(trainable.sentence(method))
+        self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in _running(known)}
+        now, new = time.monotonic(), sum(p.tokens for p in report.paces.values())
+        self._tokens = [(t, n) for t, n in self._tokens if now - t < SPEED_SECONDS] + [(now, new)]
+        if self.console.is_terminal:
+            self._live.update(self._view())
+        elif now - self._told > LINE_SECONDS:
+            self._told = now
+            self.say(self._line())
+
+    def ended(self, trial: TrialRecord, facts: Facts) -> None:
+        """Prints a line for a trial that ended."""
+        numbers = ""
+        if trial.sums and trial.status in ("finished", "pruned"):
+            total = facts.counts_N.sum()
+            loss = trial.sums[max(trial.sums)].sum() / total
+            numbers = f"dev loss {loss:.4f} ({loss - facts.base_N.sum() / total:+.4f} against the untouched base), "
+            if trial.kind == "search" and trial.status == "finished":
+                self._best[trial.method] = min(loss, self._best.get(trial.method, loss))
+        values = ", ".join(f"{n} {_short(v)}" for n, v in trial.values.items())
+        reason = f" ({trial.reason})" if trial.reason else ""
+        seconds = trial.facts.get("seconds", 0)
+        what = f" [{values}]" if values and trial.kind != "final" else ""
+        self.say(f"  {trial.name}{what}: {numbers}{trial.status}{reason} in {seconds:.0f} s")
+
+    def conclude(self, study: FinishedStudy) -> None:
+        """Prints the tables and what they say."""
+        self.console.print(search_table(study.results))
+        if study.results.finalists:
+            self.console.print(finals_table(study.results))
+        for sentence in study.sentences:
+            self.say(f"- {sentence}")
+        self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
+
+    def _speed(self) -> float:
+        if len(self._tokens) < 2:
+            return 0.0
+        return sum(n for _, n in self._tokens[1:]) / max(self._tokens[-1][0] - self._tokens[0][0], 1e-9)
+
+    def _line(self) -> str:
+        known = self._known
+        assert known is not None
+        running = [f"{n} {p.step}/{p.total}" for n, p in list(self._paces.items())[:4]]
+        more = "" if len(self._paces) <= 4 else f" and {len(self._paces) - 4} more"
+        ended = sum(t.status != "running" for t in known.trials.values())
+        slots = f"{', '.join(running) or 'between trials'}{more}"
+        return f"{ended} trials ended; {slots}; {self._speed():,.0f} tokens/s{self._left()}"
+
+    def _left(self) -> str:
+        """Estimates the time left from the trials that ended in this start."""
+        config, known = self._config, self._known
+        assert config is not None
+        assert known is not None
+        done = sum(t.status != "running" for t in known.trials.values())
+        here = done - self._done_before
+        methods = [m for m, space in config.methods.items() if space.kind != "none"]
+        planned = sum(config.trials(m) + config.finals.best * config.finals.seeds for m in methods) + 1
+        if here < 2 or done >= planned:
+            return ""
+        seconds = (time.monotonic() - self._started) / here * (planned - done)
+        return f"; about {seconds / 60:.0f} min left"
+
+    def _view(self) -> Group:
+        """Returns methods x trials, what is in the slots, speed and time left."""
+        config, known = self._config, self._known
+        assert config is not None
+        assert known is not None
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in ("method", "to come", *STATES, "best dev loss"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for method, space in config.methods.items():
+            if space.kind == "none":
+                continue
+            trials = [t for t in known.trials.values() if t.method == method]
+            to_come = config.trials(method) - len(known.of(method, "search"))
+            counts = [str(sum(t.status == state for t in trials)) for state in STATES]
+            best = f"{self._best[method]:.4f}" if method in self._best else "-"
+            table.add_row(method.replace("_", " "), str(max(0, to_come)), *counts, best)
+        slots = [f"{n} {p.step}/{p.total} loss {p.loss:.3f}" for n, p in self._paces.items()]
+        shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
+        foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
+        return Group(table, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
+
+
+def search_table(results: Results) -> Table:
+    """Returns the table of the search, a row a setting; it fits 80 columns."""
+    table = Table(
+        title="Search: dev loss, nats a token (95 % interval over examples, one seed)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("trial")
+    for name in ("rate", "step 0", "last", "against the base"):
+        table.add_column(name, justify="right")
+    table.add_column("status")
+    ranked = {f"{f.method}-{f.number:03d}" for f in results.finalists}
+    for row in results.rows:
+        if row.trial.kind not in ("search", "reference"):
+            continue
+        rate = row.settings.get("learning_rate")
+        name = row.trial.name if row.trial.kind == "search" else "untouched base"
+        table.add_row(
+            name,
+            "" if rate is None else f"{rate:.3g}",
+            f"{row.start.value:.3f}" if row.start else "-",
+            _interval(row.dev),
+            _interval(row.minus_base),
+            row.trial.status,
+            style="bold" if row.trial.name in ranked else None,
+        )
+    return table
+
+
+def finals_table(results: Results) -> Table:
+    """Returns the table of finalists, best first; it fits 80 columns."""
+    table = Table(
+        title="Finals: means over seeds, nats a token (95 % over seeds and examples)",
+        caption="* winner by mean dev loss; the test part was opened after that",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("setting")
+    for name in ("seeds", "dev", "test", "test against base"):
+        table.add_column(name, justify="right")
+    for f in results.finalists:
+        note = " untuned" if f.untuned else f" {f.failed} failed" if f.failed else ""
+        table.add_row(
+            f"{f.method}-{f.number:03d}{' *' if f.winner else ''}{note}",
+            str(len(f.dev_of_seeds)),
+            _interval(f.dev),
+            _interval(f.test),
+            _interval(f.test_minus_base),
+            style="bold" if f.winner else None,
+        )
+    table.add_row("untouched base", "-", _interval(results.base_dev), _interval(results.base_test), "-")
+    return table
+
+
+def _running(known: Known) -> set[str]:
+    return {trial.name for trial in known.running()}
+
+
+def _interval(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

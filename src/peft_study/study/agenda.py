@@ -1,0 +1,335 @@
+"""What a study does next: which trial begins, which stops, what is retrained, who wins.
+
+    reference     the untouched base
+    range test    many rates of a method, briefly
+    search        the same number of settings for every method; hopeless ones stop at a rung
+    finals        the best settings of each method with new seeds
+    conclusion    the winner by mean dev loss; then, once, the test part
+
+Methods do not wait for each other: each goes through this on its own, until the conclusion. Everything decided goes
+into the journal first, and everything here is a function of the journal.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.config import StudyConfig, TrainingConfig
+from peft_study.methods.dropout import key
+from peft_study.methods.registry import is_exclusive
+from peft_study.study import ranges
+from peft_study.study.journal import Event, Journal
+from peft_study.study.pruning import pruner, rungs
+from peft_study.study.sampling import Suggestions
+from peft_study.study.slots import Ended, Measured, News
+from peft_study.study.trials import Known, TrialRecord
+
+RANGE_TEST_SHARE = 0.1
+"""Share of the search's steps that an automatic range test may cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a trial trains with: its method's setting, its optimizer's, and the steps at which it is judged."""
+
+    method: Any
+    training: TrainingConfig
+    rungs: tuple[int, ...]
+    keep: bool
+
+
+class Agenda:
+    """The decisions of a study.
+
+    Args:
+        config: filled.
+        journal: what happened so far.
+        suggestions: of each method's Optuna study.
+        steps: returns the optimizer steps that the budget allows a trial with these settings.
+        counts_N: supervised tokens of each dev example.
+    """
+
+    def __init__(
+        self,
+        config: StudyConfig,
+        journal: Journal,
+        suggestions: Mapping[str, Suggestions],
+        steps: Callable[[TrainingConfig], int],
+        counts_N: npt.NDArray[np.int64],
+    ) -> None:
+        self._config, self._journal, self._suggestions = config, journal, suggestions
+        self._steps, self._counts_N = steps, counts_N
+        self._pruner = pruner(config.search.pruner, config.search.reduction)
+        self.known = Known()
+        for event in journal.events:
+            self.known.apply(event)
+        self.methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
+        for trial in self.known.trials.values():
+            self._mirror(trial)
+
+    @property
+    def finished(self) -> bool:
+        """True when nothing is left but to open the test part."""
+        return self.known.concluded
+
+    def next(self, room: int, *, empty: bool) -> list[TrialRecord]:
+        """Returns the trials that begin now.
+
+        Args:
+            room: free slots.
+            empty: the engine has no trials, so that one which changes the base may enter.
+        """
+        found: list[TrialRecord] = []
+        while room > 0:
+            trial = self._next(alone=False)
+            if trial is None:
+                break
+            found.append(trial)
+            room -= trial.kind != "reference"  # the base trains nothing and takes no slot
+        if not found and empty and room > 0:
+            alone = self._next(alone=True)
+            found += [alone] if alone else []
+        if not found and not self.known.concluded and not any(self.known.running()):
+            self._conclude()
+        return found
+
+    def heard(self, news: Sequence[News]) -> dict[str, str]:
+        """Takes in what happened; returns the trials that are to stop, with the reason."""
+        leave: dict[str, str] = {}
+        for message in news:
+            trial = self.known.trials[message.name]
+            if trial.status != "running":
+                continue  # of a trial that ended in an earlier start, on its way to the same end
+            if isinstance(message, Ended):
+                self._end(trial, message)
+            else:
+                self._add(
+                    {"event": "measured", "name": trial.name, "step": message.step, "sums": message.sums_N.tolist()}
+                )
+                self._mirror(trial)
+                reason = self._judge(trial, message)
+                if reason is not None:
+                    leave[trial.name] = reason
+        return leave
+
+    def time_is_up(self) -> None:
+        """No further settings are searched; what runs is run to its end, and the finals follow."""
+        if not self.known.deadline:
+            self._add({"event": "deadline"})
+
+    def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
+        """Takes in the losses of the test part, by trial."""
+        self._add({"event": "opened", "sums": {name: values.tolist() for name, values in sums.items()}})
+
+    def setting(self, trial: TrialRecord) -> Setting:
+        """Returns what a trial trains with."""
+        config = self._config
+        if trial.kind == "reference":
+            from peft_study.config import NoneConfig
+
+            return Setting(
+                NoneConfig(), config.training.model_copy(update={"learning_rate": 1.0, "steps": 1}), (), False
+            )
+        space = config.methods[trial.method]
+        training = space.training(trial.values, config.training)
+        if trial.seed is not None:
+            training = training.model_copy(update={"seed": trial.seed, "data_seed": trial.seed})
+        steps = config.search.range_steps if trial.kind == "range_test" else self._steps(training)
+        training = training.model_copy(update={"steps": steps})
+        judged = self._rungs(trial.method, steps) if trial.kind == "search" else ()
+        keep = trial.kind == "final" or (trial.kind == "search" and space.kind != "full")
+        return Setting(space.settings(trial.values), training, judged, keep)
+
+    # -- what begins ------------------------------------------------------------------------------------------------
+
+    def _next(self, *, alone: bool) -> TrialRecord | None:
+        if not alone and not any(t.kind == "reference" for t in self.known.trials.values()):
+            return self._ask("none", "none", "reference", 0, None, {})
+        methods = [m for m in self.methods if is_exclusive(self._config.methods[m].kind) == alone]
+        return self._next_range_test(methods) or self._next_search(methods) or self._next_final(methods)
+
+    def _next_range_test(self, methods: Sequence[str]) -> TrialRecord | None:
+        if self.known.deadline:
+            return None
+        for method in methods:
+            rates = self.range_rates(method)
+            asked = self.known.of(method, "range_test")
+            if len(asked) < len(rates):
+                values = {**ranges.central(self._config.methods[method]), "learning_rate": rates[len(asked)]}
+                return self._ask(f"{method}-range-{len(asked)}", method, "range_test", len(asked), None, values)
+        return None
+
+    def range_rates(self, method: str) -> tuple[float, ...]:
+        """Returns the rates of a method's range test; none where there is no test."""
+        space, search = self._config.methods[method], self._config.search
+        if search.range_test is False or is_exclusive(space.kind):
+            return ()
+        rates = ranges.test_rates(space)
+        cost = len(rates) * search.range_steps
+        total = self._config.trials(method) * self._steps(space.training(ranges.central(space), self._config.training))
+        return rates if search.range_test is True or cost <= RANGE_TEST_SHARE * total else ()
+
+    def _next_search(self, methods: Sequence[str]) -> TrialRecord | None:
+        if self.known.deadline:
+            return None
+        open_methods = [
+            m
+            for m in methods
+            if len(self.known.of(m, "search")) < self._config.trials(m)
+            and (m in self.known.tested or not self.range_rates(m))
+        ]
+        if not open_methods:
+            return None
+        method = min(open_methods, key=lambda m: len(self.known.of(m, "search")))
+        number = len(self.known.of(method, "search"))
+        bounds = self._bounds(method)
+        values = self._suggestions[method].ask(number, bounds)
+        return self._ask(f"{method}-{number:03d}", method, "search", number, None, values)
+
+    def _bounds(self, method: str) -> dict[str, tuple[float, float]]:
+        """Returns the ranges of a method's next trial, after widening what wants it."""
+        space = self._config.methods[method]
+        if self._config.search.widen:
+            found = ranges.widened(self.known, method, space)
+            if found is not None:
+                event = {"event": "widened", "method": method, "dimension": found.dimension}
+                self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
+        return {**self.known.bounds.get(method, {}), **self.known.fresh.get(method, {})}
+
+    def _next_final(self, methods: Sequence[str]) -> TrialRecord | None:
+        for method in methods:
+            if not self.searched(method):
+                continue
+            if method not in self.known.finalists:
+                self._choose_finalists(method)
+            there = {(t.number, t.seed) for t in self.known.of(method, "final")}
+            for number, seed in itertools.product(self.known.finalists[method], self.seeds()):
+                if (number, seed) not in there:
+                    values = self.known.setting(method, number).values
+                    return self._ask(f"{method}-{number:03d}-seed-{seed}", method, "final", number, seed, values)
+        return None
+
+    def seeds(self) -> tuple[int, ...]:
+        """Returns the finals' seeds: none of them is the search's."""
+        first = self._config.training.seed + 1
+        return tuple(range(first, first + self._config.finals.seeds))
+
+    def searched(self, method: str) -> bool:
+        """True where the search of a method is over."""
+        trials = self.known.of(method, "search")
+        enough = self.known.deadline or len(trials) >= self._config.trials(method)
+        return enough and all(t.status != "running" for t in (*trials, *self.known.of(method, "range_test")))
+
+    def _choose_finalists(self, method: str) -> None:
+        finished = [t for t in self.known.of(method, "search") if t.last is not None]
+        best = sorted(finished, key=ranges.value_of)[: self._config.finals.best]
+        self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
+
+    def _ask(
+        self, name: str, method: str, kind: str, number: int, seed: int | None, values: Mapping[str, Any]
+    ) -> TrialRecord:
+        event = {"event": "asked", "name": name, "method": method, "kind": kind}
+        self._add({**event, "number": number, "seed": seed, "values": dict(values)})
+        return self.known.trials[name]
+
+    # -- what stops, and how it ends --------------------------------------------------------------------------------
+
+    def _rungs(self, method: str, steps: int) -> tuple[int, ...]:
+        if self._config.search.pruner == "none":
+            return ()
+        space = self._config.methods[method]
+        warmup = space.dimensions().get("warmup_ratio")
+        if warmup is None:
+            longest = space.training({}, self._config.training).warmup_ratio
+        else:
+            longest = max(warmup.choices) if hasattr(warmup, "choices") else warmup.high
+        return rungs(steps, self._config.search.reduction, int(longest * steps))
+
+    def _judge(self, trial: TrialRecord, message: Measured) -> str | None:
+        """Returns why a trial is to stop at this rung; a random share runs on, to see whether that was right."""
+        if trial.kind != "search" or trial.audited or message.step not in self.setting(trial).rungs:
+            return None
+        group = self.known.of(trial.method, "search")
+        reached = {t.name: t.sums[message.step] for t in group if message.step in t.sums}
+        found = self._pruner.judge(trial.name, reached, self._counts_N)
+        if found is None:
+            return None
+        reason = f"at step {message.step} {found}"
+        draw = np.random.default_rng(key(self._config.search.seed, "audit", trial.method, trial.number)).random()
+        if draw < self._config.search.audit:
+            self._add({"event": "audited", "name": trial.name, "reason": reason})
+            return None
+        return reason
+
+    def _end(self, trial: TrialRecord, message: Ended) -> None:
+        outcome = message.outcome
+        facts = {
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "virtual_tokens": outcome.virtual_tokens,
+            "seconds": outcome.seconds,
+            "trainable": None if outcome.trainable is None else outcome.trainable.trainable,
+        }
+        ended = {"event": "ended", "name": trial.name, "status": outcome.status, "reason": outcome.reason}
+        self._add({**ended, "facts": facts})
+        self._mirror(trial)
+        if trial.kind == "range_test":
+            self._close_range_test(trial.method)
+
+    def _close_range_test(self, method: str) -> None:
+        rates, trials = self.range_rates(method), self.known.of(method, "range_test")
+        if len(trials) == len(rates) and all(t.status != "running" for t in trials):
+            bounds, note = ranges.verdict(rates, trials, self._counts_N)
+            self._add({"event": "tested", "method": method, "bounds": bounds, "note": note})
+
+    def _conclude(self) -> None:
+        """Chooses the winner: the finalist with the least mean dev loss, of methods that were searched alike."""
+        means = {
+            setting: mean
+            for method in self.methods
+            if not self.known.untuned(method, self.methods)
+            for setting, mean in self._finalist_means(method).items()
+        }
+        winner = min(means, key=lambda s: means[s], default=None)
+        self._add({"event": "concluded", "winner": winner})
+
+    def _finalist_means(self, method: str) -> dict[tuple[str, int], float]:
+        found = {}
+        for number in self.known.finalists.get(method, ()):
+            finals = [t for t in self.known.of(method, "final") if t.number == number]
+            values = [ranges.value_of(t) for t in finals if t.last is not None]
+            if values and len(values) == len(finals):  # one seed that failed says: not to be relied on
+                found[method, number] = sum(values) / len(values)
+        return found
+
+    # -- books ------------------------------------------------------------------------------------------------------
+
+    def _add(self, event: Event) -> None:
+        self._journal.append([event])
+        self.known.apply(event)
+
+    def _mirror(self, trial: TrialRecord) -> None:
+        """Shows Optuna what is known of a trial; what it has already is left alone."""
+        if trial.kind != "search" or trial.method not in self._suggestions:
+            return
+        book = self._suggestions[trial.method]
+        for step, sums_N in trial.sums.items():
+            book.report(trial.number, step, mean_loss_value(sums_N, self._counts_N))
+        if trial.status != "running":
+            last = trial.last
+            value = None if last is None else mean_loss_value(last, self._counts_N)
+            shown = {"name": trial.name, "status": trial.status, **trial.facts}
+            book.tell(
+                trial.number, trial.status, value, {**shown, **({"reason": trial.reason} if trial.reason else {})}
+            )
+
+
+def mean_loss_value(sums_N: npt.NDArray[np.float64], counts_N: npt.NDArray[np.int64]) -> float:
+    """Returns the loss a supervised token, in nats, without its interval."""
+    return float(sums_N.sum() / counts_N.sum())

@@ -1,0 +1,251 @@
+"""A study from its file to its results: opens everything, keeps the workers busy, writes down what comes of it.
+
+agenda --orders--> worker (engine, slots) --report--> journal, Optuna, agenda --orders--> ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
+from peft_study.engine.order import DataOrder
+from peft_study.engine.trial import total_steps
+from peft_study.errors import ConfigError
+from peft_study.methods.registry import is_exclusive
+from peft_study.study.agenda import Agenda
+from peft_study.study.crew import Crew, LocalCrew
+from peft_study.study.findings import sentences
+from peft_study.study.folder import StudyFolder
+from peft_study.study.journal import Journal
+from peft_study.study.record import environment
+from peft_study.study.results import Results, collect, summary, write_rows
+from peft_study.study.sampling import Suggestions, open_storage
+from peft_study.study.session import refuse_other_inputs
+from peft_study.study.slots import Orders
+from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.trial_run import Job
+from peft_study.study.trials import Known, TrialRecord
+from peft_study.study.worker import Facts, Report
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStudy:
+    """A study that has ended: its folder, its results, and what they say."""
+
+    folder: Path
+    results: Results
+    sentences: tuple[str, ...]
+
+
+class StudyWatcher(Protocol):
+    """Who is told how a study goes."""
+
+    def say(self, line: str) -> None:
+        """Receives a line for the user."""
+
+    def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
+        """Receives the plan, and what an earlier start has done of it."""
+
+    def reported(self, report: Report, known: Known) -> None:
+        """Receives each report of a worker, after it was taken in."""
+
+    def ended(self, trial: TrialRecord, facts: Facts) -> None:
+        """Receives each trial that ended."""
+
+
+def run_study(
+    config: StudyConfig,
+    given: Any,
+    watcher: StudyWatcher,
+    stop: StopRequest,
+    *,
+    overwrite: bool = False,
+    go_on: bool = False,
+) -> FinishedStudy:
+    """Runs a study, or what is left of it, and returns what it found.
+
+    Args:
+        config: as the user wrote it.
+        given: the same as plain values, kept in the record.
+        watcher: is told how it goes.
+        stop: asked between rows.
+        overwrite: another study that lies in the output folder is deleted.
+        go_on: the study file changed, and new trials are wanted under the new one.
+
+    Raises:
+        OutputError: when the output folder holds another study, or another process writes to it.
+        Interrupted: when asked to stop; a checkpoint was written.
+    """
+    config = config.filled()
+    folder = StudyFolder(config.output)
+    folder.check(config, overwrite=overwrite, go_on=go_on)
+    crew = LocalCrew(config, folder, watcher.say)
+    with crew, folder.locked():
+        changes = folder.check(config, overwrite=overwrite, go_on=go_on)
+        if not overwrite:
+            refuse_other_inputs(crew.facts.record, folder.run)
+        folder.claim(config, given, changes, overwrite=overwrite)
+        try:
+            finished = _Study(config, folder, crew, watcher, changes).run(stop)
+        except BaseException as error:
+            folder.run.end(error)
+            raise
+        folder.run.set_status("finished")
+    return finished
+
+
+class _Study:
+    """A study under way."""
+
+    def __init__(
+        self, config: StudyConfig, folder: StudyFolder, crew: Crew, watcher: StudyWatcher, changes: Sequence[str]
+    ) -> None:
+        self._config, self._folder, self._crew, self._watcher = config, folder, crew, watcher
+        self._facts = crew.facts
+        for note in self._facts.notes:
+            watcher.say(note)
+        folder.run.write_record({**environment(), **self._facts.record})
+        self._journal = Journal(folder.journal)
+        self._cuts = crew.cuts()
+        decided = [cut.decided for cut in self._cuts.values()]
+        self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
+        if crew.replays:
+            # what came after the cut happens again, to the last bit: nothing then depends on when a process was killed
+            self._journal.truncate(decided[0]["events"] if decided else 0)
+        if changes:
+            self._journal.append([{"event": "continued", "changes": list(changes), "time": time.time()}])
+        self._agenda = self._make_agenda()
+        self._started = time.monotonic()
+
+    def run(self, stop: StopRequest) -> FinishedStudy:
+        """Runs what has not ended, opens the test part, and writes the results."""
+        known, crew = self._agenda.known, self._crew
+        trials = sum(self._config.trials(method) for method in self._agenda.methods)
+        self._watcher.planned(self._config, known, crew.settle(trials))
+        jobs = {trial.name: self._job(trial) for trial in known.running()}
+        held = {name for cut in self._cuts.values() for name in cut.trials}
+        self._lost = [trial for trial in known.running() if trial.name not in held]
+        for worker, report in crew.start(self._cuts, jobs):
+            self._take(worker, report)
+        while not self._agenda.finished:
+            for worker, report in crew.reports():
+                self._take(worker, report)
+            if stop.asked:
+                crew.save(self._decided())
+                running = sum(1 for _ in known.running())
+                raise Interrupted(
+                    f"stopped with {running} trials under way and {len(known.trials) - running} ended, "
+                    "with a checkpoint; the same command goes on from there"
+                )
+        self._open_test()
+        crew.save(self._decided())
+        results = collect(self._config, known, self._facts, self._folder)
+        write_rows(results, self._folder)
+        said = sentences(self._config, known, self._facts, results)
+        self._folder.run.write("results.json", {**summary(results), "sentences": said})
+        return FinishedStudy(self._folder.path, results, tuple(said))
+
+    def _make_agenda(self) -> Agenda:
+        config = self._config
+        storage = open_storage(config.storage or self._folder.storage)
+        prefix = "" if config.storage is None else f"{self._folder.path.resolve().name}-{self._folder.run.identity()}-"
+        suggestions = {
+            name: Suggestions(storage, f"{prefix}{name}", name, space, config.search.sampler, config.search.seed)
+            for name, space in config.methods.items()
+            if space.kind != "none"
+        }
+        return Agenda(config, self._journal, suggestions, self._steps, self._facts.counts_N)
+
+    def _steps(self, training: TrainingConfig) -> int:
+        return steps_of(training, self._config.budget.tokens, self._facts)
+
+    def _take(self, worker: str, report: Report) -> None:
+        """Takes a report in and gives the worker its next orders."""
+        before = {name for name, trial in self._agenda.known.trials.items() if trial.status == "running"}
+        leave = self._agenda.heard(report.news)
+        for name in before:
+            trial = self._agenda.known.trials[name]
+            if trial.status != "running":
+                self._folder.trial(name).set_status(trial.status, trial.reason)
+                self._watcher.ended(trial, self._facts)
+        limit = self._config.budget.minutes
+        if limit is not None and self._elapsed() > 60 * limit:
+            self._agenda.time_is_up()
+        staying = set(report.running) - set(leave)
+        begun = self._begin(report.room + len(leave), empty=not staying)
+        orders = Orders(enter=[self._job(trial) for trial in begun], leave=leave, decided=self._decided())
+        self._crew.order(worker, orders)
+        self._watcher.reported(report, self._agenda.known)
+
+    def _begin(self, room: int, *, empty: bool) -> list[TrialRecord]:
+        """Returns what enters now; trials that a dead process had begun and no checkpoint holds come first."""
+        again: list[TrialRecord] = []
+        for trial in list(self._lost):
+            alone = is_exclusive(self._agenda.setting(trial).method.method)
+            if room > 0 and (not alone or (empty and not again)):
+                self._lost.remove(trial)
+                again.append(trial)
+                room = 0 if alone else room - 1
+        return again + self._agenda.next(room, empty=empty and not again)
+
+    def _job(self, trial: TrialRecord) -> Job:
+        config, setting = self._config, self._agenda.setting(trial)
+        own = TrainConfig(
+            model=config.model,
+            data=config.data,
+            method=setting.method,
+            training=setting.training,
+            logging=config.logging,
+            output=self._folder.trial(trial.name).path,
+        )
+        folder = self._folder.claim_trial(own)
+        every = config.logging.evaluate_every
+        return Job(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep)
+
+    def _decided(self) -> Mapping[str, Any]:
+        return {"events": len(self._journal), "seconds": self._elapsed()}
+
+    def _elapsed(self) -> float:
+        return self._elapsed_before + time.monotonic() - self._started
+
+    def _open_test(self) -> None:
+        """Measures the finalists on the test part: once, after the winner was chosen without it."""
+        known = self._agenda.known
+        if known.test:
+            return
+        finals = [t for m in self._agenda.methods for t in known.of(m, "final") if t.last is not None]
+        trained = [(t.name, self._agenda.setting(t).method, self._folder.trial(t.name).adapter) for t in finals]
+        if trained:
+            self._watcher.say(f"opening the test part for {len(trained)} finalists")
+            self._agenda.opened(self._crew.test(trained))
+
+
+def steps_of(training: TrainingConfig, tokens: int | None, facts: Facts) -> int:
+    """Returns the optimizer steps that a trial's budget allows: whole batches up to the tokens, or those configured.
+
+    Raises:
+        ConfigError: when the tokens do not reach for one batch.
+    """
+    lengths_N = facts.train_lengths
+    if tokens is None:
+        return total_steps(training, len(lengths_N))
+    order = DataOrder(len(lengths_N), training.batch_size, training.data_seed)
+    used, steps = 0, 0
+    while True:
+        used += int(np.sum(lengths_N[order.batch(steps)]))
+        if used > tokens:
+            break
+        steps += 1
+    if steps == 0:
+        raise ConfigError(
+            f"{tokens} tokens do not reach for one batch ({training.batch_size} examples, {used} tokens)",
+            where="budget.tokens",
+            remedy="give more tokens, or a smaller training.batch_size",
+        )
+    return steps

@@ -1,0 +1,166 @@
+"""The workers of a study, as the scheduler sees them: orders in, reports out.
+
+`LocalCrew` is one worker in this process; its cut carries the study's decisions, so that after a kill everything since
+happens again, to the last bit. Crews of several processes or machines (study/processes.py, study/cluster.py) go on from
+what the journal says instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.config import Choices, MethodConfig, Range, StudyConfig
+from peft_study.engine import checkpoint
+from peft_study.errors import ConfigError, UserError
+from peft_study.study.capacity import Typical, settle
+from peft_study.study.folder import StudyFolder, basis
+from peft_study.study.ranges import central
+from peft_study.study.session import Say, Session, check_methods, open_session
+from peft_study.study.slots import Orders
+from peft_study.study.trial_run import Job
+from peft_study.study.worker import Facts, Report, Worker
+
+Losses = npt.NDArray[np.float64]
+Trained = Sequence[tuple[str, MethodConfig, Path]]
+IDLE = Report((), 0, (), {}, (), {})
+
+
+class Crew(Protocol):
+    """Who runs the trials.
+
+    Attributes:
+        facts: of model and data.
+        replays: True where a cut holds the whole study, and what came after it happens again.
+    """
+
+    facts: Facts
+    replays: bool
+
+    def __enter__(self) -> Crew: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def cuts(self) -> Mapping[str, checkpoint.Found]:
+        """Returns each worker's newest checkpoint, by worker."""
+
+    def settle(self, trials: int) -> int:
+        """Fixes slots, row budget and threads, once the folder is claimed; returns the slots of all workers."""
+
+    def start(self, cuts: Mapping[str, checkpoint.Found], jobs: Mapping[str, Job]) -> Sequence[tuple[str, Report]]:
+        """Lets the workers go on from their cuts and returns a report of each; `jobs` are those of their trials."""
+
+    def order(self, worker: str, orders: Orders) -> None:
+        """Gives a worker that has reported its next orders."""
+
+    def reports(self) -> Sequence[tuple[str, Report]]:
+        """Waits for reports; each is to be answered with orders."""
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Has every worker write a checkpoint; all reports must have been answered."""
+
+    def test(self, trained: Trained) -> dict[str, Losses]:
+        """Returns the losses of each test example, of trained adapters and of the untouched base (``none``)."""
+
+
+class LocalCrew:
+    """One worker, in this process."""
+
+    replays = True
+
+    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say) -> None:
+        self._config, self._folder, self._say = config, folder, say
+        self._orders = Orders()
+
+    def __enter__(self) -> LocalCrew:
+        config = self._config
+        self._session = open_session(config.model, config.data, config.training, self._say, test=True)
+        check_spaces(self._session, config)
+        self._worker = Worker(
+            self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
+        )
+        self.facts = self._worker.facts()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._worker.close()
+
+    def cuts(self) -> dict[str, checkpoint.Found]:
+        """Returns the newest checkpoint of these settings, if there is one."""
+        found = [c for c in checkpoint.find(self._folder.checkpoints) if c.identity == basis(self._config)]
+        return {"here": found[-1]} if found else {}
+
+    def settle(self, trials: int) -> int:
+        """Fixes the engine's slots, row budget and threads."""
+        news = settle(self._session, self._folder.run, largest(self._config), trials=trials, wanted=self._config.slots)
+        if news:
+            self._say(news)
+        assert self._session.engine.slots is not None
+        return self._session.engine.slots
+
+    def start(self, cuts: Mapping[str, checkpoint.Found], jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
+        """Goes on from the cut, if there is one."""
+        report = self._worker.resume(cuts["here"], jobs) if cuts else self._worker.follow(Orders())
+        return [("here", report)]
+
+    def order(self, _worker: str, orders: Orders) -> None:
+        """Keeps the orders until the next report is asked for."""
+        self._orders = orders
+
+    def reports(self) -> list[tuple[str, Report]]:
+        """Follows the orders, by one row."""
+        orders, self._orders = self._orders, Orders()
+        return [("here", self._worker.follow(orders))]
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Writes a checkpoint."""
+        self._worker.save(decided)
+
+    def test(self, trained: Trained) -> dict[str, Losses]:
+        """Measures the test part."""
+        return self._worker.test(trained)
+
+
+def largest(config: StudyConfig) -> list[Typical]:
+    """Returns the largest setting of each method of a filled study: what slots are measured with."""
+    found = []
+    for space in config.methods.values():
+        if space.kind == "none":
+            continue
+        values = central(space)
+        for name, dimension in space.dimensions().items():
+            if isinstance(dimension, Range):
+                values[name] = int(dimension.high) if space.whole(name) else dimension.high
+            elif dimension.sorted_numbers:
+                values[name] = dimension.sorted_numbers[-1]
+        found.append(Typical(space.settings(values), space.training(values, config.training)))
+    return found
+
+
+def check_spaces(session: Session, config: StudyConfig) -> None:
+    """Makes each method's adapters of the largest and middle setting and of every choice, once.
+
+    Raises:
+        ConfigError: naming the method that does not fit this base or data, and why.
+    """
+    for name, space in config.methods.items():
+        middle = central(space)
+        settings = [space.settings(middle)]
+        for dimension, choices in space.dimensions().items():
+            if isinstance(choices, Choices):
+                settings += [space.settings({**middle, dimension: choice}) for choice in choices.choices]
+            elif space.whole(dimension):
+                settings += [space.settings({**middle, dimension: int(end)}) for end in (choices.low, choices.high)]
+        try:
+            check_methods(session, dict.fromkeys(settings), config.training.seed)
+        except UserError as error:
+            raise ConfigError(error.what, where=f"methods.{name}", remedy=error.remedy) from error

@@ -1,0 +1,210 @@
+"""The folder of a study: one owner at a time, and nothing lost when it changes.
+
+STUDY/
+    config.given.json     what the user said
+    config.resolved.json  every setting, all rules applied
+    record.json           code state, versions, hardware, data, base
+    status.json           how the study stands; the schema version of the folder
+    capacity.json         slots, row budget and threads: settled once, the same on resume
+    journal.jsonl         every decision and result, in order (study/journal.py)
+    optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
+    trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
+    checkpoints/          cuts of the engine while it runs
+    results.parquet, results.csv   a row a trial
+    results.json          the table of finalists and what it says
+    lock                  held by the process that writes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from peft_study.config import StudyConfig, TrainConfig
+from peft_study.data.atomic import made_folder
+from peft_study.errors import OutputError
+from peft_study.study.store import LOCK, OWNER, RunFolder, identity
+
+_BASIS = ("model", "data", "training")
+"""Settings without which trials of before and after a change cannot be compared."""
+_FREE = ("output", "logging", "slots", "workers", "storage")
+"""Settings that change no number."""
+
+
+class StudyFolder:
+    """One study's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run = RunFolder(path)
+
+    @property
+    def journal(self) -> Path:
+        """Of decisions and results."""
+        return self.path / "journal.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Cuts of the engine."""
+        return self.run.checkpoints
+
+    def trial(self, name: str) -> RunFolder:
+        """Returns the folder of a trial."""
+        return RunFolder(self.path / "trials" / name)
+
+    @property
+    def storage(self) -> str:
+        """URL of the study's own Optuna database."""
+        return f"sqlite:///{self.path.resolve() / 'optuna.db'}"
+
+    def check(self, config: StudyConfig, *, overwrite: bool, go_on: bool) -> list[str]:
+        """Returns what changed in the study file since this folder's study began; changes nothing itself.
+
+        Args:
+            config: filled.
+            overwrite: another study that lies here may be deleted.
+            go_on: a changed file is meant: new trials under the new file, beside those of before.
+
+        Raises:
+            OutputError: when the folder holds something else, a newer schema, or a study whose file differs and neither
+                was said; or changes that no old trial can be compared across.
+        """
+        found = self.run.identity()
+        if found is None or overwrite or found == identity(config):
+            self.run.check(config, overwrite=overwrite, remedy="")
+            return []
+        before = self.run.read_if_there("config.resolved.json")
+        if before is None or "methods" not in before:
+            raise OutputError("holds a run that is no study", where=str(self.path), remedy="give another output folder")
+        self.run.refuse_newer()
+        changes = differences(before, json.loads(config.model_dump_json()))
+        said = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
+        if not go_on:
+            raise OutputError(
+                f"the study file changed since this study began: {said}",
+                where=str(self.path),
+                remedy="add --continue for new trials under the new file, --overwrite to replace it, "
+                "or give another output folder",
+            )
+        lost = [
+            change for change in changes if change.split(".", 1)[0].split(":", 1)[0] in _BASIS or _is_budget(change)
+        ]
+        if lost:
+            raise OutputError(
+                f"its trials cannot be compared with new ones: {'; '.join(lost)}",
+                where=str(self.path),
+                remedy="give another output folder",
+            )
+        return changes
+
+    def claim(self, config: StudyConfig, given: Any, changes: list[str], *, overwrite: bool) -> None:
+        """Makes the folder this study's, or takes over the changed file."""
+        if overwrite and self.run.identity() is not None:
+            self._clear()
+        if changes:
+            self.run.write("config.given.json", given)
+            self.run.write("config.resolved.json", config.model_dump(mode="json"))
+            self.run.set_status("running", own=identity(config))
+        else:
+            self.run.claim(config, given, overwrite=False, remedy="")
+            self.run.set_status("running")
+
+    def _clear(self) -> None:
+        """Deletes the study that lies here; the lock stays."""
+        for path in self.path.iterdir():
+            if path.name in (LOCK, OWNER):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other writers out of the folder inside the block.
+
+        Raises:
+            OutputError: when another process is writing to it.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        with made_folder(self.path):
+            try:
+                lock.acquire()
+            except Timeout:
+                owner = self.run.read_if_there(OWNER) or {}
+                raise OutputError(
+                    f"process {owner.get('process', '?')} on {owner.get('machine', '?')} is writing to it",
+                    where=str(self.path),
+                    remedy="wait for it or stop it; `peft-study status` shows how it stands",
+                ) from None
+            try:
+                self.run.write(OWNER, {"process": os.getpid(), "machine": socket.gethostname()})
+                yield
+            finally:
+                (self.path / OWNER).unlink(missing_ok=True)
+                if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing came of it: leave no trace
+                    (self.path / LOCK).unlink(missing_ok=True)
+                lock.release()
+
+    def claim_trial(self, config: TrainConfig) -> RunFolder:
+        """Returns the claimed folder of a trial; one that was begun before is used again."""
+        folder = RunFolder(config.output)
+        folder.claim(config, config.model_dump(mode="json"), overwrite=False, remedy="give another output folder")
+        folder.set_status("running")
+        return folder
+
+    def config(self) -> StudyConfig:
+        """Returns the study's resolved settings.
+
+        Raises:
+            OutputError: when the folder holds no study, or one of a newer version.
+        """
+        values = self.run.read_if_there("config.resolved.json")
+        if values is None or "methods" not in values:
+            raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
+        self.run.refuse_newer()
+        return StudyConfig.model_validate(values)
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Returns ``a.b: old -> new`` for every setting that differs, leaving out those that change no number."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in dict.fromkeys((*before, *now)):
+            inner = f"{path}.{key}" if path else str(key)
+            if inner in _FREE or inner == "data.workers":
+                continue
+            if key not in now:
+                found.append(f"{inner}: no longer there")
+            elif key not in before:
+                found.append(f"{inner}: new")
+            else:
+                found += differences(before[key], now[key], inner)
+        return found
+    return [] if before == now else [f"{path}: {_short(before)} -> {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _is_budget(change: str) -> bool:
+    return change.startswith(("budget.steps", "budget.tokens"))
+
+
+def basis(config: StudyConfig) -> str:
+    """Returns a digest of the settings that all trials of a study share: checkpoints of others are of no use."""
+    exclude: Any = {name: True for name in type(config).model_fields if name not in ("model", "data", "training")}
+    values = config.model_dump(mode="json", exclude={**exclude, "data": {"workers"}})
+    shared = {**values, "steps": config.budget.steps, "tokens": config.budget.tokens}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,121 @@
+"""Which trials are stopped early: at rungs, against the method's other trials, and never inside the noise.
+
+    steps   |----------|--------------------|------------------------------------------------------------| total
+          warm-up    total/9             total/3                                                        end
+                     rung 1: best third    rung 2: best third of those that came so far
+                     goes on               goes on
+
+Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) in its asynchronous form (Li et al. 2018,
+arXiv:1810.05934), as Optuna's SuccessiveHalvingPruner has it: a trial goes on where its loss is among the best
+1/reduction of all that reached the rung before it. On top of that the loss must be worse than that of the last one kept
+by more than the noise: the 95 % interval of their difference, paired by held-out example, must lie above zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.evaluate.statistics import difference
+
+Losses = npt.NDArray[np.float64]
+STARTUP = 5
+"""Trials the median rule waits for, as Optuna's MedianPruner does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a trial is to stop: the name of the trial it is compared with, and by how much it is worse (nats a token)."""
+
+    against: str
+    worse: float
+    low: float
+
+    def __str__(self) -> str:
+        return f"worse than {self.against} by {self.worse:.4f} (95 % at least {self.low:.4f}) nats a token"
+
+
+class Pruner(Protocol):
+    """Decides at a rung whether a trial stops."""
+
+    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+        """Returns why the trial stops, or None.
+
+        Args:
+            name: of the trial.
+            reached: held-out losses at this rung of all trials of its method that came to it, its own among them.
+            counts_N: supervised tokens of each held-out example.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class SuccessiveHalving:
+    """Keeps the best 1/reduction of those that came to a rung."""
+
+    reduction: int
+
+    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+        """Compares with the last trial that is kept."""
+        order = _ranked(reached)
+        cutoff = order[max(len(order) // self.reduction, 1) - 1]
+        return _verdict(name, cutoff, reached, counts_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Median:
+    """Stops what is worse than the median of the others."""
+
+    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+        """Compares with the trial at the median (of an even number, the worse of the two in the middle)."""
+        others = _ranked({other: sums for other, sums in reached.items() if other != name})
+        if len(others) < STARTUP:
+            return None
+        return _verdict(name, others[len(others) // 2], reached, counts_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Never:
+    """Runs everything to the end."""
+
+    def judge(self, _name: str, _reached: Mapping[str, Losses], _counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+        """Stops nothing."""
+        return None
+
+
+def pruner(kind: str, reduction: int) -> Pruner:
+    """Returns the rule of that name: ``successive_halving``, ``median`` or ``none``."""
+    rules: dict[str, Pruner] = {
+        "successive_halving": SuccessiveHalving(reduction),
+        "median": Median(),
+        "none": Never(),
+    }
+    return rules[kind]
+
+
+def rungs(total: int, reduction: int, warmup_end: int) -> tuple[int, ...]:
+    """Returns the optimizer steps at which trials are judged, in order: total / reduction^k, all after the warm-up.
+
+    Args:
+        total: steps of a trial.
+        reduction: ratio of neighbouring rungs.
+        warmup_end: the last step of the longest warm-up of the method's space.
+    """
+    depth = max(1, int(math.log(total, reduction)) + 1)
+    steps = {round(total / reduction**k) for k in range(1, depth + 1)}
+    return tuple(sorted(step for step in steps if warmup_end < step < total and step >= 1))
+
+
+def _ranked(reached: Mapping[str, Losses]) -> Sequence[str]:
+    return sorted(reached, key=lambda name: float(reached[name].sum()))
+
+
+def _verdict(name: str, cutoff: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+    if float(reached[name].sum()) <= float(reached[cutoff].sum()):
+        return None
+    found = difference(reached[name], reached[cutoff], counts_N)
+    return Verdict(cutoff, found.value, found.low) if found.low > 0 else None

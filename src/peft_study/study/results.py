@@ -1,0 +1,321 @@
+"""What a study ends with: a row a trial, a ranking of finalists, and how often pruning was wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from peft_study.config import METHODS, StudyConfig
+from peft_study.data.atomic import AtomicFiles
+from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
+from peft_study.study import metrics, ranges
+from peft_study.study.folder import StudyFolder
+from peft_study.study.trials import Known, Losses, TrialRecord
+from peft_study.study.worker import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One trial with its numbers; losses are in nats a supervised token.
+
+    Attributes:
+        trial: what it was and how it ended.
+        settings: every setting of its method and its optimizer's searched ones.
+        start, dev: dev loss before step 1 and at its last measurement.
+        minus_base: dev loss above the untouched base's.
+        best_step, best_loss: where its dev loss was least; shown, never ranked by.
+        test: of a finalist.
+    """
+
+    trial: TrialRecord
+    settings: dict[str, Any]
+    start: Estimate | None
+    dev: Estimate | None
+    minus_base: Estimate | None
+    best_step: int | None
+    best_loss: float | None
+    test: Estimate | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """One setting over its seeds.
+
+    Attributes:
+        method, number, settings: which.
+        dev, test: mean over seeds, with the interval over seeds and examples.
+        dev_of_seeds: dev loss of each seed.
+        failed: seeds that did not finish; then it is not ranked.
+        test_minus_base: test loss above the untouched base's, and
+        test_minus_winner: above the winner's, paired by example.
+        edges: values at the end of what was tried: dimension -> low or high.
+        untuned: its method had fewer trials than the others, so it is not ranked.
+        winner: it has the least mean dev loss of those ranked.
+    """
+
+    method: str
+    number: int
+    settings: dict[str, Any]
+    dev: Estimate | None
+    dev_of_seeds: tuple[float, ...]
+    failed: int
+    test: Estimate | None
+    test_minus_base: Estimate | None
+    test_minus_winner: Estimate | None
+    edges: dict[str, str]
+    untuned: bool
+    winner: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """How pruning went: trials stopped early, those that ran on to check it, and how many of these would have been
+    finalists."""
+
+    pruned: int
+    audited: int
+    wrong: int
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a study found.
+
+    Attributes:
+        methods: in the order of the file.
+        rows: a trial each, in the order in which they began.
+        finalists: best first by mean dev loss; those that are not ranked last.
+        base_dev, base_test: of the untouched base.
+        notes: of each method's ranges.
+        pruning: of all methods.
+        tokens: data tokens by method, range tests and finals included.
+        dev_examples, test_examples: held-out examples.
+        deadline: the time for the search was up before all its trials.
+        continued: how often the study file changed on the way.
+    """
+
+    methods: tuple[str, ...]
+    rows: tuple[Row, ...]
+    finalists: tuple[Finalist, ...]
+    base_dev: Estimate
+    base_test: Estimate | None
+    notes: dict[str, list[str]]
+    pruning: Pruning
+    tokens: dict[str, int]
+    dev_examples: int
+    test_examples: int
+    deadline: bool
+    continued: int
+
+
+def collect(config: StudyConfig, known: Known, facts: Facts, folder: StudyFolder) -> Results:
+    """Returns the results of a study as far as it is.
+
+    Args:
+        config: filled.
+        known: its trials.
+        facts: of its data.
+        folder: with the trials' metrics.
+    """
+    methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
+    rows = tuple(_row(config, trial, known, facts, folder) for trial in known.trials.values())
+    base_test = mean_loss(known.test["none"], facts.test_counts_N) if known.test else None
+    return Results(
+        methods,
+        rows,
+        _finalists(config, known, facts, methods),
+        mean_loss(facts.base_N, facts.counts_N),
+        base_test,
+        dict(known.notes),
+        _pruning(config, known, methods),
+        {m: sum(t.facts.get("tokens", 0) for t in known.trials.values() if t.method == m) for m in methods},
+        len(facts.counts_N),
+        len(facts.test_counts_N),
+        known.deadline,
+        len(known.continued),
+    )
+
+
+def settings_of(config: StudyConfig, trial: TrialRecord) -> dict[str, Any]:
+    """Returns every setting of a trial's method, and the searched ones of its optimizer."""
+    if trial.kind == "reference":
+        return {}
+    space = config.methods[trial.method]
+    training = space.training(trial.values, config.training)
+    own = space.settings(trial.values).model_dump(mode="json", exclude={"method"})
+    return {
+        "learning_rate": training.learning_rate,
+        "warmup_ratio": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        **own,
+    }
+
+
+def _row(config: StudyConfig, trial: TrialRecord, known: Known, facts: Facts, folder: StudyFolder) -> Row:
+    last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
+    curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
+    best = min(curve, key=lambda r: r["loss"], default=None) if trial.status != "failed" else None
+    test = known.test.get(trial.name) if trial.kind != "reference" else known.test.get("none")
+    return Row(
+        trial,
+        settings_of(config, trial)
+        if trial.method in config.methods or trial.kind == "reference"
+        else dict(trial.values),
+        None if trial.start is None else mean_loss(trial.start, facts.counts_N),
+        None if last is None else mean_loss(last, facts.counts_N),
+        None if last is None else difference(last, facts.base_N, facts.counts_N),
+        None if best is None else best["step"],
+        None if best is None else best["loss"],
+        None if test is None else mean_loss(test, facts.test_counts_N),
+    )
+
+
+def _finalists(config: StudyConfig, known: Known, facts: Facts, methods: Sequence[str]) -> tuple[Finalist, ...]:
+    found = []
+    winners = _of_seeds(known, *known.winner) if known.winner else []
+    winner_test = _stacked(known, winners)
+    for method in methods:
+        for number in known.finalists.get(method, ()):
+            trials = _of_seeds(known, method, number)
+            values = known.setting(method, number).values
+            done = [t.last for t in trials if t.last is not None]
+            dev = mean_over_seeds(np.stack(done), facts.counts_N) if done else None
+            test_SN = _stacked(known, trials)
+            counts_N = facts.test_counts_N
+            found.append(
+                Finalist(
+                    method,
+                    number,
+                    settings_of(config, trials[0]),
+                    dev,
+                    tuple(float(x.sum() / facts.counts_N.sum()) for x in done),
+                    len(trials) - len(done),
+                    None if test_SN is None else mean_over_seeds(test_SN, counts_N),
+                    None if test_SN is None else seeds_difference(test_SN, known.test["none"][None], counts_N),
+                    None
+                    if test_SN is None or winner_test is None or known.winner == (method, number)
+                    else seeds_difference(test_SN, winner_test, counts_N),
+                    ranges.edges(values, config.methods[method], known.bounds.get(method, {})),
+                    known.untuned(method, methods),
+                    known.winner == (method, number),
+                )
+            )
+    return tuple(sorted(found, key=lambda f: (f.untuned or f.failed > 0, f.dev.value if f.dev else float("inf"))))
+
+
+def _of_seeds(known: Known, method: str, number: int) -> list[TrialRecord]:
+    return [t for t in known.of(method, "final") if t.number == number]
+
+
+def _stacked(known: Known, trials: Sequence[TrialRecord]) -> Losses | None:
+    """Returns the test losses of the seeds that finished, seed by example; None before the test part is opened."""
+    sums = [known.test[t.name] for t in trials if t.name in known.test]
+    return np.stack(sums) if sums else None
+
+
+def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruning:
+    pruned = audited = wrong = 0
+    for method in methods:
+        trials = known.of(method, "search")
+        pruned += sum(t.status == "pruned" for t in trials)
+        checked = [t for t in trials if t.audited and t.status != "running"]
+        audited += len(checked)
+        best = sorted((t for t in trials if t.last is not None), key=ranges.value_of)[: max(1, config.finals.best)]
+        wrong += sum(any(t is b for b in best) for t in checked)
+    return Pruning(pruned, audited, wrong)
+
+
+def write_rows(results: Results, folder: StudyFolder) -> None:
+    """Writes ``results.parquet`` and ``results.csv``: one row a trial, every setting a column."""
+    rows = [flat(row) for row in results.rows]
+    table = pa.Table.from_pylist(rows, schema=_schema(rows))
+    with AtomicFiles() as files:
+        pa.parquet.write_table(table, files.open(folder.path / "results.parquet"))
+        pa.csv.write_csv(table, files.open(folder.path / "results.csv"))
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """Returns a trial as plain columns; losses in nats a token, `settings` as JSON."""
+    trial = row.trial
+    own = {name: row.settings.get(name) for name in ("learning_rate", "warmup_ratio", "weight_decay")}
+    return {
+        "name": trial.name,
+        "method": trial.method,
+        "kind": trial.kind,
+        "number": trial.number,
+        "seed": trial.seed,
+        "status": trial.status,
+        "reason": trial.reason,
+        **own,
+        **{name: _scalar(row.settings.get(name)) for name in _method_columns()},
+        **_numbers("start", row.start),
+        **_numbers("dev", row.dev),
+        **_numbers("dev_minus_base", row.minus_base),
+        **_numbers("test", row.test),
+        "best_step": row.best_step,
+        "best_dev": row.best_loss,
+        "audited": trial.audited,
+        "steps": trial.facts.get("steps"),
+        "tokens": trial.facts.get("tokens"),
+        "virtual_tokens": trial.facts.get("virtual_tokens"),
+        "seconds": trial.facts.get("seconds"),
+        "trainable": trial.facts.get("trainable"),
+        "settings": json.dumps(row.settings),
+    }
+
+
+def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    return {
+        name: None if estimate is None else estimate.value,
+        f"{name}_low": None if estimate is None else estimate.low,
+        f"{name}_high": None if estimate is None else estimate.high,
+    }
+
+
+def _method_columns() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(n for config in METHODS.values() for n in config.model_fields if n != "method"))
+
+
+def _scalar(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
+
+
+_TEXT = {"name", "method", "kind", "status", "reason", "audited", "settings", "init", "init_text", "target_modules"}
+_WHOLE = {"number", "seed", "steps", "tokens", "virtual_tokens", "trainable", "best_step", "rank", "projection_hidden"}
+_TRUTH = {"rslora", "projection"}
+
+
+def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+    """Returns fixed column types: a column that is empty in a small study has its type all the same."""
+
+    def kind(name: str) -> pa.DataType:
+        if name in _TEXT:
+            return pa.string()
+        return pa.int64() if name in _WHOLE else pa.bool_() if name in _TRUTH else pa.float64()
+
+    return pa.schema([(name, kind(name)) for name in rows[0]])
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Returns finalists, base and pruning as JSON values."""
+    return {
+        "base": {"dev": _plain(results.base_dev), "test": _plain(results.base_test)},
+        "finalists": [dataclasses.asdict(finalist) for finalist in results.finalists],
+        "pruning": dataclasses.asdict(results.pruning),
+        "tokens": results.tokens,
+        "notes": results.notes,
+        "deadline": results.deadline,
+        "continued": results.continued,
+    }
+
+
+def _plain(estimate: Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else dataclasses.asdict(estimate)

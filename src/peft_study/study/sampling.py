@@ -1,0 +1,274 @@
+"""What to try next: Optuna through ask and tell, one Optuna study a method, one writer.
+
+Optuna keeps no state of a sampler, and a study that is loaded again with the same seed repeats its first suggestions.
+So a sampler is made anew for every trial, from (seed of the search, method, number of the trial): what is suggested
+depends on nothing but that and the trials told before.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+
+from peft_study.config import Choices, Dimension, MethodSpace, Range
+from peft_study.errors import ConfigError, OutputError
+from peft_study.methods.dropout import key
+
+Result = TypeVar("Result")
+Values = dict[str, Any]
+Bounds = Mapping[str, tuple[float, float]]
+
+STARTUP = 10
+"""Trials before a sampler that models the space has something to learn from; they are quasi-random."""
+RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 30)
+"""Waits before a database that does not answer is given up."""
+
+
+class Suggestions:
+    """The Optuna study of one method.
+
+    Args:
+        storage: of all methods.
+        name: of the Optuna study.
+        method: the method's name in the study, part of the seed.
+        space: filled.
+        sampler: ``tpe``, ``random``, ``grid``, ``quasi_random`` or ``gp``.
+        seed: of the search.
+
+    Raises:
+        ConfigError: a grid over a range.
+        OutputError: the database cannot be reached.
+    """
+
+    def __init__(
+        self, storage: optuna.storages.BaseStorage, name: str, method: str, space: MethodSpace, sampler: str, seed: int
+    ) -> None:
+        self._storage, self._method, self._space = storage, method, space
+        self._sampler, self._seed = sampler, seed
+        self._dimensions = space.dimensions()
+        ranges = [n for n, d in self._dimensions.items() if isinstance(d, Range)]
+        if sampler == "grid" and ranges:
+            raise ConfigError(
+                "a grid needs a list of values, not a range",
+                where=f"methods.{method}.{ranges[0]}",
+                remedy="give a list, or another search.sampler",
+            )
+        self._study = reliably(
+            lambda: optuna.create_study(
+                storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Never()
+            )
+        )
+        # trials are kept here, too: the database is asked for what an earlier process wrote, once
+        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+
+    def ask(self, number: int, bounds: Bounds) -> Values:
+        """Returns the values of the trial of that number: those in the database, where it was asked for before.
+
+        Args:
+            number: from 0, without gaps.
+            bounds: of dimensions whose range is not the space's own.
+        """
+        if number < len(self._trials):
+            return self._decoded(self._trials[number].params)
+        distributions = {name: self._distribution(name, d, bounds) for name, d in self._dimensions.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of experimental settings
+            self._study.sampler = self._fresh_sampler(number, distributions)
+            trial = reliably(lambda: self._study.ask(distributions))
+        if trial.number != number:
+            raise OutputError(
+                f"has trial {trial.number} of {self._method} where {number} was expected: another process writes to it",
+                where="storage",
+                remedy="give each study a database, or a folder, of its own",
+            )
+        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+        return self._decoded(trial.params)
+
+    def report(self, number: int, step: int, value: float) -> None:
+        """Notes a held-out loss on the way."""
+        trial = self._trials[number]
+        if not trial.state.is_finished() and step not in trial.intermediate_values:
+            self._write(lambda: self._storage.set_trial_intermediate_value(trial._trial_id, step, value))
+
+    def tell(self, number: int, status: str, value: float | None, attributes: Mapping[str, Any]) -> None:
+        """Notes how a trial ended.
+
+        Args:
+            number: of the trial.
+            status: finished, pruned, or anything else, which is a failure.
+            value: held-out loss after the last step, of a finished trial.
+            attributes: shown beside it.
+        """
+        trial = self._trials[number]
+        if trial.state.is_finished():
+            return
+        for name, what in attributes.items():
+            self._write(functools.partial(self._storage.set_trial_user_attr, trial._trial_id, name, what))
+        states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+        state = states.get(status, TrialState.FAIL)
+        values = [value] if state == TrialState.COMPLETE and value is not None else None
+        self._write(lambda: self._storage.set_trial_state_values(trial._trial_id, state, values))
+
+    def _write(self, call: Callable[[], Any]) -> None:
+        reliably(call)
+        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+
+    def _distribution(self, name: str, dimension: Dimension, bounds: Bounds) -> BaseDistribution:
+        if isinstance(dimension, Choices):
+            return CategoricalDistribution([_label(choice) for choice in dimension.choices])
+        low, high = bounds.get(name, (dimension.low, dimension.high))
+        if self._space.whole(name):
+            return IntDistribution(math.ceil(low), math.floor(high), log=dimension.log)
+        return FloatDistribution(low, high, log=dimension.log)
+
+    def _decoded(self, params: Mapping[str, Any]) -> Values:
+        values: Values = dict(params)
+        for name, dimension in self._dimensions.items():
+            if isinstance(dimension, Choices):
+                values[name] = next(c for c in dimension.choices if _label(c) == params[name])
+        return values
+
+    def _fresh_sampler(self, number: int, space: Mapping[str, BaseDistribution]) -> optuna.samplers.BaseSampler:
+        # a 31-bit seed: scikit-learn's and numpy's legacy generators take no more
+        seed = int(np.random.default_rng(key(self._seed, "sampler", self._method, number)).integers(2**31))
+        whole = int(np.random.default_rng(key(self._seed, "design", self._method)).integers(2**31))
+        if self._sampler == "grid":
+            return _Design(lambda: _grid_point(space, number, whole))
+        if self._sampler == "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+        if self._sampler == "quasi_random" or number < STARTUP:
+            return _Design(lambda: _sobol_point(space, number, whole))
+        if self._sampler == "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+
+
+class _Design(optuna.samplers.BaseSampler):
+    """Takes the point of a fixed design: a function of the trial's number alone."""
+
+    def __init__(self, point: Callable[[], Values]) -> None:
+        self._point = point
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: Any, trial: FrozenTrial, search_space: Any) -> Values:
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return self._point()[param_name]
+
+
+class _Never(_Design):
+    """Stands in a study until its first trial is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(dict)
+
+
+def _grid_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:
+    choices = [d.choices for d in space.values() if isinstance(d, CategoricalDistribution)]
+    cells = list(itertools.product(*choices))
+    order = np.random.default_rng(seed).permutation(len(cells))
+    return dict(zip(space, cells[order[number % len(cells)]], strict=True))
+
+
+def _sobol_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:
+    """Returns point `number` of a scrambled Sobol sequence (scipy), stretched over the space.
+
+    Optuna's own QMCSampler draws at random until a first trial has ended, which with many slots is the whole design.
+    """
+    from scipy.stats import qmc
+
+    if not space:
+        return {}
+    sequence = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that balance needs a power of two: there are as many points as trials
+        point = sequence.random(number + 1)[number]
+    return {name: _stretched(d, float(u)) for (name, d), u in zip(space.items(), point, strict=True)}
+
+
+def _stretched(distribution: BaseDistribution, u: float) -> Any:
+    """Returns the value at the share `u` of a distribution's range."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[min(int(u * len(distribution.choices)), len(distribution.choices) - 1)]
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    low, high = distribution.low, distribution.high
+    if isinstance(distribution, IntDistribution):
+        low, high = (low - 0.5, high + 0.5) if distribution.log is False else (low, high + 1)
+        value = low * (high / low) ** u if distribution.log else low + u * (high - low)
+        whole = math.floor(value) if distribution.log else round(value)
+        return min(max(whole, distribution.low), distribution.high)
+    value = low * (high / low) ** u if distribution.log else low + u * (high - low)
+    return min(max(value, low), high)
+
+
+def _label(choice: Any) -> Any:
+    """Returns what stands for a choice in Optuna's database, which holds scalars only."""
+    return choice if choice is None or isinstance(choice, (bool, int, float, str)) else json.dumps(choice)
+
+
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """Returns Optuna's database at an SQLAlchemy URL; it is made where there is none.
+
+    Raises:
+        ConfigError: when its driver is not installed, or the URL is none.
+        OutputError: when it cannot be reached.
+    """
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return reliably(lambda: optuna.storages.RDBStorage(url), where=_without_password(url))
+    except ImportError as error:
+        remedy = "pip install 'psycopg[binary]' and write postgresql+psycopg://..." if "postgres" in url else None
+        raise ConfigError(
+            f"its driver is not installed ({error})", where=_without_password(url), remedy=remedy
+        ) from error
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
+        raise ConfigError(
+            f"is no database URL ({str(error).splitlines()[0]})",
+            where=f"storage {_without_password(url)}",
+            remedy="write sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME",
+        ) from error
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.split('://')[0]}://...@{tail}" if at else url
+
+
+def reliably(call: Callable[[], Result], *, where: str = "storage", waits: Sequence[float] | None = None) -> Result:
+    """Returns what a call of the database gives, trying again where it cannot be reached.
+
+    Raises:
+        OutputError: when it cannot be reached for a minute; the study goes on from its checkpoint.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    for wait in (*(RETRY_SECONDS if waits is None else waits), None):
+        try:
+            return call()
+        except (optuna.exceptions.StorageInternalError, DBAPIError) as error:
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            if wait is None:
+                raise OutputError(
+                    f"the database cannot be used ({cause})",
+                    where=where,
+                    remedy="see that it is reachable and its disk not full, then run the same command again: "
+                    "nothing is lost",
+                ) from error
+            time.sleep(wait)
+    raise AssertionError("unreachable")

@@ -1,0 +1,195 @@
+"""One device's part of a study: an engine with its slots, driven by orders, answering with reports."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.torch import load_file
+
+from peft_study.config import LoggingConfig, MethodConfig
+from peft_study.engine import checkpoint
+from peft_study.engine.guards import Trainable
+from peft_study.engine.trial import StepReport, Trial
+from peft_study.methods.base import Adapter
+from peft_study.methods.peft_format import load_adapter
+from peft_study.methods.reference import FullAdapter, NoAdapter
+from peft_study.methods.registry import create, is_exclusive
+from peft_study.study.session import Session, describe
+from peft_study.study.slots import News, Orders, Slots
+from peft_study.study.trial_run import Job
+
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the scheduler must know of model and data.
+
+    Attributes:
+        train_lengths: tokens of each training row.
+        counts_N, base_N: supervised tokens of each dev example, and the untouched base's summed losses of them.
+        test_counts_N: supervised tokens of each test example.
+        record: what the numbers are computed from.
+        notes: lines the user should see once.
+    """
+
+    train_lengths: npt.NDArray[np.int64]
+    counts_N: npt.NDArray[np.int64]
+    base_N: Losses
+    test_counts_N: npt.NDArray[np.int64]
+    record: dict[str, dict[str, object]]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Where a trial in a slot stands: its last optimizer step of `total`, with loss and data tokens of its batch."""
+
+    step: int
+    total: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came of some orders.
+
+    Attributes:
+        news: of trials, in the order in which it happened.
+        room: free slots; 0 where a trial must be alone.
+        running: names of the trials in the slots.
+        paces: of the trials that took a step.
+        lines: for the user.
+        trainable: parameter counts of trials that began.
+    """
+
+    news: Sequence[News]
+    room: int
+    running: tuple[str, ...]
+    paces: Mapping[str, Pace]
+    lines: Sequence[str]
+    trainable: Mapping[str, Trainable]
+
+
+class _Collector:
+    """Keeps what the slots tell until the next report."""
+
+    def __init__(self) -> None:
+        self.paces: dict[str, Pace] = {}
+        self.lines: list[str] = []
+        self.trainable: dict[str, Trainable] = {}
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def counted(self, trial: Trial, trainable: Trainable) -> None:
+        self.trainable[trial.name] = trainable
+
+    def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
+        before = self.paces.get(trial.name)
+        tokens = report.tokens + (before.tokens if before else 0)
+        self.paces[trial.name] = Pace(report.step, trial.total_steps, report.loss, tokens)
+
+    def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
+        pass  # the news has the losses
+
+
+class Worker:
+    """Runs trials as it is told.
+
+    Args:
+        session: with its slots and row budget settled.
+        logging: how often things are written.
+        checkpoints: folder of this worker's checkpoints.
+        identity: of what its trials' numbers depend on.
+    """
+
+    def __init__(self, session: Session, logging: LoggingConfig, *, checkpoints: Path, identity: str) -> None:
+        self.session = session
+        self._collector = _Collector()
+        self._slots = Slots(
+            session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True
+        )
+
+    def resume(self, found: checkpoint.Found, jobs: Mapping[str, Job]) -> Report:
+        """Goes on from a cut of this worker's engine."""
+        return self._report(self._slots.resume(found, jobs))
+
+    def follow(self, orders: Orders, seconds: float = 0.0) -> Report:
+        """Follows the orders and runs rows until there is news, or the time is over; one row at least."""
+        end = time.monotonic() + seconds
+        news = self._slots.advance(orders)
+        while not news and self._slots.running and time.monotonic() < end:
+            news = self._slots.advance(Orders(decided=orders.decided))
+        return self._report(news)
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Writes a checkpoint."""
+        self._slots.save(decided)
+
+    def close(self) -> None:
+        """Empties the engine."""
+        self._slots.close()
+
+    def test(self, trained: Sequence[tuple[str, MethodConfig, Path]]) -> dict[str, Losses]:
+        """Returns the summed losses of each test example, in nats, of trained adapters and of the untouched base.
+
+        Args:
+            trained: name, setting and adapter folder of each.
+
+        Raises:
+            ModelError: when an adapter cannot be read.
+        """
+        session = self.session
+        assert session.test is not None
+        assert session.base_test is not None
+        everything = range(len(session.test))
+        sums = {"none": session.base_test.of(everything)}
+        session.base_test.save()
+        beside = [entry for entry in trained if not is_exclusive(entry[1].method)]
+        adapters: list[Adapter] = [load_adapter(folder, session.base) for _, _, folder in beside]
+        if adapters:
+            losses = session.engine.losses(adapters, session.test, everything)
+            sums |= {name: own for (name, _, _), own in zip(beside, losses, strict=True)}
+        for name, method, folder in trained:
+            if is_exclusive(method.method):
+                sums[name] = self._test_alone(method, folder)
+        return sums
+
+    def _test_alone(self, method: MethodConfig, folder: Path) -> Losses:
+        session = self.session
+        assert session.test is not None
+        adapter = create(method, session.base, session.material, 0)
+        assert isinstance(adapter, FullAdapter)
+        adapter.load(load_file(folder / "model.safetensors"))
+        adapter.attach()
+        try:
+            return session.engine.losses([NoAdapter()], session.test, range(len(session.test)))[0]
+        finally:
+            adapter.detach()
+
+    def facts(self) -> Facts:
+        """Returns what the scheduler must know."""
+        session = self.session
+        assert session.test is not None
+        return Facts(
+            np.array([len(session.train[i]) for i in range(len(session.train))], dtype=np.int64),
+            session.held_out.counts(),
+            session.base_held_out.of(range(len(session.held_out))),
+            session.test.counts(),
+            describe(session),
+            session.notes,
+        )
+
+    def _report(self, news: Sequence[News]) -> Report:
+        told, slots = self._collector, self._slots
+        report = Report(news, slots.room(), slots.running, dict(told.paces), tuple(told.lines), dict(told.trainable))
+        told.paces, told.lines, told.trainable = {}, [], {}
+        return report
