@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import optuna
 import pytest
 import torch
 import yaml
+from pyarrow import parquet
 
 from command_line import CommandLine
 from peft_study.engine import checkpoint
+from peft_study.study import journal
 from peft_study.study.metrics import read
 from peft_study.study.stop import StopRequest
 from peft_study.study.store import RunFolder
@@ -103,12 +106,29 @@ def numbers(out: Path) -> dict[str, Any]:
     for path in metrics(out):
         records = [{k: v for k, v in record.items() if k not in TIMES} for record in read(path)]
         found[str(path.relative_to(out))] = records
-    for path in out.glob("trials/*/result.json"):
-        result = RunFolder(path.parent).read(path.name)
-        found[str(path.relative_to(out))] = {k: v for k, v in result.items() if k != "seconds"}
+    if (out / "journal.jsonl").exists():
+        found["journal"] = [timeless(event) for event in journal.read(out / "journal.jsonl")]
+        rows = parquet.read_table(out / "results.parquet").to_pylist()
+        found["rows"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        found["optuna"] = optuna_trials(out)
     for path in out.rglob("adapter/*.safetensors"):
         found[str(path.relative_to(out))] = path.read_bytes()
     return found
+
+
+def timeless(event: dict[str, Any]) -> dict[str, Any]:
+    """Returns an event without what differs from run to run."""
+    return {**event, "facts": {k: v for k, v in event.get("facts", {}).items() if k != "seconds"}}
+
+
+def optuna_trials(out: Path) -> list[Any]:
+    """Returns what Optuna's database says of every trial of every method."""
+    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'optuna.db'}")
+    return [
+        (study.study_name, trial.number, trial.state, trial.value, trial.params, trial.intermediate_values)
+        for study in sorted(storage.get_all_studies(), key=lambda study: study.study_name)
+        for trial in storage.get_all_trials(study._study_id)
+    ]
 
 
 def same(killed: Path, whole: Path) -> None:
@@ -131,12 +151,13 @@ def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
     values: dict[str, Any] = {
         "model": {"name": str(tiny_model_folder), "dtype": "float32"},
         "data": {"train": str(tiny_data), "held_out": 8, "max_length": 64},
-        "training": {"steps": 10, "batch_size": 5, "row_tokens": 130},
+        "training": {"steps": 9, "batch_size": 5, "row_tokens": 130},
+        "budget": {"trials": 4},
+        "finals": {"best": 1, "seeds": 2},
         "methods": {
-            "lora": {"rank": 4, "dropout": 0.2, "learning_rate": [1e-3, 1e-2]},
-            "prefix_tuning": {"tokens": 4, "learning_rate": [1e-2, 0.1]},
-            "prompt_tuning": {"tokens": 17, "learning_rate": [1e-2, 0.1]},
-            "none": {},
+            "lora": {"rank": [2, 4], "dropout": 0.2},
+            "prefix_tuning": {"tokens": 4, "learning_rate": [1e-3, 1e-2, 0.1, 0.3]},
+            "prompt_tuning": {"tokens": 17},
         },
         "logging": {"tensorboard": False, "checkpoint_every": 1},
         "slots": 3,
@@ -151,10 +172,12 @@ def check_study(cli: CommandLine, study: Path, tmp_path: Path, kills: int, seed:
     whole, killed, words = tmp_path / "whole", tmp_path / "killed", ("run", study, "-o")
     here(cli, words, whole)
     total = steps(whole)
-    assert total == 6 * 10
+    found = RunFolder(whole).read("results.json")
+    assert found["pruning"]["pruned"] > 0, "nothing was pruned, so nothing is shown of it"
+    assert len(found["finalists"]) == 3
     killed_until_done(cli, words, killed, drawn(total, kills, seed), seed)
     same(killed, whole)
-    assert len(list(killed.glob("trials/*/adapter/adapter_model.safetensors"))) == 6
+    assert len({row["name"] for row in numbers(killed)["rows"]}) == 1 + 3 * 4 + 3 * 2
 
 
 def test_a_study_killed_three_times_is_bit_equal(cli: CommandLine, study: Path, tmp_path: Path) -> None:

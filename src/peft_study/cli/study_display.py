@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft_study.config import StudyConfig
     from peft_study.evaluate.statistics import Estimate
     from peft_study.study.conduct import FinishedStudy
-    from peft_study.study.results import Results
+    from peft_study.study.results import Results, Row
     from peft_study.study.trials import Known, TrialRecord
     from peft_study.study.worker import Facts, Pace, Report
 
@@ -78,7 +78,7 @@ class StudyDisplay:
             self.say(line)
         for name, trainable in report.trainable.items():
             method = known.trials[name].method
-            if method not in self._methods:
+            if method not in self._methods and known.trials[name].kind != "reference":
                 self._methods.add(method)
                 self.say(trainable.sentence(method))
         self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in _running(known)}
@@ -103,7 +103,8 @@ class StudyDisplay:
         reason = f" ({trial.reason})" if trial.reason else ""
         seconds = trial.facts.get("seconds", 0)
         what = f" [{values}]" if values and trial.kind != "final" else ""
-        self.say(f"  {trial.name}{what}: {numbers}{trial.status}{reason} in {seconds:.0f} s")
+        name = "untouched base" if trial.kind == "reference" else trial.name
+        self.say(f"  {name}{what}: {numbers}{trial.status}{reason} in {seconds:.0f} s")
 
     def conclude(self, study: FinishedStudy) -> None:
         """Prints the tables and what they say."""
@@ -165,59 +166,61 @@ class StudyDisplay:
 
 
 def search_table(results: Results) -> Table:
-    """Returns the table of the search, a row a setting; it fits 80 columns."""
+    """Returns the table of the search, a row a setting, best first in each method; it fits 80 columns."""
     table = Table(
-        title="Search: dev loss, nats a token (95 % interval over examples, one seed)",
+        title="Search: dev loss, nats a token (95 % over examples, one seed)",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("trial")
-    for name in ("rate", "step 0", "last", "against the base"):
-        table.add_column(name, justify="right")
-    table.add_column("status")
-    ranked = {f"{f.method}-{f.number:03d}" for f in results.finalists}
-    for row in results.rows:
-        if row.trial.kind not in ("search", "reference"):
-            continue
-        rate = row.settings.get("learning_rate")
-        name = row.trial.name if row.trial.kind == "search" else "untouched base"
-        table.add_row(
-            name,
-            "" if rate is None else f"{rate:.3g}",
-            f"{row.start.value:.3f}" if row.start else "-",
-            _interval(row.dev),
-            _interval(row.minus_base),
-            row.trial.status,
-            style="bold" if row.trial.name in ranked else None,
-        )
+    table.add_column("trial", no_wrap=True)
+    for name in ("rate", "dev loss", "against the base"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    ranked = {(f.method, f.number) for f in results.finalists}
+    table.add_row("untouched base", "", _interval(results.base_dev), "", "")
+    for method in results.methods:
+        own = [row for row in results.rows if row.trial.kind == "search" and row.trial.method == method]
+        for row in sorted(own, key=_order):
+            table.add_row(
+                row.trial.name,
+                f"{row.settings['learning_rate']:.3g}",
+                _interval(row.dev),
+                _interval(row.minus_base),
+                row.trial.status,
+                style="bold" if (method, row.trial.number) in ranked else None,
+            )
     return table
+
+
+def _order(row: Row) -> tuple[bool, float]:
+    return row.trial.status != "finished", row.dev.value if row.dev else float("inf")
 
 
 def finals_table(results: Results) -> Table:
     """Returns the table of finalists, best first; it fits 80 columns."""
+    seeds = max(len(f.dev_of_seeds) for f in results.finalists)
     table = Table(
-        title="Finals: means over seeds, nats a token (95 % over seeds and examples)",
+        title=f"Finals: mean over {seeds} seeds, nats a token (95 % over seeds and examples)",
         caption="* winner by mean dev loss; the test part was opened after that",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("setting")
-    for name in ("seeds", "dev", "test", "test against base"):
-        table.add_column(name, justify="right")
+    table.add_column("setting", no_wrap=True)
+    for name in ("dev", "test", "test against base"):
+        table.add_column(name, justify="right", no_wrap=True)
     for f in results.finalists:
-        note = " untuned" if f.untuned else f" {f.failed} failed" if f.failed else ""
+        mark = " *" if f.winner else " (untuned)" if f.untuned else f" ({f.failed} failed)" if f.failed else ""
         table.add_row(
-            f"{f.method}-{f.number:03d}{' *' if f.winner else ''}{note}",
-            str(len(f.dev_of_seeds)),
+            f"{f.method}-{f.number:03d}{mark}",
             _interval(f.dev),
             _interval(f.test),
             _interval(f.test_minus_base),
             style="bold" if f.winner else None,
         )
-    table.add_row("untouched base", "-", _interval(results.base_dev), _interval(results.base_test), "-")
+    table.add_row("untouched base", _interval(results.base_dev), _interval(results.base_test), "")
     return table
 
 

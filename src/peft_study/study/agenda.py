@@ -324,10 +324,7 @@ class Agenda:
         if trial.status != "running":
             last = trial.last
             value = None if last is None else mean_loss_value(last, self._counts_N)
-            shown = {"name": trial.name, "status": trial.status, **trial.facts}
-            book.tell(
-                trial.number, trial.status, value, {**shown, **({"reason": trial.reason} if trial.reason else {})}
-            )
+            book.tell(trial.number, trial.status, value, {"reason": trial.reason} if trial.reason else {})
 
 
 def mean_loss_value(sums_N: npt.NDArray[np.float64], counts_N: npt.NDArray[np.int64]) -> float:

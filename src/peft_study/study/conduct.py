@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
-from peft_study.engine.order import DataOrder
-from peft_study.engine.trial import total_steps
-from peft_study.errors import ConfigError
 from peft_study.methods.registry import is_exclusive
 from peft_study.study.agenda import Agenda
+from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
 from peft_study.study.folder import StudyFolder
@@ -163,7 +159,7 @@ class _Study:
         return Agenda(config, self._journal, suggestions, self._steps, self._facts.counts_N)
 
     def _steps(self, training: TrainingConfig) -> int:
-        return steps_of(training, self._config.budget.tokens, self._facts)
+        return steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
 
     def _take(self, worker: str, report: Report) -> None:
         """Takes a report in and gives the worker its next orders."""
@@ -224,28 +220,3 @@ class _Study:
         if trained:
             self._watcher.say(f"opening the test part for {len(trained)} finalists")
             self._agenda.opened(self._crew.test(trained))
-
-
-def steps_of(training: TrainingConfig, tokens: int | None, facts: Facts) -> int:
-    """Returns the optimizer steps that a trial's budget allows: whole batches up to the tokens, or those configured.
-
-    Raises:
-        ConfigError: when the tokens do not reach for one batch.
-    """
-    lengths_N = facts.train_lengths
-    if tokens is None:
-        return total_steps(training, len(lengths_N))
-    order = DataOrder(len(lengths_N), training.batch_size, training.data_seed)
-    used, steps = 0, 0
-    while True:
-        used += int(np.sum(lengths_N[order.batch(steps)]))
-        if used > tokens:
-            break
-        steps += 1
-    if steps == 0:
-        raise ConfigError(
-            f"{tokens} tokens do not reach for one batch ({training.batch_size} examples, {used} tokens)",
-            where="budget.tokens",
-            remedy="give more tokens, or a smaller training.batch_size",
-        )
-    return steps

@@ -101,7 +101,8 @@ class LocalCrew:
 
     def settle(self, trials: int) -> int:
         """Fixes the engine's slots, row budget and threads."""
-        news = settle(self._session, self._folder.run, largest(self._config), trials=trials, wanted=self._config.slots)
+        dearest = list(largest(self._config).values())
+        news = settle(self._session, self._folder.run, dearest, trials=trials, wanted=self._config.slots)
         if news:
             self._say(news)
         assert self._session.engine.slots is not None
@@ -130,10 +131,10 @@ class LocalCrew:
         return self._worker.test(trained)
 
 
-def largest(config: StudyConfig) -> list[Typical]:
+def largest(config: StudyConfig) -> dict[str, Typical]:
     """Returns the largest setting of each method of a filled study: what slots are measured with."""
-    found = []
-    for space in config.methods.values():
+    found = {}
+    for method, space in config.methods.items():
         if space.kind == "none":
             continue
         values = central(space)
@@ -142,7 +143,7 @@ def largest(config: StudyConfig) -> list[Typical]:
                 values[name] = int(dimension.high) if space.whole(name) else dimension.high
             elif dimension.sorted_numbers:
                 values[name] = dimension.sorted_numbers[-1]
-        found.append(Typical(space.settings(values), space.training(values, config.training)))
+        found[method] = Typical(space.settings(values), space.training(values, config.training))
     return found
 
 

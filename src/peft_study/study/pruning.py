@@ -13,7 +13,6 @@ by more than the noise: the 95 % interval of their difference, paired by held-ou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,6 +23,8 @@ import numpy.typing as npt
 from peft_study.evaluate.statistics import difference
 
 Losses = npt.NDArray[np.float64]
+RUNGS = 2
+"""Times a trial is judged at most."""
 STARTUP = 5
 """Trials the median rule waits for, as Optuna's MedianPruner does."""
 
@@ -100,13 +101,15 @@ def pruner(kind: str, reduction: int) -> Pruner:
 def rungs(total: int, reduction: int, warmup_end: int) -> tuple[int, ...]:
     """Returns the optimizer steps at which trials are judged, in order: total / reduction^k, all after the warm-up.
 
+    There are two at most: what a trial is worth cannot be seen in the first hundredth of its steps, whose rates have
+    hardly acted, and every rung costs a pass over the held-out examples.
+
     Args:
         total: steps of a trial.
         reduction: ratio of neighbouring rungs.
         warmup_end: the last step of the longest warm-up of the method's space.
     """
-    depth = max(1, int(math.log(total, reduction)) + 1)
-    steps = {round(total / reduction**k) for k in range(1, depth + 1)}
+    steps = {round(total / reduction**k) for k in range(1, RUNGS + 1)}
     return tuple(sorted(step for step in steps if warmup_end < step < total and step >= 1))
 
 

@@ -163,6 +163,6 @@ def edges(values: dict[str, Any], space: MethodSpace, bounds: dict[str, tuple[fl
             edge = None
             if len(numbers) > 1 and values[name] in (numbers[0], numbers[-1]):
                 edge = "low" if values[name] == numbers[0] else "high"
-        if edge:
+        if edge and values[name] != 0:  # nothing lies below no warm-up, no decay, no dropout
             found[name] = edge
     return found

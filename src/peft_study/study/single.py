@@ -98,7 +98,7 @@ def train(
     before = [] if overwrite else [folder]
     # a checkpoint lies in RUN/checkpoints/step_N
     for run in before + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
-        refuse_other_inputs(session, run)
+        refuse_other_inputs(describe(session), run)
     if begun:
         resume = resume or checkpoint.newest(folder.checkpoints)
     processes.wait()  # none must look at the folder after the first has claimed it

@@ -180,7 +180,7 @@ class Worker:
         session = self.session
         assert session.test is not None
         return Facts(
-            np.array([len(session.train[i]) for i in range(len(session.train))], dtype=np.int64),
+            session.train.lengths(),
             session.held_out.counts(),
             session.base_held_out.of(range(len(session.held_out))),
             session.test.counts(),

@@ -1,0 +1,127 @@
+"""What a study is going to take: trials, tokens, memory and time, from a few measured steps. Nothing is written."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from peft_study.config import StudyConfig
+from peft_study.engine.memory import available, slot_bytes
+from peft_study.engine.trial import Trial
+from peft_study.methods.registry import create
+from peft_study.study.budget import steps_of
+from peft_study.study.crew import check_spaces, largest
+from peft_study.study.pruning import rungs
+from peft_study.study.ranges import central
+from peft_study.study.session import Say, Session, open_session
+
+MEASURED_STEPS = 2
+"""Optimizer steps that are timed, after one that is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodEstimate:
+    """What one method takes.
+
+    Attributes:
+        method: its name in the study.
+        trials, steps: of its search, and optimizer steps of each.
+        tokens: data tokens of search and finals if nothing is stopped early.
+        expected_tokens: if pruning stops what its rule may stop at most.
+        seconds: of all these tokens, alone in the engine.
+        expected_seconds: the same for the expected tokens.
+        slot_bytes: memory of its largest trial beside the base.
+    """
+
+    method: str
+    trials: int
+    steps: int
+    tokens: int
+    expected_tokens: int
+    seconds: float
+    expected_seconds: float
+    slot_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyEstimate:
+    """What all methods take.
+
+    Attributes:
+        methods: each of them.
+        free_bytes: memory that is free beside the base; None: not known.
+        train_rows, dev_rows, test_rows: of the data.
+        notes: lines the user should see.
+    """
+
+    methods: tuple[MethodEstimate, ...]
+    free_bytes: int | None
+    train_rows: int
+    dev_rows: int
+    test_rows: int
+    notes: tuple[str, ...]
+
+
+def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
+    """Returns what a study is going to take; model and data are loaded, a few steps of each method are run.
+
+    Args:
+        config: as the user wrote it.
+        say: receives a line before each step that takes time.
+
+    Raises:
+        UserError: as the study itself would.
+    """
+    config = config.filled()
+    session = open_session(config.model, config.data, config.training, say, test=True)
+    check_spaces(session, config)
+    assert session.test is not None
+    session.engine.slots = 1
+    found = [_method(config, session, name, say) for name, space in config.methods.items() if space.kind != "none"]
+    counts = len(session.train), len(session.held_out), len(session.test)
+    return StudyEstimate(tuple(found), available(session.base.device), *counts, session.notes)
+
+
+def _method(config: StudyConfig, session: Session, name: str, say: Say) -> MethodEstimate:
+    space = config.methods[name]
+    values = central(space)
+    training = space.training(values, config.training)
+    lengths_N = session.train.lengths()
+    steps = steps_of(training, config.budget.tokens, lengths_N)
+    say(f"timing {MEASURED_STEPS} steps of {name}")
+    adapter = create(space.settings(values), session.base, session.material, training.seed)
+    trial = Trial(name, adapter, training.model_copy(update={"steps": MEASURED_STEPS + 1}), session.train)
+    seconds_a_token = _seconds_a_token(session, trial)
+    tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
+    trials, finals = config.trials(name), config.finals.best * config.finals.seeds
+    finals = min(finals, trials * config.finals.seeds)
+    most = (trials + finals) * tokens_a_trial
+    least = round((trials * _least_share(config, steps) + finals) * tokens_a_trial)
+    slot = slot_bytes(create(largest(config)[name].method, session.base, session.material, training.seed))
+    return MethodEstimate(name, trials, steps, most, least, most * seconds_a_token, least * seconds_a_token, slot)
+
+
+def _seconds_a_token(session: Session, trial: Trial) -> float:
+    """Returns the time of a data token, after one optimizer step that is not counted."""
+    engine = session.engine
+    engine.admit(trial)
+    try:
+        while trial.step == 0:
+            engine.step()
+        before, started = trial.tokens, time.perf_counter()
+        while not trial.finished:
+            engine.step()
+        return (time.perf_counter() - started) / max(1, trial.tokens - before)
+    finally:
+        engine.evict(trial)
+
+
+def _least_share(config: StudyConfig, steps: int) -> float:
+    """Returns the share of the search's steps that is left where every rung keeps no more than its rule must."""
+    if config.search.pruner != "successive_halving":
+        return 1.0
+    share, kept, before = 0.0, 1.0, 0
+    for rung in (*rungs(steps, config.search.reduction, 0), steps):
+        share += kept * (rung - before) / steps
+        kept, before = kept / config.search.reduction, rung
+    return share
