@@ -31,12 +31,20 @@ def run(
         str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting instead of the file's, as in --set methods.lora.rank='[8, 16]'; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Compare methods over their learning rates on one model and one data set."""
     import os
 
     from peft_study.cli.display import StudyDisplay, quiet_libraries
-    from peft_study.cli.yaml_file import load_yaml, override
+    from peft_study.cli.yaml_file import load_yaml
     from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
     from peft_study.study.comparison import compare
@@ -46,15 +54,20 @@ def run(
 
     quiet_libraries()
     refuse_several_processes(os.environ)
-    given = load_yaml(study)
-    override(given, "training.steps", steps)
-    override(given, "model.device", device)
-    override(given, "model.dtype", dtype)
-    override(given, "slots", slots)
-    override(given, "output", None if output is None else str(output))
-    config = validate(StudyConfig, given, where=str(study))
+    file = load_yaml(study)
+    if steps is not None:  # one budget takes the place of another
+        file.drop("training.steps")
+        file.drop("budget.tokens")
+    given = {"budget.steps": steps, "model.device": device, "model.dtype": dtype, "slots": slots}
+    given["output"] = None if output is None else str(output)
+    for key, value in given.items():
+        if value is not None:
+            file.set(key, value, f"--{key.rpartition('.')[2]}")
+    for assignment in settings or ():
+        file.assign(assignment)
+    config = validate(StudyConfig, file.values, where=str(study), place=file.place)
     with StopRequest().listening() as stop, StudyDisplay() as display:
-        comparison = compare(config, given, display, stop, overwrite=overwrite)
+        comparison = compare(config, file.values, display, stop, overwrite=overwrite)
     save(comparison, RunFolder(config.output))
     display.conclude(comparison, config.output)
 
