@@ -101,6 +101,10 @@ def test_a_section_named_twice_is_not_one_given_twice(file: Any) -> None:
     assert (found["lora"].settings({}).rank, found["wide"].settings({}).rank) == (8, 16)
 
 
+def test_a_list_that_holds_itself(file: Any) -> None:
+    assert mistake(file("a: &a [*a]\n")).startswith("study.yaml, line 1, a: unknown key 'a'")
+
+
 def test_numbers_without_a_point(file: Any) -> None:
     """YAML 1.1 takes 1e-4 for a text."""
     text = "  lora:\n    learning_rate: {low: 1e-5, high: 1E-2, log: true}\n    rank: [1e1, 2e+1]\n    alpha: 1e1\n"

@@ -127,7 +127,7 @@ def _written(values: Any, location: Location, *, missing: bool = False) -> tuple
             if str(part) in names:
                 path.append(str(part))
                 values = values[names[str(part)]]
-        elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
+        elif isinstance(values, (list, tuple)) and isinstance(part, int):
             path.append(part)
             values = values[part]
     return (*path, location[-1]) if missing else tuple(path)
