@@ -119,7 +119,7 @@ def test_finetune_says_which_arguments_have_no_effect() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     kinds = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    plain = {"model", "data", "method", "training", "logging", "methods", "settings", "learning_rates", "schedule"}
+    plain = {"model", "data", "method", "training", "logging", "budget", "search", "finals"}
     for kind in kinds:
         for name, field in kind.model_fields.items():
             assert field.description or name in plain, f"{kind.__name__}.{name}"

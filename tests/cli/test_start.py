@@ -26,7 +26,9 @@ def process(*words: object, code: str = MAIN, **environment: str) -> subprocess.
     )
 
 
-@pytest.mark.parametrize("words", [("--help",), ("run", "--help"), ("data", "convert", "--help"), ("merge", "--help")])
+@pytest.mark.parametrize(
+    "words", [("--help",), ("run", "--help"), ("data", "convert", "--help"), ("init", "--help"), ("merge", "--help")]
+)
 def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
     code = (
         "import sys, atexit\n"
@@ -41,7 +43,7 @@ def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        *(("run",), ("finetune",), ("merge",), ("generate",), ("chat",), ("data",)),
+        *(("run",), ("init",), ("schema",), ("finetune",), ("merge",), ("generate",), ("chat",), ("data",)),
         *(("data", "convert"), ("data", "sample"), ("data", "stats"), ("data", "skills")),
     ],
     ids=" ".join,

@@ -72,7 +72,7 @@ def convert(
     from peft_study.data.convert import convert as convert_data
     from peft_study.data.formats import parse_mapping
 
-    with _progress("converting") as on_progress:
+    with progress("converting") as on_progress:
         report = convert_data(
             sources,
             output,
@@ -108,7 +108,7 @@ def sample(
     from peft_study.data.sample import sample as draw
 
     spec = SampleSpec(tuple(sizes), seed=seed, by=by, split=split, mapping=parse_mapping(mapping))
-    with _progress("sampling") as on_progress:
+    with progress("sampling") as on_progress:
         manifest = draw(sources, output, spec, overwrite=overwrite, on_progress=on_progress)
     for size, entry in manifest["samples"].items():
         typer.echo(f"{int(size):,} of {manifest['rows']:,} rows -> {output / entry['file']}")
@@ -136,7 +136,7 @@ def stats(
     from peft_study.model.load import load_tokenizer
 
     encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
-    with _progress("counting") as on_progress:
+    with progress("counting") as on_progress:
         measured = compute_stats(
             sources,
             encoder,
@@ -165,7 +165,7 @@ def skills(
 
 
 @contextlib.contextmanager
-def _progress(what: str) -> Iterator[_OnProgress]:
+def progress(what: str) -> Iterator[_OnProgress]:
     """Shows rows and rows per second while the block runs, with a bar once a share is known.
 
     Shows nothing where stderr is no terminal.

@@ -34,13 +34,24 @@ def run(
     go_on: Annotated[
         bool, typer.Option("--continue", help="The study file changed: new trials under it, beside those of before.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print trials, tokens, memory and time it would take; write nothing.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting instead of the file's, as in --set methods.lora.rank='[8, 16]'; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Search every method's settings on one model and one data set, retrain the best, and compare them."""
     import os
 
     from peft_study.cli.display import quiet_libraries
-    from peft_study.cli.study_display import StudyDisplay
-    from peft_study.cli.yaml_file import load_yaml, override
+    from peft_study.cli.study_display import StudyDisplay, show_estimate
+    from peft_study.cli.yaml_file import load_yaml
     from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
     from peft_study.study.conduct import run_study
@@ -48,15 +59,25 @@ def run(
 
     quiet_libraries()
     refuse_several_processes(os.environ)
-    given = load_yaml(study)
-    override(given, "training.steps", steps)
-    override(given, "model.device", device)
-    override(given, "model.dtype", dtype)
-    override(given, "slots", slots)
-    override(given, "output", None if output is None else str(output))
-    config = validate(StudyConfig, given, where=str(study))
+    file = load_yaml(study)
+    if steps is not None:  # one budget takes the place of another
+        file.drop("training.steps")
+        file.drop("budget.tokens")
+    given = {"budget.steps": steps, "model.device": device, "model.dtype": dtype, "slots": slots}
+    given["output"] = None if output is None else str(output)
+    for key, value in given.items():
+        if value is not None:
+            file.set(key, value, f"--{key.rpartition('.')[2]}")
+    for assignment in settings or ():
+        file.assign(assignment)
+    config = validate(StudyConfig, file.values, where=str(study), place=file.place)
+    if dry_run:
+        from peft_study.study.estimate import estimate
+
+        show_estimate(estimate(config, typer.echo))
+        return
     with StopRequest().listening() as stop, StudyDisplay() as display:
-        finished = run_study(config, given, display, stop, overwrite=overwrite, go_on=go_on)
+        finished = run_study(config, file.values, display, stop, overwrite=overwrite, go_on=go_on)
     display.conclude(finished)
 
 

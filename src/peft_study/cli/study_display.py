@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from peft_study.config import StudyConfig
     from peft_study.evaluate.statistics import Estimate
     from peft_study.study.conduct import FinishedStudy
+    from peft_study.study.estimate import StudyEstimate
     from peft_study.study.results import Results, Row
     from peft_study.study.trials import Known, TrialRecord
     from peft_study.study.worker import Facts, Pace, Report
@@ -163,6 +164,34 @@ class StudyDisplay:
         shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
         foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
         return Group(table, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
+
+
+def show_estimate(found: StudyEstimate) -> None:
+    """Prints what a study is going to take."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(title="What it would take (nothing was written)", title_justify="left", box=SIMPLE_HEAD)
+    for name in ("method", "trials", "steps", "million tokens", "minutes", "MB a slot"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for m in found.methods:
+        table.add_row(
+            m.method,
+            str(m.trials),
+            str(m.steps),
+            f"{m.expected_tokens / 1e6:.3g} - {m.tokens / 1e6:.3g}",
+            f"{m.expected_seconds / 60:.3g} - {m.seconds / 60:.3g}",
+            f"{m.slot_bytes / 2**20:,.0f}",
+        )
+    console.print(table)
+    least, most = (sum(getattr(m, n) for m in found.methods) / 60 for n in ("expected_seconds", "seconds"))
+    free = "" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB of memory are free beside the base"
+    console.print(
+        f"{found.train_rows:,} training rows, {found.dev_rows} dev, {found.test_rows} test; "
+        f"together {least:.3g} to {most:.3g} minutes of training, finals included{free}"
+    )
+    console.print("from measured steps of each method alone; the first number is with all the pruning its rule allows,")
+    console.print("and held-out losses come on top. Side by side in full rows trials take less.")
+    for note in found.notes:
+        console.print(note)
 
 
 def search_table(results: Results) -> Table:

@@ -11,7 +11,7 @@ Learning-rate defaults and ranges belong to the methods, because they differ by 
 learns nothing at a rate that is right for LoRA (docs/decisions/learning-rates.md).
 """
 
-from peft_study.config.common import Strict, validate
+from peft_study.config.common import Location, Place, SettingError, Strict, validate
 from peft_study.config.methods import (
     METHODS,
     FullConfig,
@@ -49,12 +49,14 @@ __all__ = [
     "FinalsConfig",
     "FullConfig",
     "LearningRates",
+    "Location",
     "LoggingConfig",
     "LoraConfig",
     "MethodConfig",
     "MethodSpace",
     "ModelConfig",
     "NoneConfig",
+    "Place",
     "PrefixTuningConfig",
     "PromptTuningConfig",
     "Pruner",
@@ -62,6 +64,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "SearchConfig",
+    "SettingError",
     "Source",
     "Strict",
     "StudyConfig",

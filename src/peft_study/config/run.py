@@ -58,7 +58,7 @@ class DataConfig(Strict):
     @field_validator("train", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
-        items = [value] if isinstance(value, (str, Path, dict)) else value
+        items = value if isinstance(value, (list, tuple)) else [value]
         return [{"path": str(item)} if isinstance(item, (str, Path)) else item for item in items]
 
     @field_validator("held_out", "test", mode="before")

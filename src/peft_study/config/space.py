@@ -12,12 +12,21 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 
-from peft_study.config.common import Strict, said
+from peft_study.config.common import SettingError, Strict, complaint
 from peft_study.config.methods import METHODS, MethodConfig
 from peft_study.config.run import TrainingConfig
 
@@ -29,12 +38,18 @@ class Range(Strict):
     high: float = Field(description="greatest value")
     log: bool = Field(False, description="search the logarithm: factors count, not differences")
 
+    @classmethod
+    def valid_keys(cls) -> Iterable[str]:
+        """Returns those of choices too: who mistypes that key means no range."""
+        return (*cls.model_fields, *Choices.model_fields)
+
     @model_validator(mode="after")
     def _not_empty(self) -> Range:
         if not self.low < self.high:
-            raise ValueError(f"low {self.low:g} is not below high {self.high:g}")
+            raise SettingError(f"low {self.low:g} is not below high {self.high:g}")
         if self.log and self.low <= 0:
-            raise ValueError(f"low {self.low:g} has no logarithm: give a value above 0, or log: false")
+            remedy = "give a value above 0, or log: false"
+            raise SettingError(f"low {self.low:g} has no logarithm", inside=("low",), remedy=remedy)
         return self
 
 
@@ -99,6 +114,8 @@ class MethodSpace(Strict):
             training: what it fixes is not searched, unless the method itself says so.
         """
         given = self.model_fields_set - {"method", "space"}
+        if getattr(self, "learning_rate") is None:  # noqa: B009  (declared by the classes that are made)
+            given = given - {"learning_rate"}
         whole = self.space == "default" or not given
         defaults: dict[str, Any] = dict(DEFAULT_SPACES[self.kind]) if whole else {}
         for name in TRAINING_DIMENSIONS:
@@ -107,9 +124,8 @@ class MethodSpace(Strict):
         if "learning_rate" not in given:
             defaults["learning_rate"] = _default_rate(self.kind)
         fields = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
-        return self.model_copy(
-            update={"space": None, **fields, **{n: v for n, v in defaults.items() if n not in given}}
-        )
+        filled = {**fields, **{n: v for n, v in defaults.items() if n not in given}}
+        return self.model_copy(update={"space": None, **filled})
 
     def dimensions(self) -> dict[str, Dimension]:
         """Returns what is searched (of a filled space); a single choice is no dimension."""
@@ -138,65 +154,100 @@ class MethodSpace(Strict):
     def whole(self, name: str) -> bool:
         """True where the setting takes whole numbers."""
         field = METHODS[self.kind].model_fields.get(name)
-        return field is not None and field.annotation is int
+        return field is not None and int in _kinds(field.annotation)
 
 
-def _dimension(value: Any, *, adapter: TypeAdapter[Any]) -> Any:
-    """Returns a setting as a value, choices or a range, whichever was written."""
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """Returns the types that a setting may have."""
+    return (annotation, *get_args(annotation))
+
+
+def _dimension(value: Any, *, one: TypeAdapter[Any], member: TypeAdapter[Any], number: bool) -> Any:
+    """Returns a setting as a value, choices or a range, whichever was written.
+
+    Args:
+        value: what was written.
+        one: checks a value that is not searched,
+        member: one of several.
+        number: the setting is one, and may have a range.
+    """
     try:
         if isinstance(value, (Range, Choices)):
             return value
         if isinstance(value, dict) and "choices" in value:
-            return _checked(Choices.model_validate(value), adapter)
+            return _checked(Choices.model_validate(value), ("choices",), member)
         if isinstance(value, dict):
-            found = Range.model_validate(value)
-            for end in (found.low, found.high):
-                adapter.validate_python(int(end) if end == int(end) else end)
-            return found
+            return _range(Range.model_validate(value), member, number=number)
         try:
-            return adapter.validate_python(value)
+            return one.validate_python(value)
         except ValidationError:
             if not isinstance(value, (list, tuple)):
                 raise
-        return _checked(Choices(choices=tuple(value)), adapter)
+        return _checked(Choices(choices=tuple(value)), (), member)
     except ValidationError as error:
-        raise ValueError(said(error)) from None
+        raise complaint(error, value) from None
 
 
-def _checked(found: Choices, adapter: TypeAdapter[Any]) -> Choices:
+def _range(found: Range, adapter: TypeAdapter[Any], *, number: bool) -> Range:
+    """Returns the range, both ends of which the setting could have."""
+    if not number:
+        raise SettingError("is no number, so it has no range", remedy="give a list of values")
+    for name, end in (("low", found.low), ("high", found.high)):
+        _valid(int(end) if end == int(end) else end, (name,), adapter)
+    return found
+
+
+def _checked(found: Choices, inside: tuple[str, ...], adapter: TypeAdapter[Any]) -> Choices:
     """Returns the choices with each one validated, without repetitions."""
-    checked = (adapter.validate_python(choice) for choice in found.choices)
+    checked = [_valid(choice, (*inside, number), adapter) for number, choice in enumerate(found.choices)]
     unique = {json.dumps(choice, default=str): choice for choice in checked}
     return Choices(choices=tuple(unique.values()))
 
 
-def _schema(adapter: TypeAdapter[Any]) -> dict[str, Any]:
-    value = adapter.json_schema()
-    ranges, choices = Range.model_json_schema(), Choices.model_json_schema()
-    return {"anyOf": [value, {"type": "array", "items": value, "minItems": 1}, ranges, choices]}
+def _valid(value: Any, inside: tuple[str | int, ...], adapter: TypeAdapter[Any]) -> Any:
+    """Returns one value as the setting takes it; a complaint tells where in the dimension it stands."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        found = complaint(error, value)
+        raise SettingError(found.what, inside=(*inside, *found.inside), remedy=found.remedy) from None
+
+
+def _schema(one: TypeAdapter[Any], member: TypeAdapter[Any], *, number: bool) -> dict[str, Any]:
+    several = {"type": "array", "items": member.json_schema(), "minItems": 1}
+    choices = Choices.model_json_schema()
+    choices["properties"]["choices"]["items"] = member.json_schema()
+    return {"anyOf": [one.json_schema(), several, choices, *([Range.model_json_schema()] if number else [])]}
 
 
 def _searchable(name: str, config: type[Strict]) -> tuple[Any, Any]:
     """Returns annotation and default of a setting in a space."""
     field = config.model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, None, *field.metadata])  # type: ignore[arg-type]
-    parse = functools.partial(_dimension, adapter=adapter)
+
+    def adapter(annotation: Any) -> TypeAdapter[Any]:
+        return TypeAdapter(Annotated[annotation, None, *field.metadata], config=ConfigDict(allow_inf_nan=False))
+
+    one = adapter(field.annotation)
+    # no rate is one that is left out, not one to try
+    member = adapter(float) if name == "learning_rate" else one
+    number = not {int, float}.isdisjoint(_kinds(field.annotation))
+    parse = functools.partial(_dimension, one=one, member=member, number=number)
     return (
-        Annotated[Any, BeforeValidator(parse), WithJsonSchema(_schema(adapter))],
+        Annotated[Any, BeforeValidator(parse), WithJsonSchema(_schema(one, member, number=number))],
         Field(field.default, description=field.description),
     )
 
 
 def _space(method: str) -> type[MethodSpace]:
     config = METHODS[method]
-    fields: dict[str, Any] = {n: _searchable(n, config) for n in config.model_fields if n != "method"}
+    fields: dict[str, Any] = {"method": (Literal[method], method)}
+    fields |= {name: _searchable(name, config) for name in config.model_fields if name != "method"}
     fields |= {name: _searchable(name, TrainingConfig) for name in TRAINING_DIMENSIONS}
     made: type[MethodSpace] = create_model(
         config.__name__.replace("Config", "Space"),
         __base__=MethodSpace,
         __doc__=config.__doc__,
         __module__=__name__,
-        method=(Literal[method], method),  # type: ignore[arg-type]
         **fields,
     )
     return made

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from peft_study.config.common import Strict
+from peft_study.config.common import SettingError, Strict
 from peft_study.config.methods import METHODS
 from peft_study.config.run import DataConfig, LoggingConfig, ModelConfig, TrainingConfig
 from peft_study.config.space import AnySpace, Choices, MethodSpace
-from peft_study.errors import ConfigError, nearest
+from peft_study.errors import nearest
 
 Sampler = Literal["auto", "tpe", "random", "grid", "quasi_random", "gp"]
 Pruner = Literal["successive_halving", "median", "none"]
@@ -26,9 +26,7 @@ FEW_TRIALS = 20
 class BudgetConfig(Strict):
     """What may be spent; the same for every method."""
 
-    trials: int | None = Field(
-        None, ge=1, description="trials a method; None: 12, or the grid where only lists are given"
-    )
+    trials: int | None = Field(None, ge=1, description="trials a method; None: 12, or the grid if only lists are given")
     steps: int | None = Field(None, ge=1, description="optimizer steps a trial; None: training.steps or epochs")
     tokens: int | None = Field(None, ge=1, description="data tokens a trial, instead of steps")
     minutes: float | None = Field(None, gt=0, description="wall-clock limit of the search; finals are run after it")
@@ -36,16 +34,14 @@ class BudgetConfig(Strict):
     @model_validator(mode="after")
     def _one_unit(self) -> BudgetConfig:
         if self.steps is not None and self.tokens is not None:
-            raise ValueError("give steps or tokens, not both")
+            raise SettingError("give steps or tokens, not both", inside=("tokens",))
         return self
 
 
 class SearchConfig(Strict):
     """How settings are chosen and hopeless ones stopped."""
 
-    sampler: Sampler = Field(
-        "auto", description="auto: grid, if only lists are given; below 20 trials quasi_random; tpe"
-    )
+    sampler: Sampler = Field("auto", description="auto: grid for lists alone, quasi_random below 20 trials, else tpe")
     pruner: Pruner = Field("successive_halving", description="which trials are stopped early")
     reduction: int = Field(3, ge=2, description="successive halving keeps one in so many at each rung")
     audit: float = Field(0.1, ge=0, le=1, description="share of the pruned trials that is run to the end all the same")
@@ -91,7 +87,7 @@ class StudyConfig(Strict):
     def _methods(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: _with_method(str(name), body) for name, body in value.items()}
+        return {str(name): _with_method(str(name), body) for name, body in value.items()}
 
     @field_validator("slots", mode="before")
     @classmethod
@@ -104,15 +100,16 @@ class StudyConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:
         if self.training.learning_rate is not None:
-            raise ValueError("training.learning_rate: give learning_rate under each method, their scales differ")
+            what = "a rate for all methods would be wrong for most: their scales differ"
+            remedy = "give learning_rate under each method"
+            raise SettingError(what, inside=("training", "learning_rate"), remedy=remedy)
         steps = {self.budget.steps, self.training.steps} - {None}
         if len(steps) > 1:
-            raise ValueError("budget.steps and training.steps differ: give one of them")
+            what = f"{self.budget.steps} steps, but training.steps is {self.training.steps}"
+            raise SettingError(what, inside=("budget", "steps"), remedy="give one of them")
         if self.budget.tokens is not None and self.training.steps is not None:
-            raise ValueError("budget.tokens and training.steps are two budgets: give one of them")
-        names = [n for n in self.methods if not n.replace("_", "").replace("-", "").isalnum()]
-        if names:
-            raise ValueError(f"methods.{names[0]}: a name has letters, digits, - and _ only")
+            what = "training.steps is a budget as well"
+            raise SettingError(what, inside=("budget", "tokens"), remedy="give one of them")
         return self
 
     def filled(self) -> StudyConfig:
@@ -139,7 +136,7 @@ class StudyConfig(Strict):
         )
 
     def trials(self, name: str) -> int:
-        """Returns the trials of a method of a filled study: its budget, or all settings where there are fewer."""
+        """Returns how many trials a method of a filled study gets: its budget, or all settings if they are fewer."""
         assert self.budget.trials is not None
         size = grid_size(self.methods[name])
         return self.budget.trials if size is None else min(self.budget.trials, size)
@@ -156,15 +153,16 @@ def _with_method(name: str, body: Any) -> Any:
     """Returns what stands under a name, with the method it is about."""
     if isinstance(body, MethodSpace):
         return body
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise SettingError("a name has letters, digits, - and _ only", inside=(name,), remedy="give another name")
     if body is not None and not isinstance(body, dict):
-        raise ConfigError(
-            f"{body!r} is not a mapping of settings", where=f"methods.{name}", remedy=f"write `{name}: {{}}`"
-        )
+        raise SettingError(f"{body!r} is not a mapping of settings", inside=(name,), remedy=f"write `{name}: {{}}`")
     settings = {"method": name, **(body or {})}
-    if settings["method"] not in METHODS:
-        raise ConfigError(
-            f"unknown method {settings['method']!r}",
-            where=f"methods.{name}",
-            remedy=nearest(str(settings["method"]), METHODS),
-        )
+    method = settings["method"]
+    if not isinstance(method, str) or method not in METHODS:
+        inside = (name, "method") if "method" in (body or {}) else (name,)
+        raise SettingError(f"unknown method {method!r}", inside=inside, remedy=nearest(str(method), METHODS))
+    if name in METHODS and method != name:
+        what = f"the name of one method for a space of another, {method}"
+        raise SettingError(what, inside=(name, "method"), remedy="give the space another name")
     return settings
