@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from peft_study.config.common import Strict
 from peft_study.config.methods import MethodConfig
@@ -41,6 +41,12 @@ class DataConfig(Strict):
     held_out: float | str | None = Field(
         None, description="from 1: rows; below 1: share; a path: rows of that file; None: 64, at most a tenth"
     )
+    test: float | str | None = Field(
+        None,
+        description="rows that a study opens once, after its choice (one run has none): rows, share or path, as above; "
+        "None: as many as held_out; where that is a path, half of its rows",
+    )
+    stratify: bool = Field(True, description="draw held-out rows from each source in proportion")
     split: str | None = Field(None, description="split of the sources, where they have several")
     mapping: dict[str, str] | None = Field(None, description="other column names, e.g. {messages: chat}")
     max_length: int | None = Field(1024, gt=0, description="tokens an example; the rest is cut off")
@@ -55,11 +61,27 @@ class DataConfig(Strict):
         items = [value] if isinstance(value, (str, Path, dict)) else value
         return [{"path": str(item)} if isinstance(item, (str, Path)) else item for item in items]
 
-    @field_validator("held_out")
+    @field_validator("held_out", "test", mode="before")
     @classmethod
-    def _held_out(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, (int, float)) and value <= 0:
-            raise ValueError("a comparison needs held-out rows: give a number above 0")
+    def _amount(cls, value: Any) -> Any:
+        if isinstance(value, bool) or value == "":
+            raise ValueError("is neither a number of rows, nor a share of them, nor a path")
+        if isinstance(value, (int, float)):
+            if not value > 0:
+                raise ValueError("a comparison needs held-out rows: give a number above 0")
+            if value > 1 and value % 1 != 0:
+                raise ValueError("is neither a whole number of rows nor a share below 1")
+        return value
+
+    @field_validator("test")
+    @classmethod
+    def _leaves_rows(cls, value: float | str | None, info: ValidationInfo) -> float | str | None:
+        held_out = info.data.get("held_out")
+        shares = [part for part in (held_out, value) if isinstance(part, float) and part < 1]
+        if len(shares) == 2 and sum(shares) >= 1:
+            raise ValueError(
+                f"leaves nothing to train on beside held_out {held_out}: give shares that add up to less than 1"
+            )
         return value
 
 
