@@ -1,0 +1,174 @@
+"""Chosen rows of tokenised data, what they say, and random draws that keep the proportions of their sources."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.data.cache import TokenizedData
+from peft_study.data.conversation import Example
+
+Place = tuple[TokenizedData, int]
+"""Data, and a row of it."""
+Stratum = tuple[str, str]
+"""A source as configured, and the source that its row itself names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Chosen rows of several tokenised sources, as one sequence of examples."""
+
+    places: tuple[Place, ...]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Example:
+        data, row = self.places[index]
+        return data[row]
+
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Returns the supervised tokens of each row."""
+        return np.array([int(data.supervised_N[row]) for data, row in self.places], dtype=np.int64)
+
+    def fingerprint(self) -> str:
+        """Returns a digest of which rows these are."""
+        digest = hashlib.sha256()
+        for data, row in self.places:
+            digest.update(f"{data.key}:{row}\n".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Rows to draw from.
+
+    Attributes:
+        places: the rows.
+        strata: where each comes from.
+        digests: what each says; rows that say the same have the same.
+    """
+
+    places: list[Place]
+    strata: list[Stratum]
+    digests: list[bytes]
+
+    @classmethod
+    def of(cls, path: str, data: TokenizedData, rows: Iterable[int]) -> Pool:
+        """Returns these rows of a configured source."""
+        digests, sources, chosen = data.digests, data.sources, list(rows)
+        strata = {source: (path, source) for source in set(sources)}  # one object for all rows of a source
+        return cls(
+            [(data, row) for row in chosen],
+            [strata[sources[row]] for row in chosen],
+            [digests[row] for row in chosen],
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __add__(self, other: Pool) -> Pool:
+        return Pool(self.places + other.places, self.strata + other.strata, self.digests + other.digests)
+
+    def rows(self) -> Rows:
+        """Returns the rows as examples."""
+        return Rows(tuple(self.places))
+
+    def pick(self, indices: Iterable[int]) -> Pool:
+        """Returns some of the rows, in the order of `indices`."""
+        chosen = list(indices)
+        return Pool(
+            [self.places[i] for i in chosen], [self.strata[i] for i in chosen], [self.digests[i] for i in chosen]
+        )
+
+    def apart_from(self, other: Pool) -> Pool:
+        """Returns the rows that say nothing a row of `other` says: neither digest nor tokens are equal."""
+        said = set(other.digests)
+        tokens = {_tokens(place) for place in other.places}
+        # rows are read from disk only where the length is that of a row of the other
+        lengths = {_length(place) for place in other.places}
+        return self.pick(
+            i
+            for i, (place, digest) in enumerate(zip(self.places, self.digests, strict=True))
+            if digest not in said and (_length(place) not in lengths or _tokens(place) not in tokens)
+        )
+
+    def distinct(self) -> Pool:
+        """Returns the rows without those that say what an earlier one says."""
+        digests, tokens, kept = set[bytes](), set[bytes](), []
+        for i, (place, digest) in enumerate(zip(self.places, self.digests, strict=True)):
+            said = _tokens(place)
+            if digest not in digests and said not in tokens:
+                kept.append(i)
+            digests.add(digest)
+            tokens.add(said)
+        return self.pick(kept)
+
+    def grouped(self, stratify: bool) -> Pool:
+        """Returns the rows with strata fit to be drawn from: a single one, or a source each.
+
+        Sources that say one thing only are one stratum together. They cannot be on both sides of a split, and where
+        every row names a source of its own (its address, say), such rows are still drawn in proportion and at random.
+        """
+        if not stratify:
+            return Pool(self.places, [("", "")] * len(self), self.digests)
+        texts = Counter(stratum for stratum, _ in set(zip(self.strata, self.digests, strict=True)))
+        strata = [stratum if texts[stratum] > 1 else (stratum[0], "") for stratum in self.strata]
+        return Pool(self.places, strata, self.digests)
+
+    def draw(self, count: int, shares: Mapping[Stratum, int], order: Sequence[int]) -> Pool:
+        """Returns `count` of the rows, of each stratum in proportion to its share.
+
+        The next row always comes from the stratum that is furthest below its share: largest-remainder rounding, where
+        no stratum runs out. A row that would take the last text of a stratum waits until there are no others.
+
+        Args:
+            count: at most the rows there are.
+            shares: rows of each stratum in what is to be represented.
+            order: the rows, shuffled: each stratum's are taken in this order. It also decides between equal strata.
+        """
+        queues: dict[Stratum, deque[int]] = {}
+        for i in order:
+            queues.setdefault(self.strata[i], deque()).append(i)
+        left, homes = Counter[Stratum](), dict[bytes, tuple[Stratum, ...]]()
+        # by digest alone: to compare tokens as well would read every row, and this is a courtesy to small strata
+        for stratum, digest in set(zip(self.strata, self.digests, strict=True)):
+            left[stratum] += 1  # texts of the stratum that nobody has drawn
+            homes[digest] = (*homes.get(digest, ()), stratum)
+        given, taken, total = Counter[Stratum](), list[int](), sum(shares.values())
+        for last in (False, True):
+            heap = [(given[stratum] * total - count * shares[stratum], n, stratum) for n, stratum in enumerate(queues)]
+            heapq.heapify(heap)
+            waiting: dict[Stratum, deque[int]] = {stratum: deque() for stratum in queues}
+            while heap and len(taken) < count:
+                _, number, stratum = heap[0]
+                if not queues[stratum]:
+                    heapq.heappop(heap)
+                    continue
+                i = queues[stratum].popleft()
+                if not last and any(left[home] == 1 for home in homes.get(self.digests[i], ())):
+                    waiting[stratum].append(i)
+                    continue
+                taken.append(i)
+                for home in homes.pop(self.digests[i], ()):
+                    left[home] -= 1
+                given[stratum] += 1
+                heapq.heapreplace(heap, (given[stratum] * total - count * shares[stratum], number, stratum))
+            queues = waiting
+        return self.pick(sorted(taken))
+
+
+def _tokens(place: Place) -> bytes:
+    data, row = place
+    return data[row].tokens_L.tobytes()
+
+
+def _length(place: Place) -> int:
+    data, row = place
+    return int(data.lengths_N[row])
