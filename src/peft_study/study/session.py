@@ -1,63 +1,31 @@
-"""What every trial of a run shares: the base, the tokens, the held-out part, the base's own losses."""
+"""What every trial of a run shares: the base, the tokens, the parts held out, the base's own losses."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 
-from peft_study.config import DataConfig, MethodConfig, ModelConfig, Source, TrainingConfig
-from peft_study.data import skills
-from peft_study.data.cache import TokenizedData, tokenize
+from peft_study.config import DataConfig, MethodConfig, ModelConfig, TrainingConfig
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses, Losses
 from peft_study.engine.processes import ALONE, Processes
-from peft_study.errors import ConfigError, OutputError
+from peft_study.errors import OutputError
 from peft_study.methods.base import Material
-from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create
 from peft_study.model.load import Base, load_base
 from peft_study.model.precision import choose
 from peft_study.places import cache_root
+from peft_study.study.rows import Rows
+from peft_study.study.split import make_split
 from peft_study.study.store import RunFolder
 
-HELD_OUT_ROWS = 64
-"""Held-out rows where nothing is said; at most a tenth of the data."""
-
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Chosen rows of several tokenised sources, as one sequence of examples."""
-
-    places: tuple[tuple[TokenizedData, int], ...]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Example:
-        data, row = self.places[index]
-        return data[row]
-
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Returns the supervised tokens of each row."""
-        return np.array([int(data.supervised_N[row]) for data, row in self.places], dtype=np.int64)
-
-    def fingerprint(self) -> str:
-        """Returns a digest of which rows these are."""
-        digest = hashlib.sha256()
-        for data, row in self.places:
-            digest.update(f"{data.key}:{row}\n".encode())
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +37,9 @@ class Session:
         engine: it runs on.
         encoder: how conversations become tokens, and
         add_bos: whether it puts BOS first.
-        train, held_out: the rows.
+        train, held_out, test: the rows; only a study has test rows.
         material: what initialisations draw on.
-        base_train, base_held_out: the untouched base's losses.
+        base_train, base_held_out, base_test: the untouched base's losses.
         notes: lines the user should see once.
         processes: that run the same trials, this one among them.
     """
@@ -82,22 +50,31 @@ class Session:
     add_bos: bool
     train: Rows
     held_out: Rows
+    test: Rows | None
     material: Material
     base_train: BaseLosses
     base_held_out: BaseLosses
+    base_test: BaseLosses | None
     notes: tuple[str, ...]
     processes: Processes = ALONE
 
 
 def open_session(
-    model: ModelConfig, data: DataConfig, training: TrainingConfig, say: Say, *, processes: Processes = ALONE
+    model: ModelConfig,
+    data: DataConfig,
+    training: TrainingConfig,
+    say: Say,
+    *,
+    test: bool = False,
+    processes: Processes = ALONE,
 ) -> Session:
-    """Loads the base, tokenises the data (or finds it in the cache) and splits off the held-out rows.
+    """Loads the base, tokenises the data (or finds it in the cache) and splits off the held-out ones.
 
     Args:
         model, data: as configured.
         training: gives seeds, row size and gradient checkpointing.
         say: receives a line before each step that takes time.
+        test: whether rows are put aside for a test of what the held-out ones chose.
         processes: that run the same trials; the one that writes comes first and fills the caches for the others.
 
     Raises:
@@ -122,8 +99,8 @@ def open_session(
         notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
     encoder = ChatEncoder(base.tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
     say("reading and tokenising the data")
-    train, held_out, lines = _split(data, encoder, training.data_seed)
-    notes += lines
+    rows = make_split(data, encoder, training.data_seed, test=test)
+    notes += rows.notes
     if processes.writes:
         processes.wait()
     engine = Engine(
@@ -137,11 +114,13 @@ def open_session(
         engine,
         encoder,
         data.add_bos,
-        train,
-        held_out,
-        _material(base, train),
-        _base_losses(engine, train),
-        _base_losses(engine, held_out),
+        rows.train,
+        rows.held_out,
+        rows.test,
+        _material(base, rows.train),
+        _base_losses(engine, rows.train),
+        _base_losses(engine, rows.held_out),
+        None if rows.test is None else _base_losses(engine, rows.test),
         tuple(notes),
         processes,
     )
@@ -175,6 +154,7 @@ def refuse_other_inputs(session: Session, folder: RunFolder) -> None:
             ("the chat template or tokenizer", "data", "encoder"),
             ("the training rows", "data", "train_digest"),
             ("the held-out rows", "data", "held_out_digest"),
+            ("the test rows", "data", "test_digest"),
         )
         if before[part][name] != now[part][name]
     ]
@@ -198,90 +178,6 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     return BaseLosses(measure, len(rows), path, processes=engine.processes)
 
 
-def _tokenized(source: Source, data: DataConfig, encoder: ChatEncoder) -> TokenizedData:
-    path = source.path
-    if path == skills.EMBEDDED_NAME:
-        # written anew each time: it takes a moment, and a file left by an older version must not be taken for it
-        file = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
-        skills.write(file)
-        path = str(file)
-    return tokenize([path], encoder, split=data.split, mapping=data.mapping, workers=data.workers)
-
-
-def _split(data: DataConfig, encoder: ChatEncoder, seed: int) -> tuple[Rows, Rows, list[str]]:
-    """Returns training rows, held-out rows and notes; no held-out text is among the training rows."""
-    places: list[tuple[TokenizedData, int]] = []
-    notes = []
-    for source in data.train:
-        tokens = _tokenized(source, data, encoder)
-        if tokens.dropped:
-            notes.append(f"{source.path}: {tokens.dropped} rows lose all supervised tokens to max_length; left out")
-        if tokens.truncated:
-            notes.append(f"{source.path}: {tokens.truncated} rows are longer than max_length and were cut")
-        places += [(tokens, row) for row in _taken(source, len(tokens), seed)]
-    if data.limit is not None and data.limit < len(places):
-        chosen = np.random.default_rng(key(seed, "limit")).permutation(len(places))[: data.limit]
-        places = [places[i] for i in sorted(chosen)]
-    if isinstance(data.held_out, str):
-        other = _tokenized(Source(path=data.held_out), data, encoder)
-        held = [(other, row) for row in range(len(other))]
-    else:
-        count = _held_out_count(data.held_out, len(places))
-        out = set(np.random.default_rng(key(seed, "held out")).permutation(len(places))[:count].tolist())
-        held = [place for i, place in enumerate(places) if i in out]
-        places = [place for i, place in enumerate(places) if i not in out]
-    kept = _without(places, held)
-    if len(kept) < len(places):
-        notes.append(f"{len(places) - len(kept)} training rows equal a held-out row and were left out")
-    if not kept:
-        raise ConfigError("no training rows are left beside the held-out ones", where="data", remedy="hold out fewer")
-    return Rows(tuple(kept)), Rows(tuple(held)), notes
-
-
-def _taken(source: Source, available: int, seed: int) -> Sequence[int]:
-    """Returns which rows of a source are used: all, a random share, or a random number of them."""
-    count = round(source.take * available) if source.take <= 1 else int(source.take)
-    if count > available:
-        raise ConfigError(f"asks for {count} rows but there are {available}", where=source.path, remedy="ask for fewer")
-    if count == 0:
-        raise ConfigError(f"a share of {source.take} of {available} rows is none", where=source.path)
-    if count == available:
-        return range(available)
-    chosen = np.random.default_rng(key(seed, "take", source.path)).permutation(available)[:count]
-    return [int(i) for i in sorted(chosen)]
-
-
-def _held_out_count(wanted: float | None, available: int) -> int:
-    if wanted is None:
-        count = min(HELD_OUT_ROWS, available // 10)
-    else:
-        count = round(wanted * available) if wanted < 1 else int(wanted)
-    if count == 0:
-        raise ConfigError(
-            f"of {available} rows none would be held out",
-            where="held_out",
-            remedy="give a number of rows, or a file",
-        )
-    if count >= available:
-        raise ConfigError(
-            f"{count} rows would be held out, but there are {available}", where="held_out", remedy="hold out fewer"
-        )
-    return count
-
-
-def _without(
-    places: list[tuple[TokenizedData, int]], held: list[tuple[TokenizedData, int]]
-) -> list[tuple[TokenizedData, int]]:
-    """Returns the places whose tokens equal no held-out row's; only rows of equal length are compared."""
-    texts = {data[row].tokens_L.tobytes() for data, row in held}
-    lengths = {int(data.lengths_N[row]) for data, row in held}
-    return [
-        (data, row)
-        for data, row in places
-        if int(data.lengths_N[row]) not in lengths or data[row].tokens_L.tobytes() not in texts
-    ]
-
-
 def _material(base: Base, train: Rows) -> Material:
     """Gathers what initialisations draw on from the first 2,000 training rows."""
     tokenizer = base.tokenizer
@@ -303,7 +199,9 @@ def _material(base: Base, train: Rows) -> Material:
 def describe(session: Session) -> dict[str, dict[str, object]]:
     """Returns the record of data and base: what the numbers were computed from."""
     base = session.base
-    tokens = {data.key for data, _ in (*session.train.places, *session.held_out.places)}
+    test = session.test
+    parts = [session.train, session.held_out, *([] if test is None else [test])]
+    tokens = {data.key for part in parts for data, _ in part.places}
     return {
         "base": {
             "path": base.path,
@@ -324,6 +222,9 @@ def describe(session: Session) -> dict[str, dict[str, object]]:
             "held_out_rows": len(session.held_out),
             "held_out_digest": session.held_out.fingerprint(),
             "held_out_supervised_tokens": int(session.held_out.counts().sum()),
+            "test_rows": None if test is None else len(test),
+            "test_digest": None if test is None else test.fingerprint(),
+            "test_supervised_tokens": None if test is None else int(test.counts().sum()),
         },
         "engine": {"row_tokens": session.engine.row_tokens},
     }

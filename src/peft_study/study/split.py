@@ -1,0 +1,237 @@
+"""The parts of the data: training rows, held-out rows that a search decides on, and test rows that are opened once.
+
+    configured sources, without what a held-out or test file says
+          │ drawn: held-out rows
+          │   the rest, without what they say
+          │ drawn: test rows
+          ▼   the rest, without what they say
+    training rows
+
+Rows that say the same (equal digests, or equal tokens) never stand in two parts; they may in one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from peft_study.config import DataConfig, Source
+from peft_study.data import skills
+from peft_study.data.cache import TokenizedData, tokenize
+from peft_study.data.chat import ChatEncoder
+from peft_study.errors import ConfigError, UserError
+from peft_study.methods.dropout import key
+from peft_study.places import cache_root
+from peft_study.study.rows import Pool, Rows
+
+HELD_OUT_ROWS = 64
+"""Held-out rows where nothing is said; at most a tenth of the data. As many again are a study's test rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """The parts of the data; no two of them share a text.
+
+    Attributes:
+        train: rows to train on.
+        held_out: rows that settings are chosen by.
+        test: rows that the chosen settings are measured on, where they were asked for.
+        notes: lines the user should see once.
+    """
+
+    train: Rows
+    held_out: Rows
+    test: Rows | None
+    notes: tuple[str, ...]
+
+
+def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool = False) -> Split:
+    """Tokenises the data and divides it. Where both parts are drawn, the test leaves the held-out rows as they were.
+
+    Args:
+        data: sources, and what is held out of them.
+        encoder: makes the tokens.
+        seed: of all draws.
+        test: whether there are test rows.
+
+    Raises:
+        UserError: a source cannot be read.
+        ConfigError: a part would be empty, or more rows are asked for than there are.
+    """
+    notes: list[str] = []
+    pool = _training_rows(data, encoder, seed, notes)
+    held_out, opened = _files(data, encoder, seed, notes, test=test)
+    rest = _beside_files(pool, data, held_out, opened).grouped(data.stratify)
+    shares = Counter(rest.strata)
+    first, second = _counts(data, len(rest), held_out=held_out is None, test=test and opened is None)
+    if held_out is None:
+        held_out, rest = _draw(rest, first, shares, key(seed, "held out"))
+    if test and opened is None:
+        if len(rest) <= second:
+            raise ConfigError(
+                f"{second} rows leave nothing to train on: only {len(rest)} rows say what no held-out row says",
+                where=_deciding(data, second),
+                remedy="hold out fewer",
+            )
+        opened, rest = _draw(rest, second, shares, key(seed, "test"))
+    if not len(rest):
+        raise ConfigError("no training rows are left beside the held-out ones", where="data", remedy="hold out fewer")
+    if left_out := len(pool) - first - second - len(rest):
+        kind = "held-out or test" if test else "held-out"
+        notes.append(f"{left_out} training rows equal a {kind} row and were left out")
+    return Split(rest.rows(), held_out.rows(), None if opened is None else opened.rows(), tuple(notes))
+
+
+def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> Pool:
+    """Returns the rows of all sources, as many as are to be used."""
+    pool = Pool([], [], [])
+    for source in data.train:
+        tokens = _tokenized(source.path, data, encoder, notes)
+        pool += Pool.of(source.path, tokens, _taken(source, len(tokens), seed))
+    if data.limit is not None and data.limit < len(pool):
+        pool = pool.pick(sorted(_shuffled(len(pool), key(seed, "limit"))[: data.limit]))
+    return pool
+
+
+def _files(
+    data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str], *, test: bool
+) -> tuple[Pool | None, Pool | None]:
+    """Returns the held-out and the test rows where they come from files, without a text in common."""
+    held_out = opened = None
+    if isinstance(data.held_out, str):
+        held_out = _file("held_out", data.held_out, data, encoder, notes)
+    if test and isinstance(data.test, str):
+        opened = _file("test", data.test, data, encoder, notes)
+    if held_out is None or not test:
+        return held_out, opened
+    if data.test is None:
+        return _halves(str(data.held_out), held_out, data.stratify, seed, notes)
+    if opened is None:
+        return held_out, None
+    apart = opened.apart_from(held_out)
+    if not len(apart):
+        raise ConfigError(
+            f"every row of {data.test} is also in {data.held_out}",
+            where="test",
+            remedy="give a file of other rows, or leave it out to divide the one of held_out",
+        )
+    if len(apart) < len(opened):
+        notes.append(f"{data.test}: {len(opened) - len(apart)} test rows equal a held-out row and were left out")
+    return held_out, apart
+
+
+def _halves(path: str, pool: Pool, stratify: bool, seed: int, notes: list[str]) -> tuple[Pool, Pool]:
+    """Divides the rows of a file; a row that repeats another could not be on either side, and adds nothing to one."""
+    distinct = pool.distinct()
+    if len(distinct) < 2:
+        raise ConfigError(
+            f"{path} says one thing only, and cannot be divided into held-out and test rows",
+            where="held_out",
+            remedy="give more rows, or a `test` of its own",
+        )
+    if len(distinct) < len(pool):
+        notes.append(f"{path}: {len(pool) - len(distinct)} rows equal another row of it and were left out")
+    grouped = distinct.grouped(stratify)
+    half = len(grouped) - len(grouped) // 2
+    return _draw(grouped, half, Counter(grouped.strata), key(seed, "halves"))
+
+
+def _beside_files(pool: Pool, data: DataConfig, *parts: Pool | None) -> Pool:
+    """Returns the training rows that say nothing the held-out and test files say."""
+    for part in parts:
+        pool = pool if part is None else pool.apart_from(part)
+    if not len(pool):
+        files = {field: path for field in ("held_out", "test") if isinstance(path := getattr(data, field), str)}
+        raise ConfigError(
+            f"every row of {', '.join(source.path for source in data.train)} is also in {' or '.join(files.values())}",
+            where=" and ".join(files),
+            remedy="give a file of other rows, or a number of rows to draw",
+        )
+    return pool
+
+
+def _draw(pool: Pool, count: int, shares: Counter[tuple[str, str]], seed: int) -> tuple[Pool, Pool]:
+    """Returns drawn rows, and the others that say something else."""
+    drawn = pool.draw(count, shares, _shuffled(len(pool), seed))
+    return drawn, pool.apart_from(drawn)
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return order
+
+
+def _file(field: str, path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> Pool:
+    try:
+        tokens = _tokenized(path, data, encoder, notes)
+    except UserError as error:
+        place = error.where or ""
+        where = place if path in place else f"{path}, {place}".removesuffix(", ")
+        raise type(error)(error.what, where=f"{field}, {where}", remedy=error.remedy) from error
+    return Pool.of(path, tokens, range(len(tokens)))
+
+
+def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> TokenizedData:
+    file = path
+    if path == skills.EMBEDDED_NAME:
+        # written anew each time: it takes a moment, and a file left by an older version must not be taken for it
+        written = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
+        skills.write(written)
+        file = str(written)
+    tokens = tokenize([file], encoder, split=data.split, mapping=data.mapping, workers=data.workers)
+    if tokens.dropped:
+        notes.append(f"{path}: {tokens.dropped} rows lose all supervised tokens to max_length; left out")
+    if tokens.truncated:
+        notes.append(f"{path}: {tokens.truncated} rows are longer than max_length and were cut")
+    return tokens
+
+
+def _taken(source: Source, available: int, seed: int) -> Sequence[int]:
+    """Returns which rows of a source are used: all, a random share, or a random number of them."""
+    count = round(source.take * available) if source.take <= 1 else int(source.take)
+    if count > available:
+        raise ConfigError(f"asks for {count} rows but there are {available}", where=source.path, remedy="ask for fewer")
+    if count == 0:
+        raise ConfigError(
+            f"a share of {source.take} of {available} rows is none", where=source.path, remedy="take a larger share"
+        )
+    if count == available:
+        return range(available)
+    return sorted(_shuffled(available, key(seed, "take", source.path))[:count])
+
+
+def _counts(data: DataConfig, available: int, *, held_out: bool, test: bool) -> tuple[int, int]:
+    """Returns how many held-out and how many test rows to draw; 0 of a part that is not drawn."""
+    first = _count("held_out", data.held_out, available) if held_out else 0
+    second = 0
+    if test:
+        second = first if data.test is None else _count("test", data.test, available)
+    if first + second >= available:
+        what = f"{first} rows and {second} for the test" if first and second else f"{first + second} rows"
+        raise ConfigError(
+            f"{what} would be held out, but there are {available}",
+            where=_deciding(data, second),
+            remedy="hold out fewer",
+        )
+    return first, second
+
+
+def _count(field: str, wanted: float | str | None, available: int) -> int:
+    assert not isinstance(wanted, str), "a file is not drawn from"
+    if wanted is None:
+        count = min(HELD_OUT_ROWS, available // 10)
+    else:
+        count = round(wanted * available) if wanted < 1 else int(wanted)
+    if count == 0:
+        raise ConfigError(
+            f"of {available} rows none would be held out", where=field, remedy="give a number of rows, or a file"
+        )
+    return count
+
+
+def _deciding(data: DataConfig, test_rows: int) -> str:
+    """Returns the setting to change where too many rows are drawn."""
+    return "test" if test_rows and data.test is not None else "held_out"
