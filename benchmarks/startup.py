@@ -35,7 +35,7 @@ STAGES = (
     ("tokenizer", "peft_study.model.load", "load_tokenizer"),
     ("weights", "peft_study.model.load", "load_model"),
     ("proof of packing and head", "peft_study.model.load", "prove"),
-    ("tokens of the data", "peft_study.study.session", "tokenize"),
+    ("tokens of the data", "peft_study.study.split", "tokenize"),
     ("held-out losses, the base's and at step 0", "peft_study.engine.engine", "example_losses"),
     ("record of the machine", "peft_study.study.single", "environment"),
     ("metrics files", "peft_study.study.trial_run", "MetricsWriter"),
