@@ -453,10 +453,10 @@ def test_other_test_rows_are_refused(opened: Callable[..., Session], tmp_path: P
     folder.path.mkdir()
     write(path, [conversation(i) for i in range(100, 104)])
     folder.write_record(describe(opened(held_out=5, test=str(path))))
-    refuse_other_inputs(opened(held_out=5, test=str(path)), folder)
+    refuse_other_inputs(describe(opened(held_out=5, test=str(path))), folder)
     write(path, [conversation(i) for i in range(101, 105)])
     with pytest.raises(OutputError, match="since this run began, the test rows changed"):
-        refuse_other_inputs(opened(held_out=5, test=str(path)), folder)
+        refuse_other_inputs(describe(opened(held_out=5, test=str(path))), folder)
 
 
 def test_sources_keep_their_proportions_in_a_session(opened: Callable[..., Session], tmp_path: Path) -> None:
