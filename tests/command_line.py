@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,3 +51,16 @@ CommandLine = Callable[..., Ran]
 def listing(folder: Path) -> dict[str, int]:
     """Returns every path below a folder with its size."""
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def dev_losses(study: Path) -> dict[str, list[float]]:
+    """Returns the summed dev losses of each example after the last step, of every trial of a study that finished."""
+    last: dict[str, list[float]] = {}
+    finished = set()
+    for line in (study / "journal.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "measured":
+            last[event["name"]] = event["sums"]
+        elif event["event"] == "ended" and event["status"] == "finished":
+            finished.add(event["name"])
+    return {name: sums for name, sums in last.items() if name in finished}

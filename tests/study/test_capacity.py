@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from command_line import CommandLine
+from command_line import CommandLine, dev_losses
 
 
 @pytest.fixture
@@ -20,6 +20,8 @@ def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
         "data": {"train": str(tiny_data), "held_out": 8, "max_length": 64},
         "training": {"steps": 2, "batch_size": 4, "row_tokens": 128},
         "methods": {"lora": {"rank": 4, "learning_rate": [1e-4, 1e-3, 1e-2, 0.1]}, "none": {}},
+        "search": {"pruner": "none"},
+        "finals": {"best": 1},
         "logging": {"tensorboard": False},
         "output": str(tmp_path / "out"),
     }
@@ -68,8 +70,9 @@ def test_what_was_settled_is_used_again(
 def test_numbers_do_not_depend_on_slots(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     for slots in (1, 2, 5):
         cli("run", study, "--slots", slots, "-o", tmp_path / str(slots)).ok()
-    for path in (tmp_path / "1" / "trials").glob("*/result.json"):
-        one = json.loads(path.read_text())
-        for slots in (2, 5):
-            other = json.loads((tmp_path / str(slots) / "trials" / path.parent.name / "result.json").read_text())
-            assert other["sums"] == pytest.approx(one["sums"], rel=1e-4)
+    found = {slots: dev_losses(tmp_path / str(slots)) for slots in (1, 2, 5)}
+    assert len(found[1]) == 1 + 4 + 3
+    for slots in (2, 5):
+        assert set(found[slots]) == set(found[1])
+        for name, sums in found[1].items():
+            assert found[slots][name] == pytest.approx(sums, rel=1e-4), name

@@ -96,11 +96,6 @@ def test_a_grid_visits_every_cell_once(url: str) -> None:
     assert {cell["target_modules"] for cell in cells} == {("q_proj",), "all-linear"}
 
 
-def test_a_grid_over_a_range_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match=r"methods\.lora\.learning_rate: a grid needs a list of values, not a range"):
-        suggestions(url, "grid", space())
-
-
 def test_bounds_that_moved_are_respected_and_whole_numbers_stay_whole(url: str) -> None:
     of = space(rank={"low": 4, "high": 64, "log": True})
     book = suggestions(url, "quasi_random", of)

@@ -42,9 +42,7 @@ class DataConfig(Strict):
         None, description="from 1: rows; below 1: share; a path: rows of that file; None: 64, at most a tenth"
     )
     test: float | str | None = Field(
-        None,
-        description="rows that a study opens once, after its choice (one run has none): rows, share or path, as above; "
-        "None: as many as held_out; where that is a path, half of its rows",
+        None, description="opened once, after a study's choice; forms as above; None: as many (of a path: half of it)"
     )
     stratify: bool = Field(True, description="draw held-out rows from each source in proportion")
     split: str | None = Field(None, description="split of the sources, where they have several")
@@ -114,7 +112,9 @@ class LoggingConfig(Strict):
     """What is written down while a trial runs, and how often."""
 
     log_every: int = Field(1, ge=1, description="optimizer steps between lines of metrics.jsonl")
-    evaluate_every: int | None = Field(None, ge=1, description="optimizer steps between held-out losses; None: 4 a run")
+    evaluate_every: int | None = Field(
+        None, ge=1, description="steps between held-out losses; None: 4 a run, in a study its rungs"
+    )
     checkpoint_every: int | Literal["epoch"] | None = Field(
         None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +12,8 @@ from pydantic import Field, field_validator, model_validator
 from peft_study.config.common import SettingError, Strict
 from peft_study.config.methods import METHODS
 from peft_study.config.run import DataConfig, LoggingConfig, ModelConfig, TrainingConfig
-from peft_study.config.space import AnySpace, Choices, MethodSpace
-from peft_study.errors import nearest
+from peft_study.config.space import AnySpace, Choices, MethodSpace, Range
+from peft_study.errors import ConfigError, nearest
 
 Sampler = Literal["auto", "tpe", "random", "grid", "quasi_random", "gp"]
 Pruner = Literal["successive_halving", "median", "none"]
@@ -117,6 +118,8 @@ class StudyConfig(Strict):
         spaces = {name: space.filled(self.training) for name, space in self.methods.items()}
         trials = self.budget.trials
         sampler = self.search.sampler
+        if sampler == "grid":
+            _refuse_ranges(spaces)
         grids = [grid_size(space) for space in spaces.values()]
         lists_only = all(size is not None for size in grids)
         if sampler == "auto" and trials is None and lists_only:
@@ -140,6 +143,17 @@ class StudyConfig(Strict):
         assert self.budget.trials is not None
         size = grid_size(self.methods[name])
         return self.budget.trials if size is None else min(self.budget.trials, size)
+
+
+def _refuse_ranges(spaces: Mapping[str, MethodSpace]) -> None:
+    for name, space in spaces.items():
+        for dimension, values in space.dimensions().items():
+            if isinstance(values, Range):
+                raise ConfigError(
+                    "a grid needs a list of values, not a range",
+                    where=f"methods.{name}.{dimension}",
+                    remedy="give a list, or another search.sampler",
+                )
 
 
 def grid_size(space: MethodSpace) -> int | None:

@@ -70,6 +70,8 @@ class Agenda:
         for event in journal.events:
             self.known.apply(event)
         self.methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
+        for method, book in suggestions.items():
+            book.adopt(self.known.of(method, "search"), counts_N)
         for trial in self.known.trials.values():
             self._mirror(trial)
 
@@ -209,16 +211,11 @@ class Agenda:
             if method not in self.known.finalists:
                 self._choose_finalists(method)
             there = {(t.number, t.seed) for t in self.known.of(method, "final")}
-            for number, seed in itertools.product(self.known.finalists[method], self.seeds()):
+            for number, seed in itertools.product(self.known.finalists[method], final_seeds(self._config)):
                 if (number, seed) not in there:
                     values = self.known.setting(method, number).values
                     return self._ask(f"{method}-{number:03d}-seed-{seed}", method, "final", number, seed, values)
         return None
-
-    def seeds(self) -> tuple[int, ...]:
-        """Returns the finals' seeds: none of them is the search's."""
-        first = self._config.training.seed + 1
-        return tuple(range(first, first + self._config.finals.seeds))
 
     def searched(self, method: str) -> bool:
         """True where the search of a method is over."""
@@ -325,6 +322,12 @@ class Agenda:
             last = trial.last
             value = None if last is None else mean_loss_value(last, self._counts_N)
             book.tell(trial.number, trial.status, value, {"reason": trial.reason} if trial.reason else {})
+
+
+def final_seeds(config: StudyConfig) -> tuple[int, ...]:
+    """Returns the finals' seeds: none of them is the search's."""
+    first = config.training.seed + 1
+    return tuple(range(first, first + config.finals.seeds))
 
 
 def mean_loss_value(sums_N: npt.NDArray[np.float64], counts_N: npt.NDArray[np.int64]) -> float:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.methods.registry import is_exclusive
-from peft_study.study.agenda import Agenda
+from peft_study.study.agenda import Agenda, final_seeds
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
@@ -86,14 +86,25 @@ def run_study(
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
             refuse_other_inputs(crew.facts.record, folder.run)
-        folder.claim(config, given, changes, overwrite=overwrite)
+        _refuse_impossible(config, crew.facts)
+        if not changes:
+            folder.claim(config, given, overwrite=overwrite)
+        folder.run.set_status("running")
         try:
-            finished = _Study(config, folder, crew, watcher, changes).run(stop)
+            finished = _Study(config, folder, crew, watcher, changes).run(stop, given)
         except BaseException as error:
             folder.run.end(error)
             raise
         folder.run.set_status("finished")
     return finished
+
+
+def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
+    """Refuses, before anything is written, a budget below one step and a database that cannot be opened."""
+    for data_seed in (config.training.data_seed, *final_seeds(config)):
+        steps_of(config.training.model_copy(update={"data_seed": data_seed}), config.budget.tokens, facts.train_lengths)
+    if config.storage is not None:
+        open_storage(config.storage)
 
 
 class _Study:
@@ -114,12 +125,13 @@ class _Study:
         if crew.replays:
             # what came after the cut happens again, to the last bit: nothing then depends on when a process was killed
             self._journal.truncate(decided[0]["events"] if decided else 0)
+        self._changes = changes
         if changes:
             self._journal.append([{"event": "continued", "changes": list(changes), "time": time.time()}])
         self._agenda = self._make_agenda()
         self._started = time.monotonic()
 
-    def run(self, stop: StopRequest) -> FinishedStudy:
+    def run(self, stop: StopRequest, given: Any) -> FinishedStudy:
         """Runs what has not ended, opens the test part, and writes the results."""
         known, crew = self._agenda.known, self._crew
         trials = sum(self._config.trials(method) for method in self._agenda.methods)
@@ -127,7 +139,12 @@ class _Study:
         jobs = {trial.name: self._job(trial) for trial in known.running()}
         held = {name for cut in self._cuts.values() for name in cut.trials}
         self._lost = [trial for trial in known.running() if trial.name not in held]
-        for worker, report in crew.start(self._cuts, jobs):
+        reports = crew.start(self._cuts, jobs)
+        if self._changes:
+            # first a cut that knows of the change, then the file: killed in between, the change is asked for once more
+            crew.save(self._decided())
+            self._folder.take_over(self._config, given)
+        for worker, report in reports:
             self._take(worker, report)
         while not self._agenda.finished:
             for worker, report in crew.reports():

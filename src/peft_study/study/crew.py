@@ -82,7 +82,8 @@ class LocalCrew:
     def __enter__(self) -> LocalCrew:
         config = self._config
         self._session = open_session(config.model, config.data, config.training, self._say, test=True)
-        check_spaces(self._session, config)
+        for note in check_spaces(self._session, config):
+            self._say(note)
         self._worker = Worker(
             self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
         )
@@ -147,12 +148,15 @@ def largest(config: StudyConfig) -> dict[str, Typical]:
     return found
 
 
-def check_spaces(session: Session, config: StudyConfig) -> None:
-    """Makes each method's adapters of the largest and middle setting and of every choice, once.
+def check_spaces(session: Session, config: StudyConfig) -> list[str]:
+    """Makes each method's adapters of the middle setting, of every choice and of the ends of ranges, once.
+
+    Returns a note for each method of which some settings cannot be made: they will be rows that failed.
 
     Raises:
-        ConfigError: naming the method that does not fit this base or data, and why.
+        ConfigError: naming the method of which none fits this base or data, and why.
     """
+    notes = []
     for name, space in config.methods.items():
         middle = central(space)
         settings = [space.settings(middle)]
@@ -161,7 +165,15 @@ def check_spaces(session: Session, config: StudyConfig) -> None:
                 settings += [space.settings({**middle, dimension: choice}) for choice in choices.choices]
             elif space.whole(dimension):
                 settings += [space.settings({**middle, dimension: int(end)}) for end in (choices.low, choices.high)]
-        try:
-            check_methods(session, dict.fromkeys(settings), config.training.seed)
-        except UserError as error:
-            raise ConfigError(error.what, where=f"methods.{name}", remedy=error.remedy) from error
+        failed = []
+        for setting in (distinct := list(dict.fromkeys(settings))):
+            try:
+                check_methods(session, [setting], config.training.seed)
+            except UserError as error:
+                failed.append(error)
+        if len(failed) == len(distinct):
+            first = failed[0]
+            raise ConfigError(first.what, where=f"methods.{name}", remedy=first.remedy) from first
+        if failed:
+            notes.append(f"methods.{name}: some settings of its space cannot be made ({failed[0].what})")
+    return notes

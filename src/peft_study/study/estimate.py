@@ -74,7 +74,8 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
     """
     config = config.filled()
     session = open_session(config.model, config.data, config.training, say, test=True)
-    check_spaces(session, config)
+    for note in check_spaces(session, config):
+        say(note)
     assert session.test is not None
     session.engine.slots = 1
     found = [_method(config, session, name, say) for name, space in config.methods.items() if space.kind != "none"]

@@ -106,17 +106,17 @@ class StudyFolder:
             )
         return changes
 
-    def claim(self, config: StudyConfig, given: Any, changes: list[str], *, overwrite: bool) -> None:
-        """Makes the folder this study's, or takes over the changed file."""
+    def claim(self, config: StudyConfig, given: Any, *, overwrite: bool) -> None:
+        """Makes the folder this study's."""
         if overwrite and self.run.identity() is not None:
             self._clear()
-        if changes:
-            self.run.write("config.given.json", given)
-            self.run.write("config.resolved.json", config.model_dump(mode="json"))
-            self.run.set_status("running", own=identity(config))
-        else:
-            self.run.claim(config, given, overwrite=False, remedy="")
-            self.run.set_status("running")
+        self.run.claim(config, given, overwrite=False, remedy="")
+
+    def take_over(self, config: StudyConfig, given: Any) -> None:
+        """Makes a changed file the one that the folder's study goes on with."""
+        self.run.write("config.given.json", given)
+        self.run.write("config.resolved.json", config.model_dump(mode="json"))
+        self.run.set_status("running", own=identity(config))
 
     def _clear(self) -> None:
         """Deletes the study that lies here; the lock stays."""

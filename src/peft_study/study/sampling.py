@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from peft_study.config import Choices, Dimension, MethodSpace, Range
+from peft_study.config import Choices, Dimension, MethodSpace
 from peft_study.errors import ConfigError, OutputError
 from peft_study.methods.dropout import key
+from peft_study.study.trials import TrialRecord
 
 Result = TypeVar("Result")
 Values = dict[str, Any]
@@ -33,6 +35,10 @@ STARTUP = 10
 """Trials before a sampler that models the space has something to learn from; they are quasi-random."""
 RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 30)
 """Waits before a database that does not answer is given up."""
+
+
+_STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "running": TrialState.RUNNING}
+_SPACE = "peft-study:space"
 
 
 class Suggestions:
@@ -47,7 +53,6 @@ class Suggestions:
         seed: of the search.
 
     Raises:
-        ConfigError: a grid over a range.
         OutputError: the database cannot be reached.
     """
 
@@ -57,19 +62,48 @@ class Suggestions:
         self._storage, self._method, self._space = storage, method, space
         self._sampler, self._seed = sampler, seed
         self._dimensions = space.dimensions()
-        ranges = [n for n, d in self._dimensions.items() if isinstance(d, Range)]
-        if sampler == "grid" and ranges:
-            raise ConfigError(
-                "a grid needs a list of values, not a range",
-                where=f"methods.{method}.{ranges[0]}",
-                remedy="give a list, or another search.sampler",
-            )
-        self._study = reliably(
-            lambda: optuna.create_study(
-                storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Never()
-            )
-        )
+        self._study = reliably(lambda: self._own_study(name))
         # trials are kept here, too: the database is asked for what an earlier process wrote, once
+        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+
+    def _own_study(self, name: str) -> optuna.Study:
+        """Returns the study of this space: choices that changed need a new one, which Optuna cannot put into the old."""
+        signature = {n: _form(d, whole=self._space.whole(n)) for n, d in self._dimensions.items()}
+        for number in itertools.count(1):
+            study = optuna.create_study(
+                storage=self._storage,
+                study_name=name if number == 1 else f"{name}-{number}",
+                direction="minimize",
+                load_if_exists=True,
+                sampler=_Never(),
+            )
+            if _SPACE not in study.user_attrs:
+                study.set_user_attr(_SPACE, signature)
+            if study.user_attrs[_SPACE] == signature:
+                return study
+        raise AssertionError("unreachable")
+
+    def adopt(self, trials: Sequence[TrialRecord], counts_N: npt.NDArray[np.int64]) -> None:
+        """Adds the trials that a method has had so far and that are not in this study: they were of an earlier space.
+
+        Args:
+            trials: in the order of their numbers.
+            counts_N: supervised tokens of each held-out example.
+        """
+        distributions = {name: self._distribution(name, d, {}) for name, d in self._dimensions.items()}
+        for trial in trials[len(self._trials) :]:
+            params = {n: _label(v) for n, v in trial.values.items() if n in distributions}
+            fits = {n: v for n, v in params.items() if _fits(distributions[n], v)}
+            losses = {step: float(sums.sum() / counts_N.sum()) for step, sums in trial.sums.items()}
+            state = _STATES.get(trial.status, TrialState.FAIL)
+            frozen = optuna.trial.create_trial(
+                state=state,
+                value=losses[max(losses)] if state == TrialState.COMPLETE else None,
+                params=fits,
+                distributions={name: distributions[name] for name in fits},
+                intermediate_values=losses,
+            )
+            reliably(functools.partial(self._study.add_trial, frozen))
         self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
 
     def ask(self, number: int, bounds: Bounds) -> Values:
@@ -115,8 +149,7 @@ class Suggestions:
             return
         for name, what in attributes.items():
             self._write(functools.partial(self._storage.set_trial_user_attr, trial._trial_id, name, what))
-        states = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
-        state = states.get(status, TrialState.FAIL)
+        state = _STATES.get(status, TrialState.FAIL)
         values = [value] if state == TrialState.COMPLETE and value is not None else None
         self._write(lambda: self._storage.set_trial_state_values(trial._trial_id, state, values))
 
@@ -213,6 +246,20 @@ def _stretched(distribution: BaseDistribution, u: float) -> Any:
         return min(max(whole, distribution.low), distribution.high)
     value = low * (high / low) ** u if distribution.log else low + u * (high - low)
     return min(max(value, low), high)
+
+
+def _form(dimension: Dimension, *, whole: bool) -> Any:
+    """Returns what of a dimension must stay the same in one Optuna study."""
+    if isinstance(dimension, Choices):
+        return [_label(choice) for choice in dimension.choices]
+    return {"log": dimension.log, "whole": whole}
+
+
+def _fits(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return bool(distribution._contains(distribution.to_internal_repr(value)))
+    except ValueError:  # no choice of it
+        return False
 
 
 def _label(choice: Any) -> Any:

@@ -98,6 +98,7 @@ class Slots:
         session.base_held_out.save()
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
+        self._ended_since = False  # a trial ended after the last checkpoint
         self._mark = 0
 
     @property
@@ -181,6 +182,7 @@ class Slots:
         checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
+        self._ended_since = False
 
     def close(self) -> None:
         """Empties the slots and closes all files; what is in the slots goes on from the last checkpoint."""
@@ -266,12 +268,13 @@ class Slots:
             self._engine.evict(run.trial)
         self._running.pop(run.job.name, None)
         self._steps_done += run.trial.step
+        self._ended_since = True
         return Ended(run.job.name, run.outcome(status, end_N, reason))
 
     def _save_due(self) -> bool:
         mark, before = self._progress_mark(), self._mark
         self._mark = mark
-        return mark != before or (bool(self._running) and self._clock_due())
+        return mark != before or self._clock_due() or self._end_due()
 
     def _save_at_mark(self, decided: Mapping[str, Any]) -> None:
         mark, before = self._progress_mark(), self._mark
@@ -290,6 +293,10 @@ class Slots:
 
     def _clock_due(self) -> bool:
         minutes = self._logging.checkpoint_minutes
-        if minutes is None or self._logging.checkpoint_every is not None:
+        if minutes is None or self._logging.checkpoint_every is not None or not self._running:
             return False
         return time.monotonic() - self._saved_at >= max(60 * minutes, self._save_seconds / CHECKPOINT_SHARE)
+
+    def _end_due(self) -> bool:
+        """True where a trial that ended would be lost by a kill, and saving is cheap enough to prevent that."""
+        return self._ended_since and time.monotonic() - self._saved_at >= self._save_seconds / CHECKPOINT_SHARE
