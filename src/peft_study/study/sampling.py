@@ -67,7 +67,7 @@ class Suggestions:
         self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
 
     def _own_study(self, name: str) -> optuna.Study:
-        """Returns the study of this space: choices that changed need a new one, which Optuna cannot put into the old."""
+        """Returns the study of this space: choices that changed need a new one, Optuna takes them into no old one."""
         signature = {n: _form(d, whole=self._space.whole(n)) for n, d in self._dimensions.items()}
         for number in itertools.count(1):
             study = optuna.create_study(

@@ -1,0 +1,154 @@
+"""Faults in the middle of a study: a full disk, a database that goes away, a damaged file. Nothing is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from sqlalchemy.exc import OperationalError
+
+from command_line import CommandLine, dev_losses
+from peft_study.data.atomic import output_error
+from peft_study.study import sampling
+from peft_study.study.journal import Journal
+from peft_study.study.metrics import MetricsWriter
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sampling, "RETRY_SECONDS", (0.0,))
+    values: dict[str, Any] = {
+        "model": {"name": str(tiny_model_folder), "dtype": "float32"},
+        "data": {"train": str(tiny_data), "held_out": 8, "test": 8, "max_length": 64},
+        "training": {"steps": 9, "batch_size": 4},
+        "budget": {"trials": 3},
+        "methods": {"lora": {"rank": 4}, "prompt_tuning": {"tokens": 3}},
+        "finals": {"best": 1, "seeds": 2},
+        "logging": {"tensorboard": False},
+        "slots": 2,
+        "output": str(tmp_path / "out"),
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Lets this process write no file beyond `size` bytes: the system refuses, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def same_as_uninterrupted(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    cli("run", study).ok()
+    cli("run", study, "-o", tmp_path / "whole").ok()
+    assert dev_losses(tmp_path / "out") == dev_losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [8_000, 100_000])
+def test_a_disk_that_takes_no_more(cli: CommandLine, study: Path, tmp_path: Path, size: int) -> None:
+    """The journal meets the lower limit, Optuna's database the higher one."""
+    with largest_file(size):
+        line = cli("run", study).error()
+    assert str(tmp_path / "out") in line or "the database cannot be used" in line
+    assert (tmp_path / "out" / "status.json").exists()
+    same_as_uninterrupted(cli, study, tmp_path)
+
+
+@pytest.mark.parametrize("moment", [3, 11, 24])
+def test_a_journal_that_cannot_be_written(
+    cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    calls = 0
+
+    def append(self: Journal, events: Any, *, real: Any = Journal.append) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            with self._path.open("ab") as file:
+                file.write(b'{"event":"mea')  # half a line, as a disk that fills up leaves it
+            self._torn = True
+            raise output_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self._path)
+        real(self, events)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", append)
+        assert "journal.jsonl: the disk is full; free some space" in cli("run", study).error()
+    same_as_uninterrupted(cli, study, tmp_path)
+
+
+def test_metrics_that_cannot_be_written(
+    cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def write(self: MetricsWriter, event: str, step: int, *, real: Any = MetricsWriter.write, **values: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise output_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), self._path)
+        real(self, event, step, **values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MetricsWriter, "write", write)
+        assert "the disk is full" in cli("run", study).error()
+    same_as_uninterrupted(cli, study, tmp_path)
+
+
+@pytest.mark.parametrize("moment", [2, 9, 30])
+def test_a_database_that_goes_away_and_comes_back(
+    cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """First for one call, which is tried again; then for good, which ends the study; then it is there again."""
+    calls, away = 0, 1
+
+    def commit(self: Any, trial: int, step: int, value: float, *, real: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if moment <= calls < moment + away:
+            raise OperationalError("UPDATE", {}, Exception("connection refused"))
+        real(self, trial, step, value)
+
+    real = optuna.storages.RDBStorage.set_trial_intermediate_value
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            optuna.storages.RDBStorage,
+            "set_trial_intermediate_value",
+            lambda self, trial, step, value: commit(self, trial, step, value, real=real),
+        )
+        if moment == 2:
+            cli("run", study, "-o", tmp_path / "blip").ok()
+        calls, away = 0, 1000
+        line = cli("run", study)
+        if calls >= moment:
+            assert "storage: the database cannot be used" in line.error()
+            assert "connection refused" in line.err
+    same_as_uninterrupted(cli, study, tmp_path)
+
+
+def test_a_damaged_journal_is_one_line(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    cli("run", study).ok()
+    path = tmp_path / "out" / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], '{"event": "mea\n', *lines[4:]]))
+    assert "journal.jsonl: line 4 is damaged" in cli("run", study).error()
+
+
+def test_a_folder_that_holds_something_else(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert "holds files that are no run" in cli("run", study).error()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]

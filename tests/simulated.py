@@ -1,0 +1,123 @@
+"""A study without a model: trials follow curves that are made up, one step a turn, a few of them side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from peft_study.config import StudyConfig, validate
+from peft_study.study.agenda import Agenda
+from peft_study.study.budget import steps_of
+from peft_study.study.journal import Journal
+from peft_study.study.sampling import Suggestions, open_storage
+from peft_study.study.slots import Ended, Measured, News
+from peft_study.study.trial_run import Outcome
+from peft_study.study.trials import TrialRecord
+
+EXAMPLES = 32
+COUNTS = np.full(EXAMPLES, 10, dtype=np.int64)
+BASE = 2.0
+SPREAD = np.random.default_rng(0).normal(0, 3, EXAMPLES)
+LENGTHS = np.full(400, 50, dtype=np.int64)
+
+Curve = Callable[[TrialRecord, float], float | None]
+"""Dev loss of a trial at a share of its steps; None: it diverges there."""
+
+
+def study(**sections: Any) -> StudyConfig:
+    values: dict[str, Any] = {
+        "model": {"name": "m"},
+        "data": {"train": "d"},
+        "training": {"steps": 90, "batch_size": 4},
+        "methods": {"lora": {}},
+        "search": {"range_test": False},
+        "output": "o",
+    }
+    return validate(StudyConfig, {**values, **sections}, where="test").filled()
+
+
+def valley(best: float, *, depth: float = 1.0) -> Curve:
+    """Losses that fall from the base's towards a valley around the best rate, half a nat higher a decade away."""
+
+    def curve(trial: TrialRecord, share: float) -> float:
+        rate = trial.values.get("learning_rate", best)
+        away = abs(math.log10(rate / best))
+        seed = 0.001 * (trial.seed or 0)
+        return BASE - share * max(0.0, depth - 0.5 * away) + seed
+
+    return curve
+
+
+def losses(level: float) -> npt.NDArray[np.float64]:
+    return 10 * level + SPREAD
+
+
+class World:
+    """An agenda with the trials that it started.
+
+    Attributes:
+        agenda, config: of the study.
+        most: trials that were under way at once.
+        order: names in the order in which they began.
+    """
+
+    def __init__(self, config: StudyConfig, folder: Path, curves: Mapping[str, Curve], *, slots: int = 4) -> None:
+        self.config, self._curves, self._slots = config, curves, slots
+        storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
+        search = config.search
+        books = {
+            name: Suggestions(storage, name, name, space, search.sampler, search.seed)
+            for name, space in config.methods.items()
+            if space.kind != "none"
+        }
+        self.journal = Journal(folder / "journal.jsonl")
+        self.agenda = Agenda(config, self.journal, books, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS)
+        self._at: dict[str, int] = {}
+        self.most = 0
+        self.order: list[str] = []
+
+    def run(self, *, until: Callable[[World], bool] = lambda _w: False) -> World:
+        """Plays until the agenda is finished."""
+        news: list[News] = []
+        while not self.agenda.finished and not until(self):
+            leave = self.agenda.heard(news)
+            for name in leave:
+                del self._at[name]
+            news = [Ended(name, Outcome("pruned", reason, steps=0)) for name, reason in leave.items()]
+            self.agenda.heard(news)
+            news = []
+            for trial in self.agenda.next(self._slots - len(self._at), empty=not self._at):
+                self.order.append(trial.name)
+                news += [Measured(trial.name, 0, losses(BASE))]
+                if trial.kind == "reference":
+                    news.append(Ended(trial.name, Outcome("finished", None)))
+                else:
+                    self._at[trial.name] = 0
+            self.most = max(self.most, len(self._at))
+            for name in list(self._at):
+                news += self._step(name)
+        return self
+
+    def _step(self, name: str) -> list[News]:
+        trial = self.agenda.known.trials[name]
+        setting = self.agenda.setting(trial)
+        total = setting.training.steps
+        assert total is not None
+        self._at[name] += 1
+        step = self._at[name]
+        level = self._curves[trial.method](trial, step / total)
+        if level is None:
+            del self._at[name]
+            return [Ended(name, Outcome("diverged", f"the loss became nan at step {step}", steps=step))]
+        if step not in setting.rungs and step < total:
+            return []
+        news: list[News] = [Measured(name, step, losses(level))]
+        if step == total:
+            del self._at[name]
+            news.append(Ended(name, Outcome("finished", None, steps=step, tokens=step * 200)))
+        return news
