@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from peft_study.config import StudyConfig
 from peft_study.evaluate.statistics import Estimate, difference
 from peft_study.study import ranges
+from peft_study.study.examples import Examples
 from peft_study.study.results import Finalist, Results, Row
 from peft_study.study.trials import Known
-from peft_study.study.worker import Facts
 
 FEW = 6
 """Settings that a sentence lists one by one; of more it gives the number."""
 
 
-def sentences(config: StudyConfig, known: Known, facts: Facts, results: Results) -> list[str]:
+def sentences(config: StudyConfig, known: Known, examples: Examples, results: Results) -> list[str]:
     """Returns what the study says: the base, each method's search, its finals, the winner, the pruning."""
     said = [f"untouched base: {_level(results.base_dev, results.dev_examples)}"]
     for method in results.methods:
-        said.append(_search(config, known, facts, results, method))
+        said.append(_search(config, known, examples, results, method))
         said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
         said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
     if results.finalists:
@@ -57,7 +57,7 @@ def _level(estimate: Estimate, examples: int) -> str:
     return f"{estimate.value:.3f} (95 % {estimate.low:.3f}-{estimate.high:.3f} over {examples} dev examples)"
 
 
-def _search(config: StudyConfig, known: Known, facts: Facts, results: Results, method: str) -> str:
+def _search(config: StudyConfig, known: Known, examples: Examples, results: Results, method: str) -> str:
     own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
     finished = [row for row in own if row.trial.last is not None]
     title = _title(method)
@@ -81,14 +81,14 @@ def _search(config: StudyConfig, known: Known, facts: Facts, results: Results, m
         text += "; even so it cannot be told from the base"
     if known.untuned(method, results.methods):
         text += "; untuned: it had fewer trials than the others and is not ranked"
-    return text + _others(config, facts, method, own, best)
+    return text + _others(config, examples, method, own, best)
 
 
 def _way(edge: str) -> str:
     return "higher" if edge == "high" else "lower"
 
 
-def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], best: Row) -> str:
+def _others(config: StudyConfig, examples: Examples, method: str, own: Sequence[Row], best: Row) -> str:
     """Sorts the other settings: as good within noise, no different from the base, worse than it, not finished."""
     found: dict[str, list[Row]] = {
         "{} cannot be told from it": [],
@@ -108,7 +108,7 @@ def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], 
             continue
         assert row.trial.last is not None
         assert row.minus_base is not None
-        if not difference(row.trial.last, best.trial.last, facts.counts_N).excludes_zero():
+        if not difference(row.trial.last, best.trial.last, examples.counts_N).excludes_zero():
             alike.append(row)
         elif not row.minus_base.excludes_zero():
             idle.append(row)

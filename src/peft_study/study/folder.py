@@ -6,13 +6,15 @@ STUDY/
     record.json           code state, versions, hardware, data, base
     status.json           how the study stands; the schema version of the folder
     capacity.json         slots, row budget and threads: settled once, the same on resume
+    examples.json         held-out examples: their tokens and the untouched base's losses (study/examples.py)
     journal.jsonl         every decision and result, in order (study/journal.py)
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
     checkpoints/          cuts of the engine while it runs
+    reruns/NAME/          a trial trained again (study/rerun.py)
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
-    lock                  held by the process that writes
+    lock, owner.json      held by the process that writes, and which that is
 """
 
 from __future__ import annotations
