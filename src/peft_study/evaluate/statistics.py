@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 CONFIDENCE = 0.95
+NORMAL = 1.959964
+"""Standard errors on each side of a normal 95 % interval."""
 RESAMPLES = 4000
 
 Losses = npt.NDArray[np.float64]
@@ -80,7 +82,10 @@ def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimat
     """Returns the mean loss over seeds, with a 95 % interval that counts examples and seeds.
 
     The variance is that of the mean over examples (of the seeds' mean) plus that of the mean over seeds; with one seed
-    the second is not known and left out.
+    the second is not known and left out. Of few seeds the second is itself uncertain, so the interval is Student's,
+    with the degrees of freedom of Welch and Satterthwaite: 3 seeds that differ by much more than the noise of the
+    examples give 2, and an interval 2.2 times as wide as the normal one, which covered 82 to 89 % with 2 or 3 seeds
+    (tests/evaluate/test_seeds.py).
 
     Args:
         sums_SN: summed token loss of each seed and example, in nats.
@@ -102,11 +107,21 @@ def _of_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Losses:
 
 def _with_seeds(estimate: Estimate, *losses_S: Losses) -> Estimate:
     """Returns the estimate with its interval widened by what the seeds' means vary."""
-    variance = sum(float(np.var(losses, ddof=1)) / len(losses) for losses in losses_S if len(losses) > 1)
-    extra = 1.96**2 * variance
-    below, above = estimate.value - estimate.low, estimate.high - estimate.value
+    from scipy.stats import t
+
+    known = [losses for losses in losses_S if len(losses) > 1]
+    variances = [float(np.var(losses, ddof=1)) / len(losses) for losses in known]
+    of_seeds = sum(variances)
+    of_examples = ((estimate.high - estimate.low) / (2 * NORMAL)) ** 2
+    if of_seeds == 0 or not np.isfinite(of_examples):
+        return estimate
+    # the examples' interval is right as it is, so their variance counts as known: it has no term in the divisor
+    uncertain = sum(v**2 / (len(losses) - 1) for v, losses in zip(variances, known, strict=True))
+    freedom = (of_examples + of_seeds) ** 2 / uncertain
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, freedom))
+    below, above = ((side / NORMAL) ** 2 for side in (estimate.value - estimate.low, estimate.high - estimate.value))
     return Estimate(
         estimate.value,
-        estimate.value - float(np.hypot(below, extra**0.5)),
-        estimate.value + float(np.hypot(above, extra**0.5)),
+        estimate.value - quantile * (below + of_seeds) ** 0.5,
+        estimate.value + quantile * (above + of_seeds) ** 0.5,
     )

@@ -31,7 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peft_study.config import StudyConfig, TrainConfig
+from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.data.atomic import made_folder
 from peft_study.errors import OutputError
 from peft_study.study.store import LOCK, OWNER, RunFolder, identity
@@ -174,7 +174,7 @@ class StudyFolder:
         if values is None or "methods" not in values:
             raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
         self.run.refuse_newer()
-        return StudyConfig.model_validate(values)
+        return validate(StudyConfig, values, where=str(self.path / "config.resolved.json"))
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

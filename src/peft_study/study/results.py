@@ -126,7 +126,7 @@ def collect(config: StudyConfig, known: Known, examples: Examples, folder: Study
         folder: with the trials' metrics.
     """
     methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
-    rows = tuple(_row(config, trial, known, examples, folder) for trial in known.trials.values())
+    rows = tuple(row_of(config, trial, known, examples, folder) for trial in known.trials.values())
     base_test = mean_loss(known.test["none"], examples.test_counts_N) if known.test else None
     return Results(
         methods,
@@ -159,7 +159,8 @@ def settings_of(config: StudyConfig, trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _row(config: StudyConfig, trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
+def row_of(config: StudyConfig, trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
+    """Returns one trial's numbers; arguments as of `collect`."""
     last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
     curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
     best = min(curve, key=lambda r: r["loss"], default=None) if trial.status != "failed" else None
@@ -236,7 +237,7 @@ def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruni
 def write_rows(results: Results, folder: StudyFolder) -> None:
     """Writes ``results.parquet`` and ``results.csv``: one row a trial, every setting a column."""
     rows = [flat(row) for row in results.rows]
-    table = pa.Table.from_pylist(rows, schema=_schema(rows))
+    table = pa.Table.from_pylist(rows, schema=_schema())
     with AtomicFiles() as files:
         pa.parquet.write_table(table, files.open(folder.path / "results.parquet"))
         pa.csv.write_csv(table, files.open(folder.path / "results.csv"))
@@ -272,6 +273,12 @@ def flat(row: Row) -> dict[str, Any]:
     }
 
 
+def columns() -> tuple[str, ...]:
+    """Returns the names of the columns, also where there is no trial yet."""
+    nobody = TrialRecord("", "", "search", 0, None, {})
+    return tuple(flat(Row(nobody, {}, None, None, None, None, None, None)))
+
+
 def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
     return {
         name: None if estimate is None else estimate.value,
@@ -293,7 +300,7 @@ _WHOLE = {"number", "seed", "steps", "tokens", "virtual_tokens", "trainable", "b
 _TRUTH = {"rslora", "projection"}
 
 
-def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+def _schema() -> pa.Schema:
     """Returns fixed column types: a column that is empty in a small study has its type all the same."""
 
     def kind(name: str) -> pa.DataType:
@@ -301,7 +308,7 @@ def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
             return pa.string()
         return pa.int64() if name in _WHOLE else pa.bool_() if name in _TRUTH else pa.float64()
 
-    return pa.schema([(name, kind(name)) for name in rows[0]])
+    return pa.schema([(name, kind(name)) for name in columns()])
 
 
 def summary(results: Results) -> dict[str, Any]:
