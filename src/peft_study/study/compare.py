@@ -108,7 +108,7 @@ def sentences(found: Comparison) -> list[str]:
 
 
 def _verdict(found: Comparison, above: Estimate, part: str) -> str:
-    first, second = found.first.name, found.second.name
+    first, second = ("the untouched base" if s.name == "none" else s.name for s in (found.first, found.second))
     if not above.excludes_zero():
         return f"on the {part} part {first} and {second} cannot be told apart ({above} nats a token)"
     better, worse = (first, second) if above.value < 0 else (second, first)

@@ -265,7 +265,7 @@ def flat(row: Row) -> dict[str, Any]:
         "best_dev": row.best_loss,
         "audited": trial.audited,
         "steps": trial.facts.get("steps"),
-        "tokens": trial.facts.get("tokens"),
+        "data_tokens": trial.facts.get("tokens"),
         "virtual_tokens": trial.facts.get("virtual_tokens"),
         "seconds": trial.facts.get("seconds"),
         "trainable": trial.facts.get("trainable"),
@@ -296,7 +296,18 @@ def _scalar(value: Any) -> Any:
 
 
 _TEXT = {"name", "method", "kind", "status", "reason", "audited", "settings", "init", "init_text", "target_modules"}
-_WHOLE = {"number", "seed", "steps", "tokens", "virtual_tokens", "trainable", "best_step", "rank", "projection_hidden"}
+_WHOLE = {
+    "number",
+    "seed",
+    "steps",
+    "tokens",
+    "data_tokens",
+    "virtual_tokens",
+    "trainable",
+    "best_step",
+    "rank",
+    "projection_hidden",
+}
 _TRUTH = {"rslora", "projection"}
 
 
