@@ -1,82 +1,212 @@
-"""What a comparison says, from hand-made losses."""
+"""What a study says, from hand-made losses: one method's search, the finals, the winner, the pruning."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
+import pytest
 
-from peft_study.study.comparison import Comparison, TrialResult
-from peft_study.study.findings import rows, save, sentences
-from peft_study.study.store import RunFolder, Status
-
-COUNTS = np.full(64, 10)
-BASE = 10 * np.random.default_rng(0).normal(2.0, 0.3, size=64)
+from hand_made import RATE, HandMade
 
 
-def trial(method: str, rate: float | None, gain: float | None, *, noise: int = 1) -> TrialResult:
-    """A trial that is `gain` nats a token better than the base, give or take a little; None diverged."""
-    wobble = 10 * np.random.default_rng(noise).normal(0, 0.02, size=64)
-    sums = None if gain is None else BASE - 10 * gain + wobble
-    status: Status = "diverged" if gain is None else "finished"
-    reason = "the loss became nan at step 3" if gain is None else None
-    return TrialResult(method, rate, status, reason, sums, BASE, 100, 1.0)
+@pytest.fixture
+def lora(tmp_path: Path) -> HandMade:
+    return HandMade(tmp_path / "study", {"lora": RATE})
 
 
-def said(*results: TrialResult) -> str:
-    (sentence,) = sentences(Comparison(results, BASE, COUNTS))
-    return sentence
+@pytest.fixture
+def both(tmp_path: Path) -> HandMade:
+    return HandMade(tmp_path / "study", {"lora": RATE, "prompt_tuning": RATE}, finals={"best": 1, "seeds": 3})
 
 
-def test_the_best_in_the_middle_needs_no_warning() -> None:
-    text = said(trial("lora", 1e-4, 0.1), trial("lora", 1e-3, 0.5), trial("lora", 1e-2, 0.3))
-    assert text.startswith("lora: 0.001 is best of 3 (1.")
-    assert "over 64 held-out examples, one seed)" in text
-    assert "edge" not in text
-    assert "base" not in text
+def test_the_best_in_the_middle_needs_no_warning(lora: HandMade) -> None:
+    for rate, gain in ((1e-4, 0.1), (1e-3, 0.5), (1e-2, 0.3)):
+        lora.trial("lora", rate, gain)
+    text = lora.about("lora")
+    assert text.startswith("lora: learning_rate 0.001 is best of 3 settings: dev loss 1.500 (95 % 1.4")
+    assert text.endswith(", over 64 examples, one seed)")
 
 
-def test_edges_of_the_range_are_said() -> None:
-    high = said(trial("prompt_tuning", 0.1, 0.1), trial("prompt_tuning", 0.3, 0.5))
-    assert high.startswith("prompt tuning: 0.3 is best of 2")
-    assert "at the edge of the range: try higher" in high
-    assert "at the edge of the range: try lower" in said(trial("lora", 0.1, 0.5), trial("lora", 0.3, 0.1))
-    assert "the only one tried" in said(trial("lora", 0.1, 0.5))
+@pytest.mark.parametrize(
+    ("learning_rate", "gains", "expected"),
+    [
+        ([0.1, 0.3], (0.1, 0.5), "learning_rate lies at the edge of its range: try higher"),
+        ([0.1, 0.3], (0.5, 0.1), "learning_rate lies at the edge of its range: try lower"),
+        ({"low": 0.1, "high": 1.0, "log": True}, (0.5, 0.1), "learning_rate lies at the edge of its range: try lower"),
+    ],
+)
+def test_edges_of_the_range_are_said(
+    tmp_path: Path, learning_rate: object, gains: tuple[float, float], expected: str
+) -> None:
+    study = HandMade(tmp_path / "s", {"lora": {"learning_rate": learning_rate}})
+    for rate, gain in zip((0.1, 0.3), gains, strict=True):
+        study.trial("lora", rate, gain)
+    assert expected in study.about("lora")
 
 
-def test_what_is_no_different_from_the_base_or_from_the_best() -> None:
-    text = said(
-        trial("prompt_tuning", 1e-4, 0.0, noise=5),
-        trial("prompt_tuning", 0.03, 0.5, noise=1),
-        trial("prompt_tuning", 0.1, 0.5, noise=2),
-        trial("prompt_tuning", 3.0, -1.0),
-        trial("prompt_tuning", 9.0, None),
+def test_a_range_that_was_widened_has_its_edge_further_out(tmp_path: Path) -> None:
+    study = HandMade(tmp_path / "s", {"lora": {"learning_rate": {"low": 1e-3, "high": 0.1, "log": True}}})
+    study.trial("lora", 0.01, 0.1)
+    study.trial("lora", 0.1, 0.5)
+    assert "try higher" in study.about("lora")
+    event = {"event": "widened", "method": "lora", "dimension": "learning_rate", "note": "widened to 1"}
+    study.events.append({**event, "bounds": [1e-3, 1.0], "fresh": [0.1, 1.0]})
+    assert "try higher" not in study.about("lora")
+    assert "lora: widened to 1" in study.said()
+
+
+def test_the_only_one_tried_is_no_best(lora: HandMade) -> None:
+    lora.trial("lora", 0.1, 0.5)
+    assert "learning_rate 0.1 is the only setting tried: dev loss 1.500 (" in lora.about("lora")
+    assert "edge" not in lora.about("lora")
+
+
+def test_what_is_no_different_from_the_base_or_from_the_best(lora: HandMade) -> None:
+    lora.trial("lora", 1e-4, 0.0)
+    lora.trial("lora", 0.03, 0.5, noise=0.3)
+    lora.trial("lora", 0.1, 0.48, noise=0.3)
+    lora.trial("lora", 3.0, -1.0)
+    lora.trial("lora", 9.0, None)
+    lora.trial("lora", 5.0, -0.5, status="pruned", reason="at step 11 worse")
+    lora.trial("lora", 6.0, -0.5, status="pruned", reason="at step 11 worse")
+    lora.trial("lora", 7.0, None, status="failed", reason="does not fit")
+    text = lora.about("lora")
+    assert text.startswith("lora: learning_rate 0.03 is best of 8 settings: ")
+    assert text.split("one seed)")[1] == (
+        "; 0.1 cannot be told from it; 0.0001 cannot be told from the untouched base; "
+        "3 is worse than the untouched base; 5 and 6 were stopped early; 9 diverged; 7 failed"
     )
-    assert "0.03 is best of 5" in text or "0.1 is best of 5" in text
-    assert "cannot be told from it" in text
-    assert "at 0.0001 it cannot be told from the base" in text
-    assert "at 3 it is worse than the base" in text
-    assert "at 9 it diverged" in text
 
 
-def test_a_best_that_is_no_good_is_said_to_be_none() -> None:
-    assert "even so it cannot be told from the base" in said(trial("lora", 1e-4, 0.0, noise=5))
-    assert "even so it is worse than the untouched base" in said(trial("lora", 1.0, -0.5))
-    assert said(trial("lora", 1.0, None), trial("lora", 2.0, None)) == (
-        "lora: none of 2 learning rates finished (the loss became nan at step 3)"
-    )
+def test_settings_of_several_dimensions_are_counted(tmp_path: Path) -> None:
+    study = HandMade(tmp_path / "s", {"lora": {"rank": [4, 8, 16]}})
+    study.trial("lora", 1e-3, 0.5, rank=8)
+    study.trial("lora", 1e-3, -0.5, rank=16)
+    study.trial("lora", 1e-3, None, rank=4)
+    study.trial("lora", 1e-2, None, rank=4)
+    text = study.about("lora")
+    assert text.startswith("lora: rank 8, learning_rate 0.001 is best of 4 settings")
+    assert text.endswith("; 1 other setting is worse than the untouched base; 2 other settings diverged")
 
 
-def test_rows_and_their_file(tmp_path: Path) -> None:
-    comparison = Comparison(
-        (trial("lora", 1e-3, 0.5), trial("lora", 1.0, None), trial("none", None, 0.0)), BASE, COUNTS
-    )
-    table = rows(comparison)
-    assert [row.best for row in table] == [True, False, True]
-    assert table[1].loss is None
-    save(comparison, RunFolder(tmp_path))
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert [row["status"] for row in written["rows"]] == ["finished", "diverged", "finished"]
-    assert written["rows"][0]["minus_base"]["value"] < -0.4
-    assert written["sentences"] == sentences(comparison)
+def test_a_best_that_is_no_good_is_said_to_be_none(tmp_path: Path) -> None:
+    for number, (gain, expected) in enumerate(
+        [
+            (0.0, "; even so it cannot be told from the untouched base"),
+            (-0.5, "; even so it is worse than the untouched base"),
+        ]
+    ):
+        study = HandMade(tmp_path / str(number), {"lora": RATE})
+        study.trial("lora", 1e-3, gain)
+        assert study.about("lora").endswith(expected)
+
+
+def test_a_method_of_which_nothing_finished(tmp_path: Path, lora: HandMade) -> None:
+    assert lora.about("lora") == "lora: no trial began in the time allowed"
+    lora.trial("lora", 1.0, None)
+    assert lora.about("lora") == "lora: its only setting did not finish (the loss became nan at step 3)"
+    lora.trial("lora", 2.0, None)
+    assert lora.about("lora") == "lora: none of its 2 settings finished (the loss became nan at step 3)"
+
+
+def test_the_finals_have_their_interval_and_their_seeds(both: HandMade) -> None:
+    for method in ("lora", "prompt_tuning"):
+        both.trial(method, 1e-2, 0.5)
+    both.chosen(lora=[0], prompt_tuning=[0])
+    both.finals("lora", 0, [0.50, 0.52, 0.54])
+    both.finals("prompt_tuning", 0, [0.4, None, 0.4])
+    text = next(line for line in both.said() if line.startswith("lora, "))
+    assert text.startswith("lora, its best setting retrained with 3 new seeds: dev loss 1.480 (95 % 1.")
+    assert text.endswith(", by seed 1.460 to 1.500")
+    lost = next(line for line in both.said() if "did not finish" in line)
+    assert lost == "prompt tuning: 1 of 3 seeds of its best setting did not finish, so it is not ranked"
+    both.concluded("lora")
+    both.opened(**{f"lora-000-seed-{s}": 0.5 for s in (1, 2, 3)})
+    text = next(line for line in both.said() if line.startswith("lora, "))
+    assert "; test loss 1.500 (95 % 1." in text
+    assert "), 0.500 (95 % 0.4" in text
+    assert text.endswith(") below the untouched base's")
+
+
+def test_the_winner_and_who_cannot_be_told_from_it(both: HandMade) -> None:
+    for method in ("lora", "prompt_tuning"):
+        both.trial(method, 1e-2, 0.5)
+    both.chosen(lora=[0], prompt_tuning=[0])
+    names = {
+        m: both.finals(m, 0, [gain, gain + 0.01, gain - 0.01]) for m, gain in (("lora", 0.6), ("prompt_tuning", 0.5))
+    }
+    both.concluded("lora")
+    both.opened(**{name: 0.6 if method == "lora" else 0.5 for method, own in names.items() for name in own})
+    won = "winner by mean dev loss over 3 new seeds: lora with learning_rate 0.01"
+    assert won in both.said()
+    both.events.pop()
+    both.opened(**{name: 0.6 for own in names.values() for name in own})
+    assert f"{won}; on the test part prompt tuning cannot be told from it" in both.said()
+
+
+def test_fewer_than_three_seeds_are_a_lead(lora: HandMade) -> None:
+    lora.trial("lora", 1e-2, 0.5)
+    lora.chosen(lora=[0])
+    lora.finals("lora", 0, [0.5, 0.5])
+    lora.concluded("lora")
+    assert lora.said()[-1].endswith("; fewer than 3 seeds: take it as a lead")
+
+
+def test_a_winner_that_is_worse_than_the_base_is_said_to_be(lora: HandMade) -> None:
+    lora.trial("lora", 1e-2, -0.5)
+    lora.chosen(lora=[0])
+    names = lora.finals("lora", 0, [-0.5, -0.5, -0.5])
+    lora.concluded("lora")
+    lora.opened(**dict.fromkeys(names, -0.5))
+    assert lora.said()[-1].endswith("; it is worse than the untouched base")
+    assert any(line.endswith(") above the untouched base's") for line in lora.said())
+
+
+def test_no_finalist_finished(lora: HandMade) -> None:
+    lora.trial("lora", 1e-2, 0.5)
+    lora.chosen(lora=[0])
+    lora.finals("lora", 0, [None])
+    lora.concluded(None)
+    assert lora.said()[-1] == "no finalist finished, so there is no winner"
+
+
+@pytest.mark.parametrize(
+    ("pruned", "audited", "expected"),
+    [
+        (1, [], "1 trial was stopped early; none was run on to check that"),
+        (
+            2,
+            [0.1],
+            "2 trials were stopped early; 1 more was to be, but ran on as a check: none would have been a finalist",
+        ),
+        (
+            1,
+            [0.9, 0.1],
+            "1 trial was stopped early; 2 more were to be, but ran on as a check: 1 of 2 would have been a finalist",
+        ),
+    ],
+)
+def test_pruning_says_how_often_it_was_wrong(tmp_path: Path, pruned: int, audited: list[float], expected: str) -> None:
+    study = HandMade(tmp_path / "s", {"lora": RATE}, finals={"best": 1, "seeds": 1})
+    study.trial("lora", 1e-2, 0.5)
+    for number in range(pruned):
+        study.trial("lora", 1e-3 * (number + 1), 0.1, status="pruned", reason="at step 11 worse")
+    for gain in audited:
+        name = study.trial("lora", 1e-2 + gain, gain)
+        ended = study.events.pop()
+        study.events += [{"event": "audited", "name": name, "reason": "at step 11 worse"}, ended]
+    assert study.said()[-1] == expected
+
+
+def test_limits_and_changes_are_said(both: HandMade) -> None:
+    both.trial("lora", 1e-2, 0.5)
+    both.trial("lora", 1e-3, 0.5)
+    both.trial("lora", 1e-4, 0.5)
+    both.trial("prompt_tuning", 1e-2, 0.5)
+    assert both.about("prompt tuning").endswith("; untuned: it had fewer trials than the others, so it is not ranked")
+    both.events.append({"event": "deadline"})
+    assert both.said()[-1] == "the time limit ended the search before all its settings were tried"
+    both.trial("prompt_tuning", 1e-3, 0.5)
+    assert "untuned" not in both.about("prompt tuning"), "a time limit may cost one trial"
+    both.events.append({"event": "continued", "changes": ["budget.trials: 1 -> 2"], "time": 0.0})
+    assert both.said()[-1] == "the study file was changed on the way, and the test part opened more than once"

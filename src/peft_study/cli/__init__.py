@@ -7,7 +7,7 @@ import sys
 import typer
 from typer.exceptions import TyperException
 
-from peft_study.cli import adapters, data, run, study_file
+from peft_study.cli import adapters, data, run, study_commands, study_file
 from peft_study.errors import PeftStudyError, UserError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 run.register(app)
 study_file.register(app)
+study_commands.register(app)
 adapters.register(app)
 
 

@@ -79,8 +79,11 @@ def _ratio(numerators_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
 def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
     """Returns the mean loss over seeds, with a 95 % interval that counts examples and seeds.
 
-    The variance is that of the mean over examples (of the seeds' mean) plus that of the mean over seeds; with one seed
-    the second is not known and left out.
+    The two half-widths are added as the sides of a right angle. That of the seeds is Student's: of 3, 4.3 standard
+    errors (with a normal 1.96, intervals over 2 or 3 seeds covered 82 to 89 %). Each has its own quantile; one quantile
+    for both, with the degrees of freedom of Welch and Satterthwaite, covered 87 to 93 % with 2 seeds, which often agree
+    by chance. This way it is 95 to 98 % (tests/evaluate/test_seeds.py). With one seed, what seeds vary is not known and
+    left out.
 
     Args:
         sums_SN: summed token loss of each seed and example, in nats.
@@ -90,7 +93,10 @@ def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimat
 
 
 def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
-    """Returns how much the first mean over seeds is above the second, paired by example; seeds count as above."""
+    """Returns how much the first mean over seeds is above the second, paired by example; seeds count as above.
+
+    The seeds' degrees of freedom are Welch's: two methods need not vary alike.
+    """
     paired = difference(sums_SN.mean(0), others_SN.mean(0), counts_N)
     return _with_seeds(paired, _of_seeds(sums_SN, counts_N), _of_seeds(others_SN, counts_N))
 
@@ -102,11 +108,17 @@ def _of_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Losses:
 
 def _with_seeds(estimate: Estimate, *losses_S: Losses) -> Estimate:
     """Returns the estimate with its interval widened by what the seeds' means vary."""
-    variance = sum(float(np.var(losses, ddof=1)) / len(losses) for losses in losses_S if len(losses) > 1)
-    extra = 1.96**2 * variance
+    from scipy.stats import t
+
+    variances = [
+        (float(np.var(losses, ddof=1)) / len(losses), len(losses) - 1) for losses in losses_S if len(losses) > 1
+    ]
+    of_seeds = sum(variance for variance, _ in variances)
+    if of_seeds == 0:
+        return estimate
+    freedom = of_seeds**2 / sum(variance**2 / degrees for variance, degrees in variances)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * of_seeds**0.5
     below, above = estimate.value - estimate.low, estimate.high - estimate.value
     return Estimate(
-        estimate.value,
-        estimate.value - float(np.hypot(below, extra**0.5)),
-        estimate.value + float(np.hypot(above, extra**0.5)),
+        estimate.value, estimate.value - float(np.hypot(below, half)), estimate.value + float(np.hypot(above, half))
     )

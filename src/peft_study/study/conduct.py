@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.methods.registry import is_exclusive
+from peft_study.study import examples
 from peft_study.study.agenda import Agenda, final_seeds
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
@@ -118,6 +119,7 @@ class _Study:
         for note in self._facts.notes:
             watcher.say(note)
         folder.run.write_record({**environment(), **self._facts.record})
+        examples.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
         self._cuts = crew.cuts()
         decided = [cut.decided for cut in self._cuts.values()]
@@ -158,9 +160,9 @@ class _Study:
                 )
         self._open_test()
         crew.save(self._decided())
-        results = collect(self._config, known, self._facts, self._folder)
+        results = collect(self._config, known, self._facts.examples, self._folder)
         write_rows(results, self._folder)
-        said = sentences(self._config, known, self._facts, results)
+        said = sentences(self._config, known, self._facts.examples, results)
         self._folder.run.write("results.json", {**summary(results), "sentences": said})
         return FinishedStudy(self._folder.path, results, tuple(said))
 

@@ -10,39 +10,36 @@ from collections.abc import Sequence
 from peft_study.config import StudyConfig
 from peft_study.evaluate.statistics import Estimate, difference
 from peft_study.study import ranges
+from peft_study.study.examples import Examples
 from peft_study.study.results import Finalist, Results, Row
 from peft_study.study.trials import Known
-from peft_study.study.worker import Facts
 
 FEW = 6
 """Settings that a sentence lists one by one; of more it gives the number."""
 
 
-def sentences(config: StudyConfig, known: Known, facts: Facts, results: Results) -> list[str]:
+def sentences(config: StudyConfig, known: Known, examples: Examples, results: Results) -> list[str]:
     """Returns what the study says: the base, each method's search, its finals, the winner, the pruning."""
-    said = [f"untouched base: {_level(results.base_dev, results.dev_examples)}"]
+    said = [f"untouched base: {_level(results.base_dev, results.dev_examples)})"]
     for method in results.methods:
-        said.append(_search(config, known, facts, results, method))
+        said.append(_search(config, known, examples, results, method))
         said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
         said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
     if results.finalists:
-        said.append(_conclusion(results))
+        said.append(_conclusion(config, results))
     if results.pruning.pruned or results.pruning.audited:
         said.append(_pruning(results))
     if results.deadline:
-        said.append("the time limit ended the search before all its trials")
+        said.append("the time limit ended the search before all its settings were tried")
     if results.continued:
         said.append("the study file was changed on the way, and the test part opened more than once")
     return said
 
 
 def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
-    """Returns what was searched with its values: the bare value where it is the learning rate alone."""
+    """Returns what was searched with its values, in the words of the study file."""
     names = list(config.methods[method].dimensions()) or ["learning_rate"]
-    values = [_number(row.settings[name]) for name in names]
-    if names == ["learning_rate"]:
-        return values[0]
-    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    return ", ".join(f"{name} {_number(row.settings[name])}" for name in names)
 
 
 def _number(value: object) -> str:
@@ -54,49 +51,49 @@ def _title(method: str) -> str:
 
 
 def _level(estimate: Estimate, examples: int) -> str:
-    return f"{estimate.value:.3f} (95 % {estimate.low:.3f}-{estimate.high:.3f} over {examples} dev examples)"
+    return f"dev loss {estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f}, over {examples} examples"
 
 
-def _search(config: StudyConfig, known: Known, facts: Facts, results: Results, method: str) -> str:
+def _search(config: StudyConfig, known: Known, examples: Examples, results: Results, method: str) -> str:
     own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
     finished = [row for row in own if row.trial.last is not None]
     title = _title(method)
     if not own:
         return f"{title}: no trial began in the time allowed"
     if not finished:
-        return f"{title}: none of {len(own)} settings finished ({own[0].trial.reason})"
+        which = "its only setting did not finish" if len(own) == 1 else f"none of its {len(own)} settings finished"
+        return f"{title}: {which} ({own[0].trial.reason})"
     best = min(finished, key=lambda row: ranges.value_of(row.trial))
     assert best.dev is not None
     assert best.minus_base is not None
+    rank = "the only setting tried" if len(own) == 1 else f"best of {len(own)} settings"
     level = _level(best.dev, results.dev_examples)
-    text = f"{title}: {label(best, config, method)} is best of {len(own)} ({level}, one seed"
-    if len(own) == 1:
-        text += "; the only one tried)"
-    else:
+    text = f"{title}: {label(best, config, method)} is {rank}: {level}, one seed)"
+    if len(own) > 1:
         edges = ranges.edges(best.trial.values, config.methods[method], known.bounds.get(method, {}))
-        text += "".join(f"; {name} at the edge of the range: try {_way(edge)}" for name, edge in edges.items()) + ")"
+        text += "".join(f"; {name} lies at the edge of its range: try {_way(edge)}" for name, edge in edges.items())
     if best.minus_base.low > 0:
         text += "; even so it is worse than the untouched base"
     elif not best.minus_base.excludes_zero():
-        text += "; even so it cannot be told from the base"
+        text += "; even so it cannot be told from the untouched base"
     if known.untuned(method, results.methods):
-        text += "; untuned: it had fewer trials than the others and is not ranked"
-    return text + _others(config, facts, method, own, best)
+        text += "; untuned: it had fewer trials than the others, so it is not ranked"
+    return text + _others(config, examples, method, own, best)
 
 
 def _way(edge: str) -> str:
     return "higher" if edge == "high" else "lower"
 
 
-def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], best: Row) -> str:
+def _others(config: StudyConfig, examples: Examples, method: str, own: Sequence[Row], best: Row) -> str:
     """Sorts the other settings: as good within noise, no different from the base, worse than it, not finished."""
-    found: dict[str, list[Row]] = {
-        "{} cannot be told from it": [],
-        "at {} it cannot be told from the base": [],
-        "at {} it is worse than the base": [],
-        "at {} it was stopped early": [],
-        "at {} it diverged": [],
-        "at {} it failed": [],
+    found: dict[tuple[str, str], list[Row]] = {
+        ("cannot be told from it",) * 2: [],
+        ("cannot be told from the untouched base",) * 2: [],
+        ("is worse than the untouched base", "are worse than the untouched base"): [],
+        ("was stopped early", "were stopped early"): [],
+        ("diverged",) * 2: [],
+        ("failed",) * 2: [],
     }
     alike, idle, worse, pruned, diverged, failed = found.values()
     assert best.trial.last is not None
@@ -108,7 +105,7 @@ def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], 
             continue
         assert row.trial.last is not None
         assert row.minus_base is not None
-        if not difference(row.trial.last, best.trial.last, facts.counts_N).excludes_zero():
+        if not difference(row.trial.last, best.trial.last, examples.counts_N).excludes_zero():
             alike.append(row)
         elif not row.minus_base.excludes_zero():
             idle.append(row)
@@ -116,11 +113,11 @@ def _others(config: StudyConfig, facts: Facts, method: str, own: Sequence[Row], 
             worse.append(row)
     bare = list(config.methods[method].dimensions()) == ["learning_rate"]
     text = ""
-    for verdict, members in found.items():
+    for (one, several), members in found.items():
         if members:
             few = bare and len(members) <= FEW
-            names = _list([label(row, config, method) for row in members]) if few else _count(len(members))
-            text += f"; {verdict.format(names)}"
+            rates = [_number(row.settings["learning_rate"]) for row in members]
+            text += f"; {_list(rates) if few else _count(len(members))} {one if len(members) == 1 else several}"
     return text
 
 
@@ -137,30 +134,40 @@ def _finals(best: Finalist, results: Results) -> str:
     seeds = len(best.dev_of_seeds)
     if best.dev is None or best.failed:
         failed = f"{best.failed} of {seeds + best.failed} seeds"
-        return f"{title}: {failed} of its best setting did not finish; it is not ranked"
-    spread = f", {min(best.dev_of_seeds):.3f} to {max(best.dev_of_seeds):.3f}" if seeds > 1 else ""
-    text = f"{title}, retrained with {_seeds(seeds)}: dev {best.dev.value:.3f}{spread}"
+        return f"{title}: {failed} of its best setting did not finish, so it is not ranked"
+    spread = f", by seed {min(best.dev_of_seeds):.3f} to {max(best.dev_of_seeds):.3f}" if seeds > 1 else ""
+    text = f"{title}, its best setting retrained with {_seeds(seeds)}: dev loss {_mean(best.dev)}{spread}"
     if best.test is not None and best.test_minus_base is not None:
-        text += (
-            f"; test {best.test} ({best.test_minus_base.value:+.3f} against the base"
-            f"{'' if best.test_minus_base.excludes_zero() else ', within the noise'})"
-        )
+        text += f"; test loss {_mean(best.test)}, {_against_base(best.test_minus_base)}"
     return text
+
+
+def _against_base(above: Estimate) -> str:
+    if not above.excludes_zero():
+        interval = f"{above.value:+.3f}, 95 % {above.low:+.3f} to {above.high:+.3f}"
+        return f"which cannot be told from the untouched base's ({interval})"
+    low, high = sorted((abs(above.low), abs(above.high)))
+    side = "below" if above.value < 0 else "above"
+    return f"{abs(above.value):.3f} (95 % {low:.3f} to {high:.3f}) {side} the untouched base's"
+
+
+def _mean(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f})"
 
 
 def _seeds(count: int) -> str:
     return "one new seed" if count == 1 else f"{count} new seeds"
 
 
-def _conclusion(results: Results) -> str:
+def _conclusion(config: StudyConfig, results: Results) -> str:
     winner = next((f for f in results.finalists if f.winner), None)
     if winner is None:
         return "no finalist finished, so there is no winner"
-    settings = ", ".join(f"{n} {_number(v)}" for n, v in winner.settings.items() if v is not None)
-    text = f"winner by mean dev loss over {len(winner.dev_of_seeds)} seeds: {_title(winner.method)} with {settings}"
+    settings, seeds = label(winner, config, winner.method), len(winner.dev_of_seeds)
+    text = f"winner by mean dev loss over {_seeds(seeds)}: {_title(winner.method)} with {settings}"
     rivals = [f for f in results.finalists if not f.winner and f.method != winner.method and f.test_minus_winner]
     close = [f for f in rivals if f.test_minus_winner and not f.test_minus_winner.excludes_zero()]
-    if len(winner.dev_of_seeds) < 3:
+    if seeds < 3:
         text += "; fewer than 3 seeds: take it as a lead"
     if close:
         methods = list(dict.fromkeys(_title(f.method) for f in close))
@@ -172,7 +179,9 @@ def _conclusion(results: Results) -> str:
 
 def _pruning(results: Results) -> str:
     pruning = results.pruning
-    text = f"{pruning.pruned} trials were stopped early"
+    text = "1 trial was stopped early" if pruning.pruned == 1 else f"{pruning.pruned} trials were stopped early"
     if not pruning.audited:
         return f"{text}; none was run on to check that"
-    return f"{text}; {pruning.audited} more ran on to check that, of which {pruning.wrong} would have been finalists"
+    more = "1 more was" if pruning.audited == 1 else f"{pruning.audited} more were"
+    share = f"{pruning.wrong} of {pruning.audited}" if pruning.wrong else "none"
+    return f"{text}; {more} to be, but ran on as a check: {share} would have been a finalist"

@@ -6,13 +6,15 @@ STUDY/
     record.json           code state, versions, hardware, data, base
     status.json           how the study stands; the schema version of the folder
     capacity.json         slots, row budget and threads: settled once, the same on resume
+    examples.json         held-out examples: their tokens and the untouched base's losses (study/examples.py)
     journal.jsonl         every decision and result, in order (study/journal.py)
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
     checkpoints/          cuts of the engine while it runs
+    reruns/NAME/          a trial trained again (study/rerun.py)
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
-    lock                  held by the process that writes
+    lock, owner.json      held by the process that writes, and which that is
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from peft_study.config import StudyConfig, TrainConfig
+from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.data.atomic import made_folder
 from peft_study.errors import OutputError
 from peft_study.study.store import LOCK, OWNER, RunFolder, identity
@@ -172,7 +174,7 @@ class StudyFolder:
         if values is None or "methods" not in values:
             raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
         self.run.refuse_newer()
-        return StudyConfig.model_validate(values)
+        return validate(StudyConfig, values, where=str(self.path / "config.resolved.json"))
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

@@ -17,9 +17,9 @@ from peft_study.config import METHODS, StudyConfig
 from peft_study.data.atomic import AtomicFiles
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.study import metrics, ranges
+from peft_study.study.examples import Examples
 from peft_study.study.folder import StudyFolder
 from peft_study.study.trials import Known, Losses, TrialRecord
-from peft_study.study.worker import Facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,29 +116,29 @@ class Results:
     continued: int
 
 
-def collect(config: StudyConfig, known: Known, facts: Facts, folder: StudyFolder) -> Results:
+def collect(config: StudyConfig, known: Known, examples: Examples, folder: StudyFolder) -> Results:
     """Returns the results of a study as far as it is.
 
     Args:
         config: filled.
         known: its trials.
-        facts: of its data.
+        examples: held out.
         folder: with the trials' metrics.
     """
     methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
-    rows = tuple(_row(config, trial, known, facts, folder) for trial in known.trials.values())
-    base_test = mean_loss(known.test["none"], facts.test_counts_N) if known.test else None
+    rows = tuple(row_of(config, trial, known, examples, folder) for trial in known.trials.values())
+    base_test = mean_loss(known.test["none"], examples.test_counts_N) if known.test else None
     return Results(
         methods,
         rows,
-        _finalists(config, known, facts, methods),
-        mean_loss(facts.base_N, facts.counts_N),
+        _finalists(config, known, examples, methods),
+        mean_loss(examples.base_N, examples.counts_N),
         base_test,
         dict(known.notes),
         _pruning(config, known, methods),
         {m: sum(t.facts.get("tokens", 0) for t in known.trials.values() if t.method == m) for m in methods},
-        len(facts.counts_N),
-        len(facts.test_counts_N),
+        len(examples.counts_N),
+        len(examples.test_counts_N),
         known.deadline,
         len(known.continued),
     )
@@ -159,7 +159,8 @@ def settings_of(config: StudyConfig, trial: TrialRecord) -> dict[str, Any]:
     }
 
 
-def _row(config: StudyConfig, trial: TrialRecord, known: Known, facts: Facts, folder: StudyFolder) -> Row:
+def row_of(config: StudyConfig, trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
+    """Returns one trial's numbers; arguments as of `collect`."""
     last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
     curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
     best = min(curve, key=lambda r: r["loss"], default=None) if trial.status != "failed" else None
@@ -169,41 +170,41 @@ def _row(config: StudyConfig, trial: TrialRecord, known: Known, facts: Facts, fo
         settings_of(config, trial)
         if trial.method in config.methods or trial.kind == "reference"
         else dict(trial.values),
-        None if trial.start is None else mean_loss(trial.start, facts.counts_N),
-        None if last is None else mean_loss(last, facts.counts_N),
-        None if last is None else difference(last, facts.base_N, facts.counts_N),
+        None if trial.start is None else mean_loss(trial.start, examples.counts_N),
+        None if last is None else mean_loss(last, examples.counts_N),
+        None if last is None else difference(last, examples.base_N, examples.counts_N),
         None if best is None else best["step"],
         None if best is None else best["loss"],
-        None if test is None else mean_loss(test, facts.test_counts_N),
+        None if test is None else mean_loss(test, examples.test_counts_N),
     )
 
 
-def _finalists(config: StudyConfig, known: Known, facts: Facts, methods: Sequence[str]) -> tuple[Finalist, ...]:
+def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: Sequence[str]) -> tuple[Finalist, ...]:
     found = []
     winners = _of_seeds(known, *known.winner) if known.winner else []
     winner_test = _stacked(known, winners)
     for method in methods:
         for number in known.finalists.get(method, ()):
             trials = _of_seeds(known, method, number)
-            values = known.setting(method, number).values
+            setting = known.setting(method, number)  # its seeds may not have begun
             done = [t.last for t in trials if t.last is not None]
-            dev = mean_over_seeds(np.stack(done), facts.counts_N) if done else None
+            dev = mean_over_seeds(np.stack(done), examples.counts_N) if done else None
             test_SN = _stacked(known, trials)
-            counts_N = facts.test_counts_N
+            counts_N = examples.test_counts_N
             found.append(
                 Finalist(
                     method,
                     number,
-                    settings_of(config, trials[0]),
+                    settings_of(config, setting),
                     dev,
-                    tuple(float(x.sum() / facts.counts_N.sum()) for x in done),
-                    len(trials) - len(done),
+                    tuple(float(x.sum() / examples.counts_N.sum()) for x in done),
+                    sum(t.status not in ("running", "finished") for t in trials),
                     None if test_SN is None else mean_over_seeds(test_SN, counts_N),
                     None if test_SN is None else seeds_difference(test_SN, known.test["none"][None], counts_N),
                     None
                     if test_SN is None or winner_test is None or known.winner == (method, number)
                     else seeds_difference(test_SN, winner_test, counts_N),
-                    ranges.edges(values, config.methods[method], known.bounds.get(method, {})),
+                    ranges.edges(setting.values, config.methods[method], known.bounds.get(method, {})),
                     known.untuned(method, methods),
                     known.winner == (method, number),
                 )
@@ -236,7 +237,7 @@ def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruni
 def write_rows(results: Results, folder: StudyFolder) -> None:
     """Writes ``results.parquet`` and ``results.csv``: one row a trial, every setting a column."""
     rows = [flat(row) for row in results.rows]
-    table = pa.Table.from_pylist(rows, schema=_schema(rows))
+    table = pa.Table.from_pylist(rows, schema=_schema())
     with AtomicFiles() as files:
         pa.parquet.write_table(table, files.open(folder.path / "results.parquet"))
         pa.csv.write_csv(table, files.open(folder.path / "results.csv"))
@@ -264,12 +265,18 @@ def flat(row: Row) -> dict[str, Any]:
         "best_dev": row.best_loss,
         "audited": trial.audited,
         "steps": trial.facts.get("steps"),
-        "tokens": trial.facts.get("tokens"),
+        "data_tokens": trial.facts.get("tokens"),
         "virtual_tokens": trial.facts.get("virtual_tokens"),
         "seconds": trial.facts.get("seconds"),
         "trainable": trial.facts.get("trainable"),
         "settings": json.dumps(row.settings),
     }
+
+
+def columns() -> tuple[str, ...]:
+    """Returns the names of the columns, also where there is no trial yet."""
+    nobody = TrialRecord("", "", "search", 0, None, {})
+    return tuple(flat(Row(nobody, {}, None, None, None, None, None, None)))
 
 
 def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
@@ -289,11 +296,22 @@ def _scalar(value: Any) -> Any:
 
 
 _TEXT = {"name", "method", "kind", "status", "reason", "audited", "settings", "init", "init_text", "target_modules"}
-_WHOLE = {"number", "seed", "steps", "tokens", "virtual_tokens", "trainable", "best_step", "rank", "projection_hidden"}
+_WHOLE = {
+    "number",
+    "seed",
+    "steps",
+    "tokens",
+    "data_tokens",
+    "virtual_tokens",
+    "trainable",
+    "best_step",
+    "rank",
+    "projection_hidden",
+}
 _TRUTH = {"rslora", "projection"}
 
 
-def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
+def _schema() -> pa.Schema:
     """Returns fixed column types: a column that is empty in a small study has its type all the same."""
 
     def kind(name: str) -> pa.DataType:
@@ -301,7 +319,7 @@ def _schema(rows: Sequence[dict[str, Any]]) -> pa.Schema:
             return pa.string()
         return pa.int64() if name in _WHOLE else pa.bool_() if name in _TRUTH else pa.float64()
 
-    return pa.schema([(name, kind(name)) for name in rows[0]])
+    return pa.schema([(name, kind(name)) for name in columns()])
 
 
 def summary(results: Results) -> dict[str, Any]:

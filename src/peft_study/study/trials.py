@@ -16,7 +16,7 @@ from peft_study.study.journal import Event
 
 Losses = npt.NDArray[np.float64]
 Kind = Literal["reference", "range_test", "search", "final"]
-State = Literal["running", "finished", "pruned", "diverged", "failed"]
+State = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class TrialRecord:
         number: of the setting among its method's (a final has its setting's).
         seed: of initialisation, dropout and data order; None: those of the study.
         values: of the searched dimensions.
-        status, reason: how it stands.
+        status, reason: how it stands; interrupted only for who looks at a study that nobody runs (study/inspect.py).
         sums: summed held-out losses of each example in nats, by optimizer step.
         audited: why it would have been pruned, where it ran on all the same to see whether that was right.
         facts: steps, tokens, seconds and parameters, once it has ended.

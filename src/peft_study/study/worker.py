@@ -20,6 +20,7 @@ from peft_study.methods.base import Adapter
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
+from peft_study.study.examples import Examples
 from peft_study.study.session import Session, describe
 from peft_study.study.slots import News, Orders, Slots
 from peft_study.study.trial_run import Job
@@ -45,6 +46,11 @@ class Facts:
     test_counts_N: npt.NDArray[np.int64]
     record: dict[str, dict[str, object]]
     notes: tuple[str, ...]
+
+    @property
+    def examples(self) -> Examples:
+        """The part of it that the study's folder keeps."""
+        return Examples(self.counts_N, self.base_N, self.test_counts_N)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,130 @@
+"""``peft-study status | list | show | compare | rerun | clean``: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_Folder = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[STUDY_FOLDER]",
+        help="Output folder of a study; left out: the current folder, or the only study under runs/.",
+        show_default=False,
+    ),
+]
+_Study = Annotated[
+    Path | None,
+    typer.Option("-s", "--study", help="Folder of the study; left out: as for `status`.", show_default=False),
+]
+_Trial = Annotated[
+    str, typer.Argument(metavar="TRIAL", help="Its name in the study, or STUDY/trials/NAME.", show_default=False)
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the program."""
+    app.command()(status)
+    app.command("list")(list_trials)
+    app.command()(show)
+    app.command()(compare)
+    app.command()(rerun)
+    app.command()(clean)
+
+
+def status(study: _Folder = None) -> None:
+    """Say how a study stands: running, interrupted or finished, what is done, what is best so far."""
+    from peft_study.cli.study_views import show_standing
+    from peft_study.study.inspect import open_study
+    from peft_study.study.standing import standing
+
+    found = open_study(study)
+    show_standing(found, standing(found))
+
+
+def list_trials(
+    study: _Folder = None,
+    method: Annotated[str | None, typer.Option(help="Only trials of this method.")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only trials that are finished, pruned, diverged, failed, running, interrupted.")
+    ] = None,
+    sort: Annotated[
+        str, typer.Option(help="began, name, method, status, dev, steps, tokens or seconds; least first.")
+    ] = "began",
+    as_json: Annotated[bool, typer.Option("--json", help="All columns, as a JSON list.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="All columns, as in results.csv.")] = False,
+) -> None:
+    """List the trials of a study, a row each, also while it runs."""
+    from peft_study.cli.study_views import print_csv, print_json, show_rows
+    from peft_study.errors import ConfigError
+    from peft_study.study.inspect import open_study, rows
+
+    if as_json and as_csv:
+        raise ConfigError("--json and --csv exclude each other", remedy="give one of them")
+    found = open_study(study)
+    chosen = rows(found, method=method, status=status, sort=sort)
+    if as_json:
+        print_json(chosen)
+    elif as_csv:
+        print_csv(chosen)
+    else:
+        show_rows(found, chosen)
+
+
+def show(trial: _Trial, study: _Study = None) -> None:
+    """Show one trial: every setting, how it ended, its dev curve, its cost, its files."""
+    from peft_study.cli.study_views import show_details
+    from peft_study.study.inspect import details, find_trial
+
+    found, record = find_trial(trial, study)
+    show_details(found, details(found, record))
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A trial, or a setting that was retrained with new seeds.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another; `none` is the untouched base.")],
+    study: _Study = None,
+) -> None:
+    """Compare two trials example by example; settings that were both retrained are compared over their seeds."""
+    from peft_study.cli.study_views import show_comparison
+    from peft_study.study.compare import compare as compare_trials
+    from peft_study.study.inspect import find_pair
+
+    found, pair = find_pair(first, second, study)
+    show_comparison(compare_trials(found, *pair))
+
+
+def rerun(trial: _Trial, study: _Study = None) -> None:
+    """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
+    from peft_study.cli.display import RunDisplay, quiet_libraries
+    from peft_study.cli.study_views import show_rerun
+    from peft_study.study.inspect import find_trial
+    from peft_study.study.rerun import rerun as train_again
+    from peft_study.study.stop import StopRequest
+
+    quiet_libraries()
+    found, record = find_trial(trial, study)
+    with StopRequest().listening() as stop, RunDisplay() as display:
+        result = train_again(found, record, display, stop)
+    show_rerun(result)
+    if not result.same:
+        raise typer.Exit(1)
+
+
+def clean(
+    study: _Folder = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also where the study has not finished: it then has to begin again.")
+    ] = False,
+) -> None:
+    """Free disk space: checkpoints, event files, and adapters of trials that are no finalists."""
+    from peft_study.cli.study_views import show_spare
+    from peft_study.study.clean import clean as delete
+    from peft_study.study.clean import spare
+    from peft_study.study.inspect import open_study
+
+    found = open_study(study)
+    show_spare(spare(found) if dry_run else delete(found, force=force), dry_run=dry_run)

@@ -1,0 +1,276 @@
+"""A study seen from outside, in any state and also while another process runs it: nothing is written or locked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft_study.config import StudyConfig, TrainConfig, validate
+from peft_study.errors import ConfigError, OutputError, nearest
+from peft_study.study import examples as held_out
+from peft_study.study import journal, metrics
+from peft_study.study.examples import Examples
+from peft_study.study.folder import StudyFolder
+from peft_study.study.owner import Owner, owner
+from peft_study.study.results import Row, row_of
+from peft_study.study.trials import Known, State, TrialRecord
+
+RUNS = Path("runs")
+"""Where a study is looked for when none is named and the current folder is none."""
+Order = Literal["began", "name", "method", "status", "dev", "steps", "tokens", "seconds"]
+ORDERS: tuple[str, ...] = get_args(Order)
+STATES: tuple[str, ...] = get_args(State)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A study as its folder tells it.
+
+    Attributes:
+        folder, config, known: of it; trials under way are `interrupted` where nobody runs the study.
+        examples: held out; None where it was killed before it wrote them, so that it has no trials.
+        began: when its first start had loaded model and data.
+        owner: who runs it.
+    """
+
+    folder: StudyFolder
+    config: StudyConfig
+    known: Known
+    examples: Examples | None
+    began: datetime | None
+    owner: Owner | None
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Everything about one trial.
+
+    Attributes:
+        row: its numbers.
+        total: optimizer steps that it was to take; None where its folder is gone.
+        settings: its method's, and
+        training: its optimizer's, schedule's and batch's.
+        curve: steps and dev losses: step, loss, low, high.
+        files: below its folder, with their sizes in bytes.
+    """
+
+    row: Row
+    total: int | None
+    settings: dict[str, Any]
+    training: dict[str, Any]
+    curve: tuple[tuple[int, float, float, float], ...]
+    files: dict[str, int]
+
+
+def find_study(path: Path | None) -> StudyFolder:
+    """Returns the folder of the study that is meant.
+
+    Args:
+        path: of the folder; None: the current folder where it is a study, else the only one under ``runs/``.
+
+    Raises:
+        OutputError: when there is none, or several under ``runs/``.
+    """
+    if path is not None:
+        if not path.exists():
+            raise OutputError("there is no such folder", where=str(path), remedy="give the output folder of a study")
+        if not path.is_dir():
+            raise OutputError("is a file", where=str(path), remedy="give the output folder of the study")
+        return StudyFolder(path)
+    if _is_study(Path()):
+        return StudyFolder(Path())
+    found = sorted(folder for folder in RUNS.glob("*") if _is_study(folder)) if RUNS.is_dir() else []
+    if len(found) == 1:
+        return StudyFolder(found[0])
+    if found:
+        names = ", ".join(str(folder) for folder in found[:6]) + (", ..." if len(found) > 6 else "")
+        raise OutputError(f"there are {len(found)} studies under runs/: {names}", remedy="say which one")
+    raise OutputError("there is no study here or under runs/", remedy="give the output folder of a study")
+
+
+def open_study(path: Path | None) -> Study:
+    """Reads a study.
+
+    Raises:
+        OutputError: when there is none, it has a newer schema, or its files are damaged.
+        ConfigError: when its settings cannot be used.
+    """
+    folder = find_study(path)
+    config = folder.config()
+    writer = owner(folder)
+    known = _folded(folder)
+    kept = held_out.kept(folder.run)
+    if kept is None and known.trials:
+        raise OutputError("examples.json is gone", where=str(folder.path), remedy="put it back, or run the study again")
+    if writer is None:
+        for trial in known.running():
+            trial.status = "interrupted"
+    return Study(folder, config, known, kept[0] if kept else None, kept[1] if kept else None, writer)
+
+
+def find_trial(name: str, study: Path | None) -> tuple[Study, TrialRecord]:
+    """Returns a study and one of its trials.
+
+    Args:
+        name: of the trial, or the path of its folder, STUDY/trials/NAME.
+        study: the study's folder, or None as in `find_study`.
+
+    Raises:
+        OutputError: as in `open_study`.
+        ConfigError: when there is no such trial.
+    """
+    path = Path(name)
+    if path.parent.name == "trials":
+        if study is not None:
+            raise ConfigError("a path says which study is meant", where=name, remedy="leave out -s, or give a name")
+        study, name = path.parent.parent, path.name
+    elif len(path.parts) != 1:
+        raise ConfigError("is no path of a trial", where=name, remedy="give its name, or STUDY/trials/NAME")
+    found = open_study(study)
+    return found, trial_of(found, name)
+
+
+def find_pair(first: str, second: str, study: Path | None) -> tuple[Study, tuple[TrialRecord, TrialRecord]]:
+    """Returns a study and two of its trials, named as in `find_trial`; a path says for both which study is meant.
+
+    Raises:
+        OutputError: as in `open_study`.
+        ConfigError: when one is no trial, or they are of two studies: their examples may differ.
+    """
+    paths = [Path(name) for name in (first, second)]
+    folders = {path.parent.parent.resolve() for path in paths if path.parent.name == "trials"}
+    if len(folders) > 1:
+        raise ConfigError("trials of two studies are not compared", where=second, remedy="give two of one study")
+    if folders and study is None:
+        names = [path.name if path.parent.name == "trials" else str(path) for path in paths]
+        found = open_study(next(path.parent.parent for path in paths if path.parent.name == "trials"))
+        return found, (trial_of(found, names[0]), trial_of(found, names[1]))
+    found, one = find_trial(first, study)
+    return found, (one, trial_of(found, second))
+
+
+def trial_of(study: Study, name: str) -> TrialRecord:
+    """Returns a trial by its name.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    trials = study.known.trials
+    if name in trials:
+        return trials[name]
+    where = str(study.folder.path)
+    if not trials:
+        raise ConfigError(f"has no trials yet, so none named {name!r}", where=where)
+    remedy = nearest(name, trials) if len(trials) <= 12 or "?" in nearest(name, trials) else "`peft-study list`"
+    raise ConfigError(f"has no trial {name!r}", where=where, remedy=remedy)
+
+
+def rows(
+    study: Study, *, method: str | None = None, status: str | None = None, sort: str | None = None
+) -> tuple[Row, ...]:
+    """Returns trials with their numbers.
+
+    Args:
+        study: whose.
+        method: only those of this one (name of its space, or ``none``).
+        status: only those that stand so.
+        sort: one of `ORDERS`; least first, trials without a value last.
+
+    Raises:
+        ConfigError: when one of these is unknown.
+    """
+    for given, valid, what in (
+        (method, {*study.config.methods, *(t.method for t in study.known.trials.values())}, "--method"),
+        (status, STATES, "--status"),
+        (sort, ORDERS, "--sort"),
+    ):
+        if given is not None and given not in valid:
+            raise ConfigError(f"unknown {given!r}", where=what, remedy=nearest(given, valid))
+    if study.examples is None:
+        return ()
+    chosen = (
+        trial
+        for trial in study.known.trials.values()
+        if method in (None, trial.method) and status in (None, trial.status)
+    )
+    found = [row_of(study.config, trial, study.known, study.examples, study.folder) for trial in chosen]
+    return tuple(found if sort in (None, "began") else sorted(found, key=lambda row: _key(row, sort or "")))
+
+
+def _key(row: Row, sort: str) -> tuple[bool, Any]:
+    if sort == "dev":
+        return row.dev is None, row.dev.value if row.dev else 0
+    if sort in ("name", "method", "status"):
+        return False, getattr(row.trial, sort)
+    value = row.trial.facts.get(sort)
+    return value is None, value or 0
+
+
+def details(study: Study, trial: TrialRecord) -> Details:
+    """Returns everything about one trial."""
+    assert study.examples is not None
+    folder = study.folder.trial(trial.name)
+    config = trained(study, trial)
+    curve = [
+        (record["step"], record["loss"], record["loss_low"], record["loss_high"])
+        for record in metrics.read(folder.metrics)
+        if record["event"] == "held_out"
+    ]
+    return Details(
+        row_of(study.config, trial, study.known, study.examples, study.folder),
+        None if config is None or trial.kind == "reference" else config.training.steps,
+        {} if config is None else config.method.model_dump(mode="json"),
+        {} if config is None else config.training.model_dump(mode="json"),
+        tuple(curve),
+        sizes(folder.path),
+    )
+
+
+def trained(study: Study, trial: TrialRecord) -> TrainConfig | None:
+    """Returns the settings that a trial was started with, or None where its folder does not have them.
+
+    Raises:
+        ConfigError: when they cannot be used.
+    """
+    folder = study.folder.trial(trial.name)
+    values = folder.read_if_there("config.resolved.json")
+    return None if values is None else validate(TrainConfig, values, where=str(folder.path / "config.resolved.json"))
+
+
+def progress(study: Study, trial: TrialRecord) -> int:
+    """Returns the optimizer steps that a trial under way has written down."""
+    records = metrics.read(study.folder.trial(trial.name).metrics)
+    return max((record["step"] for record in records), default=0)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Returns the files below a folder with their sizes in bytes; those that vanish meanwhile are left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+        except OSError:
+            continue
+    return found
+
+
+def _folded(folder: StudyFolder) -> Known:
+    known = Known()
+    for number, event in enumerate(journal.read(folder.journal), start=1):
+        try:
+            known.apply(event)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise OutputError(
+                f"line {number} is damaged",
+                where=str(folder.journal),
+                remedy="put the file back, or start a new study",
+            ) from error
+    return known
+
+
+def _is_study(folder: Path) -> bool:
+    values = StudyFolder(folder).run.read_if_there("config.resolved.json")
+    return isinstance(values, dict) and "methods" in values

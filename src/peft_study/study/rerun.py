@@ -1,0 +1,231 @@
+"""Trains a trial of a study again, alone in the engine, and says whether the same comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_study.config import TrainConfig
+from peft_study.data.atomic import output_error
+from peft_study.errors import ConfigError, OutputError
+from peft_study.evaluate.statistics import Estimate, mean_loss
+from peft_study.study.capacity import settle
+from peft_study.study.inspect import Study, trained
+from peft_study.study.record import environment
+from peft_study.study.session import Session, describe, open_session, refuse_other_inputs
+from peft_study.study.slots import Ended, Measured, Orders, Slots
+from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.store import RunFolder
+from peft_study.study.trial_run import Job, Outcome, Watcher
+from peft_study.study.trials import Losses, TrialRecord
+
+EXACT_STEPS = 20
+"""For so many steps a float32 run repeats to `EXACT`, whatever lies beside it; then rounding has grown (AdamW)."""
+EXACT = 1e-5
+"""Of the loss."""
+COARSE = 1e-2
+"""Of the loss: where rounding has grown, or in bf16, two runs may never be further apart."""
+NOISE_SHARE = 0.1
+"""There, they may be this share of the dev loss's own uncertainty (half its interval) apart: no finding sees that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """What came of a trial that was trained again.
+
+    Attributes:
+        folder: of the new run.
+        name: of the trial.
+        before, now: how it ended: status and reason.
+        curve: optimizer step, dev loss then, dev loss now, in nats a token.
+        tolerance: how far apart the last two may be; None where there is none to compare.
+        same: it ended alike, and its last dev loss is the same to the tolerance.
+        notes: what differs in code, versions and machine.
+    """
+
+    folder: Path
+    name: str
+    before: tuple[str, str | None]
+    now: tuple[str, str | None]
+    curve: tuple[tuple[int, float, float], ...]
+    tolerance: float | None
+    same: bool
+    notes: tuple[str, ...]
+
+
+def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest) -> Rerun:
+    """Trains a trial again into STUDY/reruns/NAME, with the study's data, row budget and threads.
+
+    A pruned trial is trained up to where it was stopped.
+
+    Raises:
+        ConfigError: when there is nothing to train again.
+        OutputError: when the base or the data changed since the study began, or the folder cannot be written.
+        Interrupted: when asked to stop.
+    """
+    config = _settings(study, trial)
+    session = open_session(study.config.model, study.config.data, study.config.training, watcher.say, test=True)
+    refuse_other_inputs(describe(session), study.folder.run)
+    record = {**environment(), **describe(session)}
+    notes = changes(study.folder.run.record() or {}, record)
+    for note in (*session.notes, *notes):
+        watcher.say(note)
+    settle(session, study.folder.run, [], trials=1, wanted="auto")
+    folder = _claim(study, trial, config)
+    try:
+        folder.write_record(record)
+        sums, outcome = _train(study, trial, config, session, folder, watcher, stop)
+    except BaseException as error:
+        folder.end(error)
+        raise
+    folder.set_status(outcome.status, outcome.reason)
+    found = _judged(study, trial, sums, outcome, session.base.placement.dtype_name, folder.path, notes)
+    folder.write("rerun.json", asdict(found))
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what differs in code, versions and machine, a line each."""
+    pairs = [
+        (name, before.get("packages", {}).get(name), version)
+        for name, version in {"python": now["python"], **now["packages"]}.items()
+        if name != "python"
+    ]
+    pairs.append(("python", before.get("python"), now["python"]))
+    for part, names in (("machine", ("processor", "gpu", "threads")), ("base", ("dtype", "device"))):
+        pairs += [(name, before.get(part, {}).get(name), now[part][name]) for name in names]
+    found = [f"{name} was {old}, is {new}" for name, old, new in pairs if old != new]
+    codes = [(state or {}).get("commit") for state in (before.get("code"), now["code"])]
+    if codes[0] != codes[1]:
+        found.append(f"the code was at {_short(codes[0])}, is at {_short(codes[1])}")
+    elif any((state or {}).get("changed") for state in (before.get("code"), now["code"])):
+        found.append("the code has changes that are in no commit, so it may differ")
+    return tuple(found)
+
+
+def tolerance(dev: Estimate, *, steps: int, exact: bool) -> float:
+    """Returns how far apart two dev losses of the same trial may be, in nats a token.
+
+    Rounding depends on what else lies in a row. In float32 that is `EXACT` of the loss for the first `EXACT_STEPS`
+    steps. AdamW divides small gradients by their own size, so rounding grows: from there on, and in bf16, runs count as
+    the same where they are apart by no more than `NOISE_SHARE` of the uncertainty that the dev loss has anyway, and by
+    no more than `COARSE` of the loss.
+
+    Args:
+        dev: loss of the trial in the study.
+        steps: that were taken.
+        exact: the base is float32.
+    """
+    fine = EXACT * abs(dev.value)
+    if exact and steps <= EXACT_STEPS:
+        return fine
+    coarse = COARSE * abs(dev.value)
+    return max(fine, min(coarse, NOISE_SHARE * (dev.high - dev.low) / 2))
+
+
+def _settings(study: Study, trial: TrialRecord) -> TrainConfig:
+    if trial.kind == "reference":
+        raise ConfigError(f"{trial.name} is the untouched base: nothing was trained", remedy="give another trial")
+    if trial.status in ("running", "interrupted"):
+        raise ConfigError(f"{trial.name} has not ended", remedy="`peft-study status` says how the study goes on")
+    config = trained(study, trial)
+    if config is None:
+        raise OutputError(
+            "is gone, so its settings are not known",
+            where=str(study.folder.trial(trial.name).path / "config.resolved.json"),
+            remedy="put it back",
+        )
+    return config
+
+
+def _claim(study: Study, trial: TrialRecord, config: TrainConfig) -> RunFolder:
+    """Makes reruns/NAME, or NAME-2, ...: the first that is not there."""
+    number = 1
+    while True:
+        path = study.folder.path / "reruns" / (trial.name if number == 1 else f"{trial.name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        except OSError as error:
+            raise output_error(error, path) from error
+        folder = RunFolder(path)
+        own = config.model_copy(update={"output": path})
+        folder.claim(own, config.model_dump(mode="json"), overwrite=False, remedy="")
+        return folder
+
+
+def _train(
+    study: Study,
+    trial: TrialRecord,
+    config: TrainConfig,
+    session: Session,
+    folder: RunFolder,
+    watcher: Watcher,
+    stop: StopRequest,
+) -> tuple[dict[int, Losses], Outcome]:
+    keep = trial.kind == "final" or config.method.method != "full"
+    job = Job(trial.name, config.method, config.training, folder, tuple(trial.sums), None, keep)
+    # a rerun that is stopped begins again: no checkpoints
+    logging = study.config.logging.model_copy(update={"checkpoint_every": None, "checkpoint_minutes": None})
+    slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity="rerun", tolerant=True)
+    sums: dict[int, Losses] = {}
+    orders = Orders(enter=[job])
+    last = max(trial.sums, default=0)
+    try:
+        while True:
+            news, orders = slots.advance(orders), Orders()
+            for message in news:
+                if isinstance(message, Ended):
+                    return sums, message.outcome
+                assert isinstance(message, Measured)
+                sums[message.step] = message.sums_N
+                if trial.status == "pruned" and message.step == last:
+                    orders = Orders(leave={trial.name: f"as in the study, {trial.reason}"})
+            if stop.asked:
+                raise Interrupted(f"{slots.where()}; nothing is kept of a rerun that was stopped")
+    finally:
+        slots.close()
+
+
+def _judged(
+    study: Study,
+    trial: TrialRecord,
+    sums: Mapping[int, Losses],
+    outcome: Outcome,
+    dtype: str,
+    folder: Path,
+    notes: tuple[str, ...],
+) -> Rerun:
+    assert study.examples is not None
+    counts_N = study.examples.counts_N
+    total = counts_N.sum()
+    curve = tuple(
+        (step, float(then_N.sum() / total), float(sums[step].sum() / total))
+        for step, then_N in sorted(trial.sums.items())
+        if step in sums
+    )
+    alike = outcome.status == trial.status
+    allowed = None
+    if alike and trial.status in ("finished", "pruned"):
+        last = max(trial.sums)
+        allowed = tolerance(mean_loss(trial.sums[last], counts_N), steps=last, exact=dtype == "float32")
+        step, then, now = curve[-1]
+        alike = step == last and abs(now - then) <= allowed
+    return Rerun(
+        folder,
+        trial.name,
+        (trial.status, trial.reason),
+        (outcome.status, outcome.reason),
+        curve,
+        allowed,
+        alike,
+        notes,
+    )
+
+
+def _short(commit: str | None) -> str:
+    return "an unknown commit" if commit is None else commit[:12]

@@ -1,0 +1,89 @@
+"""Means over seeds: by hand, and how often their intervals cover the truth."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy.stats import t
+
+from peft_study.evaluate.statistics import difference, mean_loss, mean_over_seeds, seeds_difference
+
+Sums = npt.NDArray[np.float64]
+
+
+def test_without_noise_of_examples_it_is_students_interval() -> None:
+    """Three seeds at 1.0, 1.2 and 1.4 nats: mean 1.2, sd 0.2, standard error 0.2/sqrt 3, t of 2 degrees is 4.303."""
+    counts = np.full(20, 5)
+    sums = np.outer([1.0, 1.2, 1.4], counts)
+    found = mean_over_seeds(sums, counts)
+    half = 4.302653 * 0.2 / math.sqrt(3)
+    assert (found.value, found.low, found.high) == pytest.approx((1.2, 1.2 - half, 1.2 + half), rel=1e-6)
+
+
+def test_a_difference_has_welchs_degrees_of_freedom() -> None:
+    counts = np.full(20, 5)
+    first, second = np.array([1.0, 1.2, 1.4]), np.array([2.0, 2.1])
+    found = seeds_difference(np.outer(first, counts), np.outer(second, counts), counts)
+    a, b = 0.04 / 3, 0.005 / 2
+    half = t.ppf(0.975, (a + b) ** 2 / (a**2 / 2 + b**2 / 1)) * math.sqrt(a + b)
+    assert (found.value, found.low, found.high) == pytest.approx((-0.85, -0.85 - half, -0.85 + half), rel=1e-6)
+
+
+def test_examples_and_seeds_are_added_as_the_sides_of_a_right_angle() -> None:
+    generator = np.random.default_rng(1)
+    counts = generator.integers(5, 40, size=30)
+    sums = counts * generator.gamma(4, 0.25, size=30)
+    seeds = np.stack([sums - 0.1 * counts, sums, sums + 0.1 * counts])
+    alone, found = mean_loss(sums, counts), mean_over_seeds(seeds, counts)
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert found.high - found.value == pytest.approx(math.hypot(alone.high - alone.value, half), rel=1e-6)
+    assert found.value - found.low == pytest.approx(math.hypot(alone.value - alone.low, half), rel=1e-6)
+
+
+def test_one_seed_and_seeds_that_agree_leave_the_interval_over_examples() -> None:
+    generator = np.random.default_rng(0)
+    counts = generator.integers(5, 40, size=30)
+    sums, others = (counts * generator.gamma(4, 0.25, size=30) for _ in range(2))
+    assert mean_over_seeds(sums[None], counts) == mean_loss(sums, counts)
+    assert mean_over_seeds(np.stack([sums] * 3), counts) == mean_loss(sums, counts)
+    assert seeds_difference(sums[None], others[None], counts) == difference(sums, others, counts)
+
+
+def test_a_single_example_says_nothing_however_many_seeds() -> None:
+    found = mean_over_seeds(np.array([[1.0], [2.0]]), np.array([1]))
+    assert (found.value, found.low, found.high) == (1.5, -math.inf, math.inf)
+
+
+def drawn(
+    generator: np.random.Generator, seeds: int, spreads: tuple[float, float]
+) -> tuple[Sums, Sums, npt.NDArray[np.int64]]:
+    """Returns two methods with the same true loss of 2 nats: skewed examples they share, and seeds of their own."""
+    counts = generator.integers(5, 40, size=48)
+    examples = generator.gamma(4, 0.15, size=48) - 0.6
+
+    def method(spread: float) -> Sums:
+        own = spread * generator.standard_normal((seeds, 1)) + 0.05 * generator.standard_normal((seeds, 48))
+        return np.asarray((2.0 + examples + own) * counts)
+
+    return method(spreads[0]), method(spreads[1]), counts
+
+
+@pytest.mark.parametrize("spreads", [(0.2, 0.2), (0.2, 0.02)], ids=["alike", "unlike"])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_what_they_say(seeds: int, spreads: tuple[float, float]) -> None:
+    """With normal intervals it was 82 % (2 seeds), 87 % (3) and 91 % (5).
+
+    Of 300 studies 285 are expected; three standard deviations are 11, and BCa's own error over 48 skewed examples some
+    more. With seeds that differ little beside the examples the interval is too wide rather than too narrow.
+    """
+    generator, means, differences = np.random.default_rng(seeds), 0, 0
+    for _ in range(300):
+        first, second, counts = drawn(generator, seeds, spreads)
+        mean, between = mean_over_seeds(first, counts), seeds_difference(first, second, counts)
+        means += mean.low <= 2.0 <= mean.high
+        differences += between.low <= 0.0 <= between.high
+    assert means >= 272
+    assert differences >= 272
