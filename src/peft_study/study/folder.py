@@ -9,7 +9,8 @@ STUDY/
     journal.jsonl         every decision and result, in order (study/journal.py)
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
-    checkpoints/          cuts of the engine while it runs
+    checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
+    team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
     lock                  held by the process that writes
@@ -32,12 +33,13 @@ from filelock import FileLock, Timeout
 from peft_study.config import StudyConfig, TrainConfig
 from peft_study.data.atomic import made_folder
 from peft_study.errors import OutputError
-from peft_study.study.store import LOCK, OWNER, RunFolder, identity
+from peft_study.study.store import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
-_FREE = ("output", "logging", "slots", "workers", "storage")
-"""Settings that change no number."""
+
+TEAM = "team.json"
+"""Made by a start with several workers, and kept: from then on the journal is ahead of every single cut."""
 
 
 class StudyFolder:
@@ -56,6 +58,11 @@ class StudyFolder:
     def checkpoints(self) -> Path:
         """Cuts of the engine."""
         return self.run.checkpoints
+
+    @property
+    def had_team(self) -> bool:
+        """True where several workers ran the study."""
+        return (self.path / TEAM).exists()
 
     def trial(self, name: str) -> RunFolder:
         """Returns the folder of a trial."""
@@ -181,7 +188,7 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
         found = []
         for key in dict.fromkeys((*before, *now)):
             inner = f"{path}.{key}" if path else str(key)
-            if inner in _FREE or inner == "data.workers":
+            if inner in FREE or inner == "data.workers":
                 continue
             if key not in now:
                 found.append(f"{inner}: no longer there")
