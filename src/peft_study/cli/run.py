@@ -30,6 +30,13 @@ def run(
     slots: Annotated[
         str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes on this machine, one a GPU; on CPU they share its threads.")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="auto|ADDRESS", help="Run the trials on a Ray cluster, with a worker on each device."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
     go_on: Annotated[
         bool, typer.Option("--continue", help="The study file changed: new trials under it, beside those of before.")
@@ -63,7 +70,14 @@ def run(
     if steps is not None:  # one budget takes the place of another
         file.drop("training.steps")
         file.drop("budget.tokens")
-    given = {"budget.steps": steps, "model.device": device, "model.dtype": dtype, "slots": slots}
+    given = {
+        "budget.steps": steps,
+        "model.device": device,
+        "model.dtype": dtype,
+        "slots": slots,
+        "workers": workers,
+        "ray": ray,
+    }
     given["output"] = None if output is None else str(output)
     for key, value in given.items():
         if value is not None:

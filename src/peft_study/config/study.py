@@ -78,6 +78,14 @@ class StudyConfig(Strict):
         "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"
     )
     workers: int = Field(1, ge=1, description="processes on this machine, each with an engine of its own")
+    ray: str | None = Field(
+        None, description="address of a Ray cluster whose devices run the trials, or auto for the one that runs here"
+    )
+    checkpoints: str | None = Field(
+        None,
+        description="where several workers keep checkpoints: a folder or fsspec URL (s3://...) that all machines "
+        "reach; None: in the study's folder",
+    )
     storage: str | None = Field(
         None, description="URL of Optuna's database, e.g. postgresql://...; None: a SQLite file in the folder"
     )
@@ -104,6 +112,10 @@ class StudyConfig(Strict):
             what = "a rate for all methods would be wrong for most: their scales differ"
             remedy = "give learning_rate under each method"
             raise SettingError(what, inside=("training", "learning_rate"), remedy=remedy)
+        if self.ray is not None and self.workers > 1:
+            what = f"{self.workers} processes on this machine, and a Ray cluster at {self.ray}"
+            remedy = "leave --workers out: the cluster has a worker a device"
+            raise SettingError(what, inside=("workers",), remedy=remedy)
         steps = {self.budget.steps, self.training.steps} - {None}
         if len(steps) > 1:
             what = f"{self.budget.steps} steps, but training.steps is {self.training.steps}"

@@ -30,7 +30,8 @@ from peft_study.engine.trial import Progress, Trial
 from peft_study.errors import OutputError
 from peft_study.model.digest import file_digest
 
-_MANIFEST = "checkpoint.json"
+MANIFEST = "checkpoint.json"
+"""Written last: a checkpoint without it is none."""
 _VERSION = 2
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -44,6 +45,7 @@ class Found:
         step: its number.
         identity: of the run's settings.
         trials: names of the trials in its slots, in slot order.
+        steps: optimizer steps that each of them had taken.
         decided: what the caller of `save` kept beside the trials.
     """
 
@@ -51,6 +53,7 @@ class Found:
     step: int
     identity: str
     trials: tuple[str, ...] = ()
+    steps: tuple[int, ...] = ()
     decided: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -90,8 +93,8 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
             "decided": dict(decided or {}),
             "sha256": digests,
         }
-        (temporary / _MANIFEST).write_text(json.dumps(manifest))
-        _sync(temporary / _MANIFEST)
+        (temporary / MANIFEST).write_text(json.dumps(manifest))
+        _sync(temporary / MANIFEST)
         _sync(temporary)
         replaced = temporary.with_name(f"{temporary.name}-replaced")
         if target.exists():
@@ -118,23 +121,48 @@ def load(engine: Engine, found: Found, trials: Mapping[str, Trial]) -> None:
         OutputError: when files are damaged or belong to other settings; the engine then has no trials.
     """
     assert not engine.trials, "a checkpoint is of the whole engine"
-    manifest = json.loads((found.folder / _MANIFEST).read_text())
-    loaded = {e["name"]: _read(found, manifest, e["slot"], trials[e["name"]]) for e in manifest["trials"]}
+    manifest = _manifest(found)
+    entries = manifest["trials"]
+    loaded = {entry["name"]: _read(found, manifest, entry["slot"], trials[entry["name"]]) for entry in entries}
     engine.row_tokens = manifest["row_tokens"]
-    for entry in manifest["trials"]:
-        trial = trials[entry["name"]]
-        _fill(trial, loaded[trial.name])
-        engine.admit(trial, slot=entry["slot"], served=entry["served"])
-        sums = {int(place): loss for place, loss in entry["sums"].items()}
-        progress = Progress(
-            entry["step"],
-            entry["tokens"],
-            entry["loss_scale"],
-            entry["good_steps"],
-            sums=sums,
-            waiting=tuple(entry["waiting"]),
-        )
-        trial.restore(progress, entry["slot"])
+    for entry in entries:
+        name = entry["name"]
+        _go_on(engine, trials[name], entry, loaded[name], slot=entry["slot"], served=entry["served"])
+
+
+def load_one(engine: Engine, found: Found, trial: Trial) -> None:
+    """Lets one trial of a checkpoint go on in a free slot of any engine, whoever is there beside it.
+
+    Its numbers are those it would have had where it was, but for the rounding of other rows.
+
+    Args:
+        engine: of the same base and data, with room.
+        found: a checkpoint that holds the trial.
+        trial: freshly made.
+
+    Raises:
+        OutputError: when its files are damaged or belong to other settings; the trial is then as it was.
+    """
+    manifest = _manifest(found)
+    entry = next(entry for entry in manifest["trials"] if entry["name"] == trial.name)
+    _go_on(engine, trial, entry, _read(found, manifest, entry["slot"], trial))
+
+
+def _go_on(
+    engine: Engine,
+    trial: Trial,
+    entry: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    slot: int | None = None,
+    served: int | None = None,
+) -> None:
+    """Gives a trial its tensors, a slot and its progress."""
+    _fill(trial, tensors)
+    slot = engine.admit(trial, slot=slot, served=served)
+    sums = {int(place): loss for place, loss in entry["sums"].items()}
+    counts = entry["step"], entry["tokens"], entry["loss_scale"], entry["good_steps"]
+    trial.restore(Progress(*counts, sums=sums, waiting=tuple(entry["waiting"])), slot)
 
 
 def find(folder: Path) -> list[Found]:
@@ -154,12 +182,21 @@ def find(folder: Path) -> list[Found]:
 def read(folder: Path) -> Found | None:
     """Returns the checkpoint in `folder`, or None where there is no whole one."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        return parse(folder, (folder / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def parse(folder: Path, text: str) -> Found | None:
+    """Returns the checkpoint whose manifest says `text`, or None where it is none of this version."""
+    try:
+        manifest = json.loads(text)
         if manifest["version"] != _VERSION:
             return None
         names = tuple(entry["name"] for entry in manifest["trials"])
-        return Found(folder, manifest["step"], manifest["identity"], names, manifest["decided"])
-    except (OSError, ValueError, KeyError, TypeError):
+        steps = tuple(entry["step"] for entry in manifest["trials"])
+        return Found(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"])
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -196,9 +233,7 @@ def _tensors(trial: Trial) -> dict[str, Tensor]:
 
 def _read(found: Found, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
     """Returns the trial's tensors, checked whole and fitting."""
-    broken = OutputError(
-        "the checkpoint is damaged", where=str(found.folder), remedy="resume from an earlier one (delete this folder)"
-    )
+    broken = _damaged(found)
     path = found.folder / _file(slot)
     try:
         if file_digest(path) != manifest["sha256"][path.name]:
@@ -231,6 +266,19 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
             trial.optimizer.state[parameter] = {
                 kind: tensors[f"{kind}/{name}"].to(homes[kind], copy=True) for kind in _STATE
             }
+
+
+def _manifest(found: Found) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((found.folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(found) from error
+    return manifest
+
+
+def _damaged(found: Found) -> OutputError:
+    remedy = "resume from an earlier one (delete this folder)"
+    return OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
 
 
 def _unwritable(error: Exception, target: Path) -> OutputError:

@@ -111,9 +111,10 @@ class Agenda:
             if isinstance(message, Ended):
                 self._end(trial, message)
             else:
-                self._add(
-                    {"event": "measured", "name": trial.name, "step": message.step, "sums": message.sums_N.tolist()}
-                )
+                # a trial that went on from a checkpoint measures again what the journal has already
+                if message.step not in trial.sums:
+                    sums = message.sums_N.tolist()
+                    self._add({"event": "measured", "name": trial.name, "step": message.step, "sums": sums})
                 self._mirror(trial)
                 reason = self._judge(trial, message)
                 if reason is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -26,14 +26,16 @@ class Capacity:
     Attributes:
         slots: trials side by side.
         row_tokens: tokens a row.
-        threads: of torch on the CPU.
+        threads: of torch on the CPU, in each worker.
         measured: the probe's figures in bytes; None where slots were given or there is one trial.
+        workers: that had their share of this machine's, or the cluster's, processors.
     """
 
     slots: int
     row_tokens: int
     threads: int
     measured: dict[str, Any] | None = None
+    workers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +58,55 @@ def settle(
         trials: of the whole run.
         wanted: slots, or auto.
     """
-    engine = session.engine
-    before = folder.read_if_there(_FILE)
-    if before is not None:
-        capacity, note = Capacity(**before), None
-        if wanted not in ("auto", capacity.slots):
-            note = f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
+    capacity = kept(folder)
+    if capacity is not None:
+        note = differs(capacity, wanted)
     else:
-        measured = _measure(session, largest) if wanted == "auto" and trials > 1 else None
-        slots = _enough(session, largest, trials, measured) if wanted == "auto" else wanted
-        capacity = Capacity(
-            slots, engine.row_tokens, torch.get_num_threads(), None if measured is None else asdict(measured)
-        )
-        note = _sentence(capacity) if trials > 1 else None
+        capacity = found(session, largest, trials=trials, wanted=wanted)
+        note = sentence(capacity) if trials > 1 else None
         if session.processes.writes:
-            folder.write(_FILE, asdict(capacity))
-    engine.slots, engine.row_tokens = capacity.slots, capacity.row_tokens
+            keep(folder, capacity)
+    use(session, capacity)
+    return note
+
+
+def kept(folder: RunFolder) -> Capacity | None:
+    """Returns what an earlier start of the run in this folder settled, or None."""
+    values = folder.read_if_there(_FILE)
+    return None if values is None else Capacity(**values)
+
+
+def keep(folder: RunFolder, capacity: Capacity) -> None:
+    """Writes down what was settled."""
+    folder.write(_FILE, asdict(capacity))
+
+
+def differs(capacity: Capacity, wanted: int | Literal["auto"]) -> str | None:
+    """Returns a line where the slots are others than those asked for now."""
+    if wanted in ("auto", capacity.slots):
+        return None
+    return f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
+
+
+def found(session: Session, largest: Sequence[Typical], *, trials: int, wanted: int | Literal["auto"]) -> Capacity:
+    """Returns what this session's engine can hold; arguments as in `settle`."""
+    measured = _measure(session, largest) if wanted == "auto" and trials > 1 else None
+    slots = _enough(session, largest, trials, measured) if wanted == "auto" else wanted
+    figures = None if measured is None else asdict(measured)
+    return Capacity(slots, session.engine.row_tokens, torch.get_num_threads(), figures)
+
+
+def with_share(capacity: Capacity, threads: int, workers: int) -> Capacity:
+    """Returns the capacity of one of several workers, whose share of the processors is this start's."""
+    return replace(capacity, threads=threads, workers=workers)
+
+
+def use(session: Session, capacity: Capacity) -> None:
+    """Gives the engine its slots and row budget, and torch its threads."""
+    session.engine.slots, session.engine.row_tokens = capacity.slots, capacity.row_tokens
     if capacity.threads != torch.get_num_threads():
         # sums over threads are cut differently: with another number the last bits of a resumed run would differ
         torch.set_num_threads(capacity.threads)
-    return note
 
 
 def _measure(session: Session, largest: Sequence[Typical]) -> Measured | None:
@@ -101,7 +132,8 @@ def _enough(session: Session, largest: Sequence[Typical], trials: int, measured:
     return max(1, min(trials, filling, fits))
 
 
-def _sentence(capacity: Capacity) -> str:
+def sentence(capacity: Capacity) -> str:
+    """Returns what was settled, in words."""
     measured = capacity.measured
     room = ""
     if measured is not None and measured["fits"] is not None:

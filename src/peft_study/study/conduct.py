@@ -6,12 +6,13 @@ agenda --orders--> worker (engine, slots) --report--> journal, Optuna, agenda --
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
+from peft_study.engine.checkpoint import Found
 from peft_study.methods.registry import is_exclusive
 from peft_study.study import examples
 from peft_study.study.agenda import Agenda, final_seeds
@@ -20,12 +21,14 @@ from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
 from peft_study.study.folder import StudyFolder
 from peft_study.study.journal import Journal
+from peft_study.study.processes import Processes
 from peft_study.study.record import environment
 from peft_study.study.results import Results, collect, summary, write_rows
 from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.session import refuse_other_inputs
+from peft_study.study.session import Say, refuse_other_inputs
 from peft_study.study.slots import Orders
 from peft_study.study.stop import Interrupted, StopRequest
+from peft_study.study.team import Team
 from peft_study.study.trial_run import Job
 from peft_study.study.trials import Known, TrialRecord
 from peft_study.study.worker import Facts, Report
@@ -82,7 +85,7 @@ def run_study(
     config = config.filled()
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
-    crew = LocalCrew(config, folder, watcher.say)
+    crew = choose_crew(config, folder, watcher.say, overwrite=overwrite)
     with crew, folder.locked():
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
@@ -108,6 +111,23 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
         open_storage(config.storage)
 
 
+def choose_crew(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Crew:
+    """Returns who runs the study: this process, or several workers.
+
+    What several workers began, several go on with, be it one: its journal is ahead of every single cut.
+
+    Raises:
+        ConfigError: when there are fewer devices than workers, or Ray is not installed.
+    """
+    if config.ray is not None:
+        from peft_study.study.cluster import Cluster
+
+        return Team(config, folder, say, Cluster(config.ray, config.model))
+    if config.workers > 1 or (folder.had_team and not overwrite):
+        return Team(config, folder, say, Processes(config.workers, config.model))
+    return LocalCrew(config, folder, say)
+
+
 class _Study:
     """A study under way."""
 
@@ -121,8 +141,8 @@ class _Study:
         folder.run.write_record({**environment(), **self._facts.record})
         examples.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
-        self._cuts = crew.cuts()
-        decided = [cut.decided for cut in self._cuts.values()]
+        self._waiting: list[tuple[TrialRecord, Found | None]] = []
+        decided = [cut.decided for cut in crew.cuts()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
         if crew.replays:
             # what came after the cut happens again, to the last bit: nothing then depends on when a process was killed
@@ -138,10 +158,9 @@ class _Study:
         known, crew = self._agenda.known, self._crew
         trials = sum(self._config.trials(method) for method in self._agenda.methods)
         self._watcher.planned(self._config, known, crew.settle(trials))
-        jobs = {trial.name: self._job(trial) for trial in known.running()}
-        held = {name for cut in self._cuts.values() for name in cut.trials}
-        self._lost = [trial for trial in known.running() if trial.name not in held]
-        reports = crew.start(self._cuts, jobs)
+        reports = crew.start({trial.name: self._job(trial) for trial in known.running()})
+        there = {name for _, report in reports for name in (*report.running, *(news.name for news in report.news))}
+        self._wait(trial.name for trial in known.running() if trial.name not in there)
         if self._changes:
             # first a cut that knows of the change, then the file: killed in between, the change is asked for once more
             crew.save(self._decided())
@@ -149,15 +168,16 @@ class _Study:
         for worker, report in reports:
             self._take(worker, report)
         while not self._agenda.finished:
-            for worker, report in crew.reports():
-                self._take(worker, report)
-            if stop.asked:
+            stopping = stop.asked
+            if stopping and crew.quiet:
                 crew.save(self._decided())
                 running = sum(1 for _ in known.running())
                 raise Interrupted(
                     f"stopped with {running} trials under way and {len(known.trials) - running} ended, "
                     "with a checkpoint; the same command goes on from there"
                 )
+            for worker, report in crew.reports():
+                self._take(worker, report, stopping=stopping)
         self._open_test()
         crew.save(self._decided())
         results = collect(self._config, known, self._facts.examples, self._folder)
@@ -169,7 +189,7 @@ class _Study:
     def _make_agenda(self) -> Agenda:
         config = self._config
         storage = open_storage(config.storage or self._folder.storage)
-        prefix = "" if config.storage is None else f"{self._folder.path.resolve().name}-{self._folder.run.identity()}-"
+        prefix = "" if config.storage is None else f"{self._folder.name_among_others()}-"
         suggestions = {
             name: Suggestions(storage, f"{prefix}{name}", name, space, config.search.sampler, config.search.seed)
             for name, space in config.methods.items()
@@ -180,8 +200,8 @@ class _Study:
     def _steps(self, training: TrainingConfig) -> int:
         return steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
 
-    def _take(self, worker: str, report: Report) -> None:
-        """Takes a report in and gives the worker its next orders."""
+    def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
+        """Takes a report in and gives the worker its next orders; a study that stops only lets trials leave."""
         before = {name for name, trial in self._agenda.known.trials.items() if trial.status == "running"}
         leave = self._agenda.heard(report.news)
         for name in before:
@@ -189,27 +209,43 @@ class _Study:
             if trial.status != "running":
                 self._folder.trial(name).set_status(trial.status, trial.reason)
                 self._watcher.ended(trial, self._facts)
+        self._wait(report.lost)
         limit = self._config.budget.minutes
         if limit is not None and self._elapsed() > 60 * limit:
             self._agenda.time_is_up()
-        staying = set(report.running) - set(leave)
-        begun = self._begin(report.room + len(leave), empty=not staying)
-        orders = Orders(enter=[self._job(trial) for trial in begun], leave=leave, decided=self._decided())
-        self._crew.order(worker, orders)
+        begun: list[Job] = []
+        if not stopping:
+            staying = set(report.running) - set(leave)
+            begun = self._begin(report.room + len(leave), empty=not staying)
+        orders = Orders(enter=begun, leave=leave, decided=self._decided())
+        self._crew.order(worker, None if stopping and not leave else orders)
         self._watcher.reported(report, self._agenda.known)
 
-    def _begin(self, room: int, *, empty: bool) -> list[TrialRecord]:
-        """Returns what enters now; trials that a dead process had begun and no checkpoint holds come first."""
-        again: list[TrialRecord] = []
-        for trial in list(self._lost):
-            alone = is_exclusive(self._agenda.setting(trial).method.method)
-            if room > 0 and (not alone or (empty and not again)):
-                self._lost.remove(trial)
-                again.append(trial)
-                room = 0 if alone else room - 1
-        return again + self._agenda.next(room, empty=empty and not again)
+    def _wait(self, names: Iterable[str]) -> None:
+        """Has trials that no engine holds wait for a slot, where they go on from the newest cut that holds them."""
+        held: dict[str, tuple[int, Found]] = {}
+        running = [name for name in names if self._agenda.known.trials[name].status == "running"]
+        for cut in self._crew.cuts() if running else ():
+            for name, step in zip(cut.trials, cut.steps, strict=True):
+                if name not in held or step > held[name][0]:
+                    held[name] = (step, cut)
+        for name in running:
+            self._waiting.append((self._agenda.known.trials[name], held[name][1] if name in held else None))
 
-    def _job(self, trial: TrialRecord) -> Job:
+    def _begin(self, room: int, *, empty: bool) -> list[Job]:
+        """Returns what enters now: trials that were under way come first."""
+        found: list[Job] = []
+        waiting, self._waiting = self._waiting, []
+        for trial, cut in waiting:
+            alone = is_exclusive(self._agenda.setting(trial).method.method)
+            if room > 0 and (not alone or (empty and not found)):
+                found.append(self._job(trial, cut))
+                room = 0 if alone else room - 1
+            else:
+                self._waiting.append((trial, cut))
+        return found + [self._job(trial) for trial in self._agenda.next(room, empty=empty and not found)]
+
+    def _job(self, trial: TrialRecord, cut: Found | None = None) -> Job:
         config, setting = self._config, self._agenda.setting(trial)
         own = TrainConfig(
             model=config.model,
@@ -221,7 +257,7 @@ class _Study:
         )
         folder = self._folder.claim_trial(own)
         every = config.logging.evaluate_every
-        return Job(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep)
+        return Job(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep, cut)
 
     def _decided(self) -> Mapping[str, Any]:
         return {"events": len(self._journal), "seconds": self._elapsed()}

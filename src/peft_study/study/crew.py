@@ -1,8 +1,8 @@
 """The workers of a study, as the scheduler sees them: orders in, reports out.
 
 `LocalCrew` is one worker in this process; its cut carries the study's decisions, so that after a kill everything since
-happens again, to the last bit. Crews of several processes or machines (study/processes.py, study/cluster.py) go on from
-what the journal says instead.
+happens again, to the last bit. A crew of several (study/team.py) goes on from what the journal says instead, each trial
+from its own place in the newest cut that holds it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from peft_study.study.ranges import central
 from peft_study.study.session import Say, Session, check_methods, open_session
 from peft_study.study.slots import Orders
 from peft_study.study.trial_run import Job
-from peft_study.study.worker import Facts, Report, Worker
+from peft_study.study.worker import Facts, Report, Worker, facts
 
 Losses = npt.NDArray[np.float64]
 Trained = Sequence[tuple[str, MethodConfig, Path]]
-IDLE = Report((), 0, (), {}, (), {})
 
 
 class Crew(Protocol):
@@ -48,23 +47,35 @@ class Crew(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def cuts(self) -> Mapping[str, checkpoint.Found]:
-        """Returns each worker's newest checkpoint, by worker."""
+    @property
+    def quiet(self) -> bool:
+        """True where no worker has orders that it has not reported on."""
+
+    def cuts(self) -> Sequence[checkpoint.Found]:
+        """Returns the newest checkpoints; of several that hold a trial, the one with most of its steps counts."""
 
     def settle(self, trials: int) -> int:
         """Fixes slots, row budget and threads, once the folder is claimed; returns the slots of all workers."""
 
-    def start(self, cuts: Mapping[str, checkpoint.Found], jobs: Mapping[str, Job]) -> Sequence[tuple[str, Report]]:
-        """Lets the workers go on from their cuts and returns a report of each; `jobs` are those of their trials."""
+    def start(self, jobs: Mapping[str, Job]) -> Sequence[tuple[str, Report]]:
+        """Returns a first report of workers that are there; one that replays has put the trials of its cut back.
 
-    def order(self, worker: str, orders: Orders) -> None:
-        """Gives a worker that has reported its next orders."""
+        Args:
+            jobs: of the trials under way, by name.
+        """
+
+    def order(self, worker: str, orders: Orders | None) -> None:
+        """Gives a worker that has reported its next orders; None: it waits."""
 
     def reports(self) -> Sequence[tuple[str, Report]]:
-        """Waits for reports; each is to be answered with orders."""
+        """Waits for reports; each is to be answered with orders.
+
+        Raises:
+            ProcessError: when no worker is left.
+        """
 
     def save(self, decided: Mapping[str, Any]) -> None:
-        """Has every worker write a checkpoint; all reports must have been answered."""
+        """Has every worker write a checkpoint; the crew must be quiet."""
 
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Returns the losses of each test example, of trained adapters and of the untouched base (``none``)."""
@@ -77,7 +88,7 @@ class LocalCrew:
 
     def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say) -> None:
         self._config, self._folder, self._say = config, folder, say
-        self._orders = Orders()
+        self._orders: Orders | None = None
 
     def __enter__(self) -> LocalCrew:
         config = self._config
@@ -87,7 +98,7 @@ class LocalCrew:
         self._worker = Worker(
             self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
         )
-        self.facts = self._worker.facts()
+        self.facts = facts(self._session)
         return self
 
     def __exit__(
@@ -95,10 +106,14 @@ class LocalCrew:
     ) -> None:
         self._worker.close()
 
-    def cuts(self) -> dict[str, checkpoint.Found]:
+    @property
+    def quiet(self) -> bool:
+        """True where there are no orders."""
+        return self._orders is None
+
+    def cuts(self) -> list[checkpoint.Found]:
         """Returns the newest checkpoint of these settings, if there is one."""
-        found = [c for c in checkpoint.find(self._folder.checkpoints) if c.identity == basis(self._config)]
-        return {"here": found[-1]} if found else {}
+        return [c for c in checkpoint.find(self._folder.checkpoints) if c.identity == basis(self._config)][-1:]
 
     def settle(self, trials: int) -> int:
         """Fixes the engine's slots, row budget and threads."""
@@ -109,19 +124,20 @@ class LocalCrew:
         assert self._session.engine.slots is not None
         return self._session.engine.slots
 
-    def start(self, cuts: Mapping[str, checkpoint.Found], jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
+    def start(self, jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
         """Goes on from the cut, if there is one."""
-        report = self._worker.resume(cuts["here"], jobs) if cuts else self._worker.follow(Orders())
+        cuts = self.cuts()
+        report = self._worker.resume(cuts[0], jobs) if cuts else self._worker.follow(Orders())
         return [("here", report)]
 
-    def order(self, _worker: str, orders: Orders) -> None:
+    def order(self, _worker: str, orders: Orders | None) -> None:
         """Keeps the orders until the next report is asked for."""
         self._orders = orders
 
     def reports(self) -> list[tuple[str, Report]]:
         """Follows the orders, by one row."""
-        orders, self._orders = self._orders, Orders()
-        return [("here", self._worker.follow(orders))]
+        orders, self._orders = self._orders, None
+        return [("here", self._worker.follow(orders or Orders()))]
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint."""

@@ -10,8 +10,10 @@ STUDY/
     journal.jsonl         every decision and result, in order (study/journal.py)
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
-    checkpoints/          cuts of the engine while it runs
     reruns/NAME/          a trial trained again (study/rerun.py)
+    checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
+    team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
+    name.json             only with a database of several studies: how this one is called there
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
     lock, owner.json      held by the process that writes, and which that is
@@ -23,6 +25,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -34,12 +37,14 @@ from filelock import FileLock, Timeout
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.data.atomic import made_folder
 from peft_study.errors import OutputError
-from peft_study.study.store import LOCK, OWNER, RunFolder, identity
+from peft_study.study.store import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
-_FREE = ("output", "logging", "slots", "workers", "storage")
-"""Settings that change no number."""
+
+TEAM = "team.json"
+NAME = "name.json"
+"""Made by a start with several workers, and kept: from then on the journal is ahead of every single cut."""
 
 
 class StudyFolder:
@@ -59,6 +64,11 @@ class StudyFolder:
         """Cuts of the engine."""
         return self.run.checkpoints
 
+    @property
+    def had_team(self) -> bool:
+        """True where several workers ran the study."""
+        return (self.path / TEAM).exists()
+
     def trial(self, name: str) -> RunFolder:
         """Returns the folder of a trial."""
         return RunFolder(self.path / "trials" / name)
@@ -67,6 +77,15 @@ class StudyFolder:
     def storage(self) -> str:
         """URL of the study's own Optuna database."""
         return f"sqlite:///{self.path.resolve() / 'optuna.db'}"
+
+    def name_among_others(self) -> str:
+        """Returns a name that no other study has, for places that several share; the same as long as the folder lives."""
+        found = self.run.read_if_there(NAME)
+        if found is None:
+            found = {"name": f"{self.path.resolve().name}-{secrets.token_hex(6)}"}
+            self.run.write(NAME, found)
+        name: str = found["name"]
+        return name
 
     def check(self, config: StudyConfig, *, overwrite: bool, go_on: bool) -> list[str]:
         """Returns what changed in the study file since this folder's study began; changes nothing itself.
@@ -183,7 +202,7 @@ def differences(before: Any, now: Any, path: str = "") -> list[str]:
         found = []
         for key in dict.fromkeys((*before, *now)):
             inner = f"{path}.{key}" if path else str(key)
-            if inner in _FREE or inner == "data.workers":
+            if inner in FREE or inner == "data.workers":
                 continue
             if key not in now:
                 found.append(f"{inner}: no longer there")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class Orders:
     """What is to happen before the next row.
 
     Attributes:
-        enter: trials to begin, in order; there must be room.
+        enter: trials to begin or to go on, in order; there must be room.
         leave: trials to stop, with the reason.
         decided: JSON values kept in a checkpoint made now.
     """
@@ -76,6 +76,7 @@ class Slots:
         identity: of the run's settings, kept in them.
         tolerant: a trial that cannot be made, or whose example does not fit into the memory, ends as failed; else its
             error ends the run.
+        kept: is told of each checkpoint that was written.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Slots:
         checkpoints: Path,
         identity: str,
         tolerant: bool = False,
+        kept: Callable[[Path], None] | None = None,
     ) -> None:
+        self._kept = kept
         self._session, self._logging, self._watcher = session, logging, watcher
         self._checkpoints, self._identity, self._tolerant = checkpoints, identity, tolerant
         self._engine = session.engine
@@ -125,17 +128,21 @@ class Slots:
             found: the cut.
             jobs: by name; those of its trials must be among them.
         """
-        kept = found.decided["slots"]
-        self._steps_done = kept["steps_done"]
-        self._initial |= {key: np.array(values) for key, values in kept["initial"].items()}
+        self._steps_done = found.decided["slots"]["steps_done"]
         runs = {name: self._new(jobs[name]) for name in found.trials}
         checkpoint.load(self._engine, found, {name: run.trial for name, run in runs.items()})
         self._running = runs
         for run in runs.values():
-            self._watcher.say(f"{run.job.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
-            run.begin(self._initial[run.job.start], from_step=run.trial.step)
+            self._go_on(run, found)
         self._mark = self._progress_mark()
         return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
+
+    def _go_on(self, run: TrialRun, found: checkpoint.Found) -> None:
+        """Opens the files of a trial that is in its slot again."""
+        initial = found.decided["slots"]["initial"]
+        self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
+        self._watcher.say(f"{run.job.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
+        run.begin(self._initial[run.job.start], from_step=run.trial.step)
 
     def where(self) -> str:
         """Says where a stopped run stands."""
@@ -178,7 +185,10 @@ class Slots:
         self._session.base_train.save()  # what the cut's later numbers may draw on
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
         own = {"steps_done": self._steps_done, "initial": initial}
-        checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, {**decided, "slots": own})
+        decided = {**decided, "slots": own}
+        path = checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
+        if self._kept is not None:
+            self._kept(path)
         checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
@@ -198,21 +208,25 @@ class Slots:
         return TrialRun(job, self._session, self._logging, self._watcher)
 
     def _enter(self, jobs: Sequence[Job]) -> list[News]:
-        """Gives each a slot, and measures the losses before step 1 of all at once."""
+        """Gives each a slot, and measures the losses before step 1 of all that begin at once."""
         news: list[News] = []
         entering: list[TrialRun] = []
         for job in jobs:
             try:
                 run = self._new(job)
-                if run.trial.parameters:
+                resumed = job.cut is not None and self._restore(run, job.cut)
+                if run.trial.parameters and not resumed:
                     self._engine.admit(run.trial)
             except UserError as error:
                 if not self._tolerant or isinstance(error, OutputError):
                     raise
                 news.append(Ended(job.name, Outcome("failed", str(error))))
                 continue
-            entering.append(run)
             self._running[job.name] = run
+            if not resumed:
+                entering.append(run)
+            elif run.trial.finished:
+                news += self._evaluate([run], {}, told=True)
         unknown = {run.job.start: run for run in entering if run.job.start not in self._initial}
         losses = self._held_out([run.trial for run in unknown.values()])
         self._initial |= dict(zip(unknown, losses, strict=True))
@@ -223,6 +237,16 @@ class Slots:
             if not run.trial.parameters:  # the untouched base: there is nothing to train
                 news.append(self._end(run, "finished", start_N))
         return news
+
+    def _restore(self, run: TrialRun, cut: checkpoint.Found) -> bool:
+        """Lets a trial go on from another engine's cut; one whose files are damaged begins anew."""
+        try:
+            checkpoint.load_one(self._engine, cut, run.trial)
+        except OutputError as error:
+            self._watcher.say(f"{run.job.name}: begins anew ({error.what}: {error.where})")
+            return False
+        self._go_on(run, cut)
+        return True
 
     def _after(self, events: Sequence[Event], decided: Mapping[str, Any]) -> list[News]:
         """Writes down what a row completed, and evaluates all that are due together."""

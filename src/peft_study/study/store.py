@@ -32,6 +32,8 @@ Status = Literal["running", "finished", "pruned", "diverged", "failed", "interru
 SCHEMA_VERSION = 1
 """Of what a run's or study's folder holds; raised when an older program could no longer read it."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
+FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints", "storage")
+"""Settings that change no number."""
 LOCK, OWNER = "lock", "owner.json"
 """Files of the process that writes to a study's folder."""
 _VERSION = {"version": SCHEMA_VERSION}
@@ -39,7 +41,7 @@ _VERSION = {"version": SCHEMA_VERSION}
 
 def identity(config: BaseModel) -> str:
     """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
-    free = dict.fromkeys(("output", "logging", "slots", "workers", "storage"), True)
+    free = dict.fromkeys(FREE, True)
     exclude: Any = {**free, "data": {"workers"}}
     values = config.model_dump(mode="json", exclude=exclude)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

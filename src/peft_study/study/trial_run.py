@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
 from peft_study.data.atomic import atomic_folder
+from peft_study.engine.checkpoint import Found
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.evaluate.statistics import difference, mean_loss
@@ -57,6 +58,7 @@ class Job:
         rungs: optimizer steps at which the held-out losses are measured.
         evaluate_every: steps between further measurements; None: none but at the rungs and the end.
         keep: the adapter is written at the end.
+        cut: a checkpoint that holds the trial, from which it goes on; None: it begins.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Job:
     rungs: tuple[int, ...] = ()
     evaluate_every: int | None = None
     keep: bool = True
+    cut: Found | None = None
 
     @property
     def start(self) -> str:

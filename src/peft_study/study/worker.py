@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Report:
         paces: of the trials that took a step.
         lines: for the user.
         trainable: parameter counts of trials that began.
+        lost: trials that died with the worker: to be entered again.
     """
 
     news: Sequence[News]
@@ -82,6 +83,7 @@ class Report:
     paces: Mapping[str, Pace]
     lines: Sequence[str]
     trainable: Mapping[str, Trainable]
+    lost: tuple[str, ...] = ()
 
 
 class _Collector:
@@ -115,13 +117,22 @@ class Worker:
         logging: how often things are written.
         checkpoints: folder of this worker's checkpoints.
         identity: of what its trials' numbers depend on.
+        kept: is told of each checkpoint that was written.
     """
 
-    def __init__(self, session: Session, logging: LoggingConfig, *, checkpoints: Path, identity: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        logging: LoggingConfig,
+        *,
+        checkpoints: Path,
+        identity: str,
+        kept: Callable[[Path], None] | None = None,
+    ) -> None:
         self.session = session
         self._collector = _Collector()
         self._slots = Slots(
-            session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True
+            session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True, kept=kept
         )
 
     def resume(self, found: checkpoint.Found, jobs: Mapping[str, Job]) -> Report:
@@ -181,21 +192,21 @@ class Worker:
         finally:
             adapter.detach()
 
-    def facts(self) -> Facts:
-        """Returns what the scheduler must know."""
-        session = self.session
-        assert session.test is not None
-        return Facts(
-            session.train.lengths(),
-            session.held_out.counts(),
-            session.base_held_out.of(range(len(session.held_out))),
-            session.test.counts(),
-            describe(session),
-            session.notes,
-        )
-
     def _report(self, news: Sequence[News]) -> Report:
         told, slots = self._collector, self._slots
         report = Report(news, slots.room(), slots.running, dict(told.paces), tuple(told.lines), dict(told.trainable))
         told.paces, told.lines, told.trainable = {}, [], {}
         return report
+
+
+def facts(session: Session) -> Facts:
+    """Returns what the scheduler must know of a session with a test part."""
+    assert session.test is not None
+    return Facts(
+        session.train.lengths(),
+        session.held_out.counts(),
+        session.base_held_out.of(range(len(session.held_out))),
+        session.test.counts(),
+        describe(session),
+        session.notes,
+    )

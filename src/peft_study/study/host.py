@@ -1,0 +1,280 @@
+"""The far side of a worker of several: a session and an engine in a process or Ray actor of their own.
+
+    team: call(method, arguments) --> host: open, begin, then follow, follow, ..., save, test --> team: Answer
+
+Nothing here writes to the journal, to Optuna's database or to the study's own files: only to the folders of the trials
+it has, and to its own checkpoints. A host that does not see the study's folder sends what it wrote with its answers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_study.config import MethodConfig, StudyConfig
+from peft_study.data.atomic import AtomicFiles
+from peft_study.errors import OutputError, UserError
+from peft_study.study import capacity
+from peft_study.study.capacity import Capacity
+from peft_study.study.crew import check_spaces, largest
+from peft_study.study.cuts import Cuts
+from peft_study.study.folder import basis
+from peft_study.study.session import Session, describe, open_session
+from peft_study.study.slots import Orders
+from peft_study.study.store import RunFolder
+from peft_study.study.worker import Facts, Losses, Report, Worker, facts
+
+FOLLOW_SECONDS = 0.5
+"""Rows without news are reported on this often; between two reports a stop is noticed."""
+
+Files = dict[str, bytes]
+"""Contents by path below the folder of all trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a call returned; or the user's mistake, or the defect's traceback, that it ended with."""
+
+    value: Any = None
+    error: UserError | None = None
+    defect: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A host with its model and data: where it runs, what its numbers are computed from, lines for the user; the first
+    one also tells the scheduler's facts."""
+
+    where: str
+    record: dict[str, dict[str, object]]
+    lines: tuple[str, ...]
+    facts: Facts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """What a worker is.
+
+    Attributes:
+        name: of no other worker of this study, before or after.
+        output: the study's folder, absolute.
+        study: its name below the URL of checkpoints.
+        token: to be read where a folder is shared.
+        threads: of torch.
+        trials: that fall to this worker.
+        capacity: what the first worker settled; None: this is the first.
+    """
+
+    name: str
+    output: Path
+    study: str
+    token: str
+    threads: int
+    trials: int
+    capacity: Capacity | None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a worker has: slots and row budget, and whether it sees the study's folder."""
+
+    capacity: Capacity
+    sees: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A report, and the files written meanwhile where the study's folder is not seen."""
+
+    report: Report
+    files: Files
+
+
+class Host:
+    """One worker, away from the scheduler."""
+
+    _session: Session
+    _config: StudyConfig
+    _worker: Worker
+    _cuts: Cuts
+    _trials: Path
+    _outbox: Outbox | None = None
+    _sent = 0
+
+    def answer(self, method: str, arguments: Sequence[Any]) -> Answer:
+        """Calls a method; an error is an answer, too."""
+        try:
+            return Answer(getattr(self, method)(*arguments))
+        except UserError as error:
+            return Answer(error=error)
+        except Exception:  # noqa: BLE001  (a defect is told where the user is)
+            return Answer(defect=traceback.format_exc())
+
+    def where(self) -> str:
+        """Returns the machine and process."""
+        return f"process {os.getpid()} on {socket.gethostname()}"
+
+    def open(self, settings: str, folder: str, first: bool) -> Opened:
+        """Loads model and data.
+
+        Args:
+            settings: of the filled study, as JSON.
+            folder: the scheduler's current one, for paths that are relative to it.
+            first: it checks that every method fits, and tells the facts.
+        """
+        if Path(folder).is_dir():
+            os.chdir(folder)
+        lines: list[str] = []
+        self._config = config = StudyConfig.model_validate_json(settings)
+        self._session = open_session(config.model, config.data, config.training, lines.append, test=True)
+        if first:
+            check_spaces(self._session, config)
+        return Opened(self.where(), describe(self._session), tuple(lines), facts(self._session) if first else None)
+
+    def begin(self, post: Post) -> Begun:
+        """Takes up the work: settles or takes over the engine's capacity, finds its folders.
+
+        Raises:
+            OutputError: where the checkpoints' place is not shared.
+        """
+        config, session = self._config, self._session
+        self._cuts = Cuts(post.output / "checkpoints", config.checkpoints, post.study, basis(config))
+        if not self._cuts.sees_token(post.token):
+            raise OutputError(
+                f"{self.where()} does not see {config.checkpoints or post.output}",
+                where=post.name,
+                remedy="give an output folder that all machines see, or a folder or URL that they reach as checkpoints",
+            )
+        sees = Cuts(post.output / "checkpoints", None, post.study, "").sees_token(post.token)
+        if sees:
+            self._trials = post.output / "trials"
+        else:
+            self._trials = Path(tempfile.mkdtemp(prefix="peft-study-trials-"))
+            self._outbox = Outbox(self._trials)
+        torch.set_num_threads(post.threads)
+        found = post.capacity
+        if found is None:
+            dearest = list(largest(config).values())
+            found = capacity.found(session, dearest, trials=post.trials, wanted=config.slots)
+        found = replace(found, threads=post.threads)
+        capacity.use(session, found)
+        self._worker = Worker(
+            session,
+            config.logging,
+            checkpoints=self._cuts.folder(post.name),
+            identity=basis(config),
+            kept=lambda path: self._keep(post.name, path),
+        )
+        return Begun(found, sees)
+
+    def follow(self, orders: Orders, files: Files) -> Followed:
+        """Follows orders until there is news, or half a second has passed."""
+        self._receive(files)
+        enter = [
+            replace(
+                job,
+                folder=RunFolder(self._trials / job.name),
+                cut=None if job.cut is None else self._cuts.fetch(job.cut),
+            )
+            for job in orders.enter
+        ]
+        report = self._worker.follow(replace(orders, enter=enter), FOLLOW_SECONDS)
+        return Followed(report, self._outbox.changed() if self._outbox else {})
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Writes a checkpoint."""
+        self._worker.save(decided)
+
+    def test(self, trained: Sequence[tuple[str, MethodConfig]], files: Files) -> dict[str, Losses]:
+        """Measures the test part."""
+        self._receive(files)
+        return self._worker.test([(name, method, RunFolder(self._trials / name).adapter) for name, method in trained])
+
+    def close(self) -> None:
+        """Empties the engine and removes what lies here for no one else."""
+        if hasattr(self, "_worker"):
+            self._worker.close()
+            self._cuts.close()
+        if self._outbox is not None:
+            shutil.rmtree(self._trials, ignore_errors=True)
+
+    def _keep(self, name: str, path: Path) -> None:
+        self._cuts.send(name, path, self._sent)
+        self._sent += 1
+
+    def _receive(self, files: Files) -> None:
+        write_files(self._trials, files)
+        if self._outbox is not None:
+            self._outbox.changed()  # what came from there need not go back
+
+
+class Outbox:
+    """The files below a folder that changed since they were last asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._seen: dict[str, tuple[int, int]] = {}
+
+    def changed(self) -> Files:
+        """Returns the contents of new and changed files; those that are still being written do not count."""
+        found: Files = {}
+        for path in self._root.rglob("*"):
+            name = str(path.relative_to(self._root))
+            if not path.is_file() or any(part.startswith(".") for part in Path(name).parts):
+                continue
+            state = path.stat()
+            if self._seen.get(name) != (state.st_mtime_ns, state.st_size):
+                self._seen[name] = (state.st_mtime_ns, state.st_size)
+                found[name] = path.read_bytes()
+        return found
+
+
+def read_files(root: Path, folder: Path) -> Files:
+    """Returns the contents of the files in `folder`, by their path below `root`."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_files(root: Path, files: Files) -> None:
+    """Writes files below `root`, each whole or not at all."""
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with AtomicFiles() as atomic:
+            atomic.open(root / name).write(content)
+
+
+def main() -> None:
+    """Answers calls that come through the pipe whose number is the first argument, until it closes.
+
+    A terminal's Ctrl-C, or a SIGTERM to all processes of a job, is the scheduler's to answer: it has this one save
+    first. Standard input is a pipe that the scheduler holds: when it ends, by whatever way, this process does at once,
+    even amid a row, and the device is free.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_scheduler, daemon=True).start()
+    connection, host = Connection(int(sys.argv[1])), Host()
+    while True:
+        try:
+            method, arguments = connection.recv()
+            connection.send(host.answer(method, arguments))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _end_with_the_scheduler() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)  # the main thread may be amid a row for minutes; a checkpoint under way is whole or not there

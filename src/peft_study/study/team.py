@@ -1,0 +1,336 @@
+"""A crew of several workers, each with an engine of its own, in processes or on a cluster.
+
+    hand: opening --model and data are loaded--> beginning --capacity, folders--> idle <--orders | report--> busy
+          dead, from anywhere --> its trials are lost, to go on elsewhere from their last checkpoints
+                              --> its place gets a new host, with a new name, a few times
+
+The first host is opened alone: it fills the caches of tokens and base losses that the others then find, and measures
+the capacity that all work with. The others join while it is at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+from peft_study.config import StudyConfig
+from peft_study.data.atomic import atomic_writer
+from peft_study.engine.checkpoint import Found
+from peft_study.errors import OutputError, PeftStudyError, ProcessError
+from peft_study.study import capacity
+from peft_study.study.capacity import Capacity
+from peft_study.study.crew import Trained
+from peft_study.study.cuts import Cuts
+from peft_study.study.fleet import Fleet, Gone, Link
+from peft_study.study.folder import TEAM, StudyFolder, basis
+from peft_study.study.host import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
+from peft_study.study.session import Say, refuse_other_inputs
+from peft_study.study.slots import Orders
+from peft_study.study.trial_run import Job
+from peft_study.study.worker import Facts, Losses, Report
+
+State = Literal["opening", "beginning", "idle", "busy"]
+
+
+@dataclass(slots=True)
+class _Hand:
+    """One worker as the team knows it.
+
+    Attributes:
+        link, place: to its host; the device it has.
+        name: of the worker; empty until it begins.
+        state: what it is at.
+        sees: the study's folder is visible to it.
+        trials: in its slots, as of its last report and orders.
+    """
+
+    link: Link
+    place: int
+    name: str = ""
+    state: State = "opening"
+    sees: bool = True
+    trials: set[str] = field(default_factory=set)
+
+
+class Team:
+    """Several workers.
+
+    Args:
+        config: filled.
+        folder: of the study.
+        say: receives lines for the user.
+        fleet: starts the hosts.
+    """
+
+    replays = False
+
+    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, fleet: Fleet) -> None:
+        self._config, self._folder, self._say, self._fleet = config, folder, say, fleet
+        self._hands: list[_Hand] = []
+        self._deaths: dict[int, int] = {}
+        self._token = secrets.token_hex(16)
+        self._trials = 1
+        self._capacity: Capacity | None = None
+        self._places: Cuts | None = None
+
+    def __enter__(self) -> Team:
+        self._fleet.__enter__()
+        try:
+            workers = f"{self._fleet.count} worker{'s' if self._fleet.count > 1 else ''}"
+            self._say(
+                f"{workers}, each with {self._fleet.threads} threads; the first one loads {self._config.model.name}"
+            )
+            self._open(0)
+            opened = self._first("open")
+            assert opened.facts is not None
+            self.facts: Facts = opened.facts
+        except BaseException as error:
+            self._fleet.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, PeftStudyError):
+            self._close()
+        self._fleet.__exit__(kind, error, trace)
+        if self._places is not None:
+            if kind is None:
+                self._places.sweep(())  # every trial has ended
+            self._places.close()
+
+    @property
+    def quiet(self) -> bool:
+        """True where no worker is at work; those that are still loading do not count."""
+        return not any(hand.state == "busy" for hand in self._hands)
+
+    @property
+    def _cuts(self) -> Cuts:
+        """The checkpoints, once the study's folder is claimed."""
+        if self._places is None:
+            local = self._folder.checkpoints.resolve()
+            study, identity = f"{self._folder.path.resolve().name}-{self._book()['study']}", basis(self._config)
+            self._places = Cuts(local, self._config.checkpoints, study, identity)
+            Cuts(local, None, study, identity).leave_token(self._token)
+            self._places.leave_token(self._token)
+        return self._places
+
+    def cuts(self) -> list[Found]:
+        """Returns the newest checkpoint of every worker there ever was."""
+        return self._cuts.find()
+
+    def settle(self, trials: int) -> int:
+        """Has the first worker measure what it can hold, and keeps that for all."""
+        self._trials = math.ceil(trials / self._fleet.count)
+        self._capacity = before = capacity.kept(self._folder.run)
+        hand = self._hands[0]
+        self._begin(hand)
+        begun: Begun = self._first("begin")
+        self._begun(hand, begun)
+        self._capacity = capacity.with_share(begun.capacity, self._fleet.threads, self._fleet.count)
+        if before is None:
+            self._say(f"{capacity.sentence(self._capacity)}, in each worker")
+        elif note := capacity.differs(before, self._config.slots):
+            self._say(note)
+        capacity.keep(self._folder.run, self._capacity)
+        return self._capacity.slots * self._fleet.count
+
+    def start(self, jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
+        """Lets the other workers come, and removes checkpoints that no trial needs any more."""
+        self._cuts.sweep(cut for cut in self.cuts() if set(cut.trials) & set(jobs))
+        for place in range(1, self._fleet.count):
+            self._open(place)
+        return [(self._hands[0].name, self._free())]
+
+    def order(self, worker: str, orders: Orders | None) -> None:
+        """Sends a worker its orders; one with neither trials nor orders is idle."""
+        hand = next((hand for hand in self._hands if hand.name == worker), None)
+        if hand is None or orders is None:
+            return  # it died: its last report said so, and left no room
+        if not (hand.trials or orders.enter or orders.leave):
+            return
+        hand.trials |= {job.name for job in orders.enter}
+        hand.state = "busy"
+        files = {} if hand.sees else self._luggage([job.name for job in orders.enter if job.cut is not None])
+        self._call(hand, "follow", orders, files)
+
+    def reports(self) -> list[tuple[str, Report]]:
+        """Waits until something is heard of a worker that is at work or coming.
+
+        Where that is more than how far trials are, those without trials report as well: there may be one for them.
+        """
+        idle = [hand for hand in self._hands if hand.state == "idle" and not hand.trials]
+        waited = [hand for hand in self._hands if hand.state != "idle"]
+        if not waited:
+            self._nobody("no worker is left" if not idle else "no worker has anything to do")
+        by_link = {id(hand.link): hand for hand in waited}
+        ready = [by_link[id(link)] for link in self._fleet.wait([hand.link for hand in waited])]
+        found = [report for hand in ready if (report := self._heard(hand)) is not None]
+        if any(report.news or report.lost for _, report in found):
+            found += [(hand.name, self._free()) for hand in idle]
+        return found
+
+    def save(self, decided: Mapping[str, Any]) -> None:
+        """Has every worker with trials write a checkpoint; one that dies meanwhile has its earlier ones."""
+        saving = [hand for hand in self._hands if hand.state == "idle" and hand.trials]
+        for hand in saving:
+            self._call(hand, "save", decided)
+        for hand in saving:
+            try:
+                _value(hand.link.answer())
+            except Gone as gone:
+                self._say(f"{hand.name} died before its last checkpoint ({gone})")
+
+    def test(self, trained: Trained) -> dict[str, Losses]:
+        """Has one worker measure the test part; where it dies, the next one."""
+        adapters = [(name, method) for name, method, _ in trained]
+        while True:
+            hand = next((hand for hand in self._hands if hand.state == "idle"), None)
+            if hand is None:
+                self.reports()  # of one that is coming
+                continue
+            files = {} if hand.sees else self._luggage([name for name, _ in adapters])
+            try:
+                hand.link.call("test", adapters, files)
+                losses: dict[str, Losses] = _value(hand.link.answer())
+            except Gone as gone:
+                self._say(self._lost(hand, gone).lines[0])
+                continue
+            return losses
+
+    # -- hosts that come ---------------------------------------------------------------------------------------------
+
+    def _open(self, place: int) -> None:
+        hand = _Hand(self._fleet.open(place), place)
+        self._hands.append(hand)
+        self._call(hand, "open", self._config.model_dump_json(), str(Path.cwd()), not hasattr(self, "facts"))
+
+    def _begin(self, hand: _Hand) -> None:
+        book = self._book()
+        hand.name, hand.state = f"worker-{book['next']}", "beginning"
+        self._write_book({**book, "next": book["next"] + 1})
+        share = self._fleet.threads, self._trials, self._capacity
+        self._call(hand, "begin", Post(hand.name, self._folder.path.resolve(), book["study"], self._token, *share))
+
+    def _begun(self, hand: _Hand, begun: Begun) -> None:
+        hand.state, hand.sees = "idle", begun.sees
+
+    def _first(self, doing: str) -> Any:
+        """Returns what the first host answers, without which there is no study."""
+        hand = self._hands[0]
+        self._fleet.wait([hand.link])
+        try:
+            return _value(hand.link.answer())
+        except Gone as gone:
+            raise ProcessError(
+                f"the first worker died ({gone})",
+                where=doing,
+                remedy="its own message says why, if it had the time; memory that ran out is the usual cause",
+            ) from gone
+
+    def _book(self) -> dict[str, Any]:
+        """Returns the number of the next worker, and the name that makes this study's checkpoints its own."""
+        return self._folder.run.read_if_there(TEAM) or {"next": 0, "study": self._token[:12]}
+
+    def _write_book(self, values: dict[str, Any]) -> None:
+        with atomic_writer(self._folder.path / TEAM) as file:
+            file.write(json.dumps(values))
+
+    # -- hosts at work -----------------------------------------------------------------------------------------------
+
+    def _call(self, hand: _Hand, method: str, *arguments: Any) -> None:
+        with contextlib.suppress(Gone):  # the pipe is closed: waiting for its answer tells
+            hand.link.call(method, *arguments)
+
+    def _heard(self, hand: _Hand) -> tuple[str, Report] | None:
+        """Takes an answer in; returns what the scheduler should know of it."""
+        try:
+            value = _value(hand.link.answer())
+        except Gone as gone:
+            return hand.name, self._lost(hand, gone)
+        if hand.state == "opening":
+            opened: Opened = value
+            self._refuse_other_inputs(opened)
+            self._begin(hand)
+            return None
+        if hand.state == "beginning":
+            self._begun(hand, value)
+            return hand.name, self._free()
+        followed: Followed = value
+        write_files(self._folder.path / "trials", followed.files)
+        hand.state, hand.trials = "idle", set(followed.report.running)
+        return hand.name, self._one_at_a_time(followed.report)
+
+    def _free(self) -> Report:
+        """Returns the report of a worker without trials."""
+        return Report((), 1, (), {}, (), {})
+
+    def _one_at_a_time(self, report: Report) -> Report:
+        """Shows one free slot of several, so that the trials there are spread over the workers.
+
+        A trial that enters is news, and its worker is asked again at once.
+        """
+        return report if self._fleet.count == 1 else replace(report, room=min(report.room, 1))
+
+    def _lost(self, hand: _Hand, gone: Gone) -> Report:
+        """Lays a dead worker's trials down and starts another host in its place."""
+        self._hands.remove(hand)
+        hand.link.end()
+        name = hand.name or "a worker that was loading"
+        trials = f"; its {len(hand.trials)} trials go on from their last checkpoints" if hand.trials else ""
+        deaths = self._deaths[hand.place] = self._deaths.get(hand.place, 0) + 1
+        if deaths <= self._fleet.restarts:
+            self._open(hand.place)
+        else:
+            trials += f"; it died {deaths} times and is not started again"
+        return Report((), 0, (), {}, (f"{name} died ({gone}){trials}",), {}, tuple(sorted(hand.trials)))
+
+    def _refuse_other_inputs(self, opened: Opened) -> None:
+        """Stops a study whose machines have different models or data under one name."""
+        try:
+            refuse_other_inputs(opened.record, self._folder.run)
+        except OutputError as error:
+            raise OutputError(
+                f"{opened.where} has other inputs than the first worker: {error.what.partition(', ')[2]}",
+                where=error.where,
+                remedy="give all machines the same model and data",
+            ) from error
+
+    def _luggage(self, names: Sequence[str]) -> Files:
+        """Returns the files of trials for a worker that does not see them."""
+        root = self._folder.path / "trials"
+        return {name: content for trial in names for name, content in read_files(root, root / trial).items()}
+
+    def _nobody(self, what: str) -> NoReturn:
+        deaths = sum(self._deaths.values())
+        raise ProcessError(
+            f"{what} ({deaths} died)",
+            where=str(self._folder.path),
+            remedy="see why they died (memory that ran out is the usual cause: fewer --slots or --workers); the same "
+            "command goes on from their last checkpoints",
+        )
+
+    def _close(self) -> None:
+        """Lets the workers that have nothing to do close their files."""
+        for hand in self._hands:
+            if hand.state == "idle":
+                with contextlib.suppress(Gone):
+                    hand.link.call("close")
+                    hand.link.answer()
+
+
+def _value(answer: Answer) -> Any:
+    """Returns what a host's call returned, or raises what it raised."""
+    if answer.error is not None:
+        raise answer.error
+    if answer.defect is not None:
+        raise RuntimeError(f"in a worker:\n{answer.defect}")
+    return answer.value
