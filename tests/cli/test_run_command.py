@@ -67,19 +67,19 @@ def test_a_study_ends_in_tables_and_sentences(cli: CommandLine, study: Path, tmp
     ran = cli("run", study).ok()
     for method in ("lora", "prefix tuning", "prompt tuning"):
         assert f"- {method}: " in ran.out
-        assert f"- {method}, retrained with 2 new seeds: dev " in ran.out
+        assert f"- {method}, its best setting retrained with 2 new seeds: dev loss " in ran.out
         assert "is best of 2" in ran.out
     assert "- untouched base: " in ran.out
-    assert "- winner by mean dev loss over 2 seeds: " in ran.out
+    assert "- winner by mean dev loss over 2 new seeds: " in ran.out
     assert "fewer than 3 seeds: take it as a lead" in ran.out
     assert "Finals: mean over 2 seeds" in ran.out
-    assert max(len(line) for line in ran.out.splitlines() if "[" in line and line.startswith(" l")) <= 80
+    assert max(len(line) for line in ran.out.splitlines() if "±" in line) <= 80
     found = rows(tmp_path / "out")
     assert len(found) == 1 + 6 + 6
     assert {row["status"] for row in found.values()} == {"finished"}
     # the same examples in the same order for every setting, and others for the finals' seeds
     searched = [row for row in found.values() if row["kind"] == "search"]
-    assert len({row["tokens"] for row in searched}) == 1
+    assert len({row["data_tokens"] for row in searched}) == 1
     assert {row["seed"] for row in found.values() if row["kind"] == "final"} == {1, 2}
     assert found["lora-000"]["start"] == pytest.approx(found["none"]["dev"], rel=1e-6)
     assert found["prompt_tuning-000"]["virtual_tokens"] == 3 * 4 * 3

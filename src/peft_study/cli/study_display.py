@@ -197,7 +197,7 @@ def show_estimate(found: StudyEstimate) -> None:
 def search_table(results: Results) -> Table:
     """Returns the table of the search, a row a setting, best first in each method; it fits 80 columns."""
     table = Table(
-        title="Search: dev loss, nats a token (95 % over examples, one seed)",
+        title="Search: dev loss, nats a token (± 95 % over examples, one seed)",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -230,7 +230,7 @@ def finals_table(results: Results) -> Table:
     """Returns the table of finalists, best first; it fits 80 columns."""
     seeds = max(len(f.dev_of_seeds) for f in results.finalists)
     table = Table(
-        title=f"Finals: mean over {seeds} seeds, nats a token (95 % over seeds and examples)",
+        title=f"Finals: mean over {seeds} seeds, nats a token (± 95 % over seeds and examples)",
         caption="* winner by mean dev loss; the test part was opened after that",
         title_justify="left",
         caption_justify="left",
@@ -258,7 +258,8 @@ def _running(known: Known) -> set[str]:
 
 
 def _interval(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.3f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+    """Returns a value with half its interval; the results' files have both ends."""
+    return "-" if estimate is None else f"{estimate.value:.3f} ±{(estimate.high - estimate.low) / 2:.3f}"
 
 
 def _short(value: object) -> str:

@@ -79,7 +79,7 @@ class StudyFolder:
         return f"sqlite:///{self.path.resolve() / 'optuna.db'}"
 
     def name_among_others(self) -> str:
-        """Returns a name that no other study has, for places that several share; the same as long as the folder lives."""
+        """Returns a name that no other study has, for places that several share; it is the folder's for good."""
         found = self.run.read_if_there(NAME)
         if found is None:
             found = {"name": f"{self.path.resolve().name}-{secrets.token_hex(6)}"}
