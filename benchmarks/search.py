@@ -96,6 +96,8 @@ def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
 def replay(options: argparse.Namespace) -> None:
     """Replays all systems on the measured curves; rows go to results/search.jsonl."""
     curves = read_curves(options.out / f"{CURVES}.jsonl", options.model)
+    if missing := {"ours", "ours alone"} - curves.speeds.keys():
+        raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
     rows = Rows(options, model=options.model, seeds=options.seeds, replayed="orders and pruning rules, on live curves")
     searches: dict[str, list[Search]] = {"d": []}
     peers = systems(curves)

@@ -46,10 +46,10 @@ class Scale:
     ranks: tuple[int, ...]
     steps: int = 36
     batch_size: int = 4
-    dev: int = 48
+    dev: int = 32
     test: int = 64
     max_length: int = 256
-    timed_steps: int = 4
+    timed_steps: int = 3
 
 
 FULL = Scale(rates=tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-5, 1e-2, 8)), ranks=(4, 16, 64))

@@ -71,7 +71,7 @@ class Stamps:
 
 
 def run_apart(values: dict[str, Any], folder: Path, name: str) -> list[Stamp]:
-    """Runs a study in a process of its own, or what is left of it, and returns the stamps of this start.
+    """Runs a study in a process of its own, or what is left of it, and returns the stamps of all its starts.
 
     Args:
         values: the study file.
@@ -80,7 +80,8 @@ def run_apart(values: dict[str, Any], folder: Path, name: str) -> list[Stamp]:
     """
     file, stamps = folder / f"{name}.yaml", folder / f"{name}.stamps.jsonl"
     file.write_text(yaml.safe_dump({**values, "output": str(folder / name)}))
-    stamps.unlink(missing_ok=True)
+    if not (folder / name).exists():
+        stamps.unlink(missing_ok=True)
     words = [sys.executable, __file__, str(file), str(stamps), repr(time.time())]
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
     return [json.loads(line) for line in stamps.read_text().splitlines()]
@@ -102,7 +103,7 @@ def speeds(stamps: Sequence[Stamp], slots: int, dev_tokens: int) -> dict[str, An
     count where they happen.
     """
     rows, judged, tokens, evaluated = list[float](), list[float](), 0, 0
-    for before, stamp in itertools.pairwise(_reports(stamps)):
+    for before, stamp in _reports(stamps):
         if before["running"] < slots or stamp["entered"] or (stamp["left"] and not stamp["measured"]):
             continue
         (judged if stamp["measured"] else rows).append(stamp["at"] - before["at"])
@@ -126,15 +127,14 @@ def start_up(stamps: Sequence[Stamp]) -> float:
 
 def _entry(stamps: Sequence[Stamp]) -> float:
     """Returns the seconds that a trial takes to enter; the first ones bear what happens once and do not count."""
-    entering = [
-        (stamp["at"] - before["at"], stamp["entered"]) for before, stamp in itertools.pairwise(_reports(stamps))
-    ]
+    entering = [(stamp["at"] - before["at"], stamp["entered"]) for before, stamp in _reports(stamps)]
     later = [(seconds, count) for seconds, count in entering if count][1:]
     return sum(seconds for seconds, _ in later) / sum(count for _, count in later) if later else 0.0
 
 
-def _reports(stamps: Sequence[Stamp]) -> list[Stamp]:
-    return [stamp for stamp in stamps if stamp["what"] == "report"]
+def _reports(stamps: Sequence[Stamp]) -> list[tuple[Stamp, Stamp]]:
+    """Returns each report with the one before it; what lies between two starts of a killed study is left out."""
+    return [pair for pair in itertools.pairwise(stamps) if all(stamp["what"] == "report" for stamp in pair)]
 
 
 def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, work: Path) -> None:
@@ -157,8 +157,7 @@ def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, w
     portable = {**values, "model": {"name": model}, "data": {**values["data"], "train": Path(data).name}}
     rows.add(row="study", values=portable, slots=slots, **_study_facts(config, scale, known))
     _write_cells(rows, config, known)
-    if len(stamps) > 2:  # a start that found the study finished has no rows to time
-        rows.add(row="speed", system="ours", start_up=start_up(again), **speeds(stamps, slots, dev_tokens))
+    rows.add(row="speed", system="ours", start_up=start_up(again), **speeds(stamps, slots, dev_tokens))
     rows.add(row="speed", system="ours alone", start_up=start_up(alone), **speeds(alone, 1, dev_tokens))
 
 
