@@ -18,7 +18,9 @@ from peft_study.study.record import environment
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHARED = ROOT.parent / "shared"
-PACKAGES = ("peft-study", "torch", "transformers", "peft", "trl", "accelerate", "liger-kernel")
+PACKAGES = ("peft-study", "torch", "transformers", "peft", "trl", "accelerate", "liger-kernel", "ray")
+LONG = ("settings", "sums", "start", "counts", "lengths", "values")
+"""Entries of a row that are not printed."""
 
 
 def arguments(description: str | None, name: str) -> argparse.ArgumentParser:
@@ -53,7 +55,7 @@ class Rows:
         whole = {**row, **self._facts}
         with self.path.open("a") as file:
             file.write(json.dumps(whole) + "\n")
-        print(json.dumps({key: value for key, value in row.items() if key != "settings"}), flush=True)
+        print(json.dumps({key: value for key, value in row.items() if key not in LONG}), flush=True)
         return whole
 
 

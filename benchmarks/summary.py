@@ -161,12 +161,28 @@ def targets() -> list[Target]:
     for axis in ("slots", "rank", "row", "length"):
         find = growth(axis, *cpu)
         found.append(Target(f"cpu: growth with {axis}", None, "time per token, largest / smallest", find, True))
+    found += search_targets(times)
     help_time = entry_of("startup", "seconds", row="help", model=EMBEDDED)
     found += [
         Target("start-up: peft-study --help", 0.3, "seconds", help_time, True),
         Target("start-up: first step, empty cache", None, "seconds", seconds_to_first_step("cache empty"), True),
         Target("start-up: first step, full cache", None, "seconds", seconds_to_first_step("cache full"), True),
     ]
+    return found
+
+
+def search_targets(unit: str) -> list[Target]:
+    """Returns how much sooner a search would recommend a setting within 1 % of the grid's best than its peers."""
+    found = []
+    for peer, goal, systems in (
+        ("one TRL run after another", 10.0, {"TRL's defaults": "a default", "TRL's best": "a best"}),
+        ("Ray Tune's ASHA over TRL runs", 3.0, {"TRL's defaults": "b default", "TRL's best": "b best"}),
+        ("our engine, one trial after another", 5.0, {"": "c"}),
+    ):
+        for settings, system in systems.items():
+            name = f"search: ours against {peer}" + (f", {settings}" if settings else "")
+            find = entry_of("search", "first", row="factor", against=system, rule="highest", model=EMBEDDED)
+            found.append(Target(name, goal, unit, find))
     return found
 
 

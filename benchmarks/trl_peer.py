@@ -76,7 +76,7 @@ class TrlPeer:
         name: of the peer.
         world: gives model and tokenizer.
         config: the method.
-        adapter: ours, whose numbers are copied.
+        adapter: ours, whose numbers are copied; None keeps those that peft begins with.
         examples: the pool.
         settings: of SFTConfig; `weights` is the precision of the base (None: float32, SFTTrainer's default) and
             `attention` its implementation.
@@ -87,7 +87,7 @@ class TrlPeer:
         name: str,
         world: World,
         config: MethodConfig,
-        adapter: Adapter,
+        adapter: Adapter | None,
         examples: Sequence[Example],
         settings: dict[str, Any],
     ) -> None:
@@ -153,7 +153,8 @@ class TrlPeer:
                 peft_config=peft_config(config),
                 callbacks=[Clock()],
             )
-            copy_numbers(self._trainer.model, adapter)
+            if adapter is not None:
+                copy_numbers(self._trainer.model, adapter)
         given = self._trainer.args
         for field in (
             "per_device_train_batch_size",
@@ -181,6 +182,14 @@ class TrlPeer:
         steps = [end - start for start, end in itertools.pairwise(times)]
         cpu = self._cpu[-1] - self._cpu[0]
         return Pass(times[-1] - times[0], tokens, supervised, total / supervised, positions, steps, cpu)
+
+    def evaluate(self) -> float:
+        """Returns the seconds of one evaluation on the pool."""
+        started = time.perf_counter()
+        with _quiet():
+            self._trainer.evaluate(self._trainer.train_dataset)
+        synchronize(self._device)
+        return time.perf_counter() - started
 
 
 @contextlib.contextmanager

@@ -1,0 +1,194 @@
+"""Until when a search would recommend a setting within 1 % of the grid's best on the test part: four systems.
+
+    python benchmarks/search.py measure                # live, 30 minutes on 2 cores; killed, it goes on
+    python benchmarks/search.py replay                 # a minute, on what was measured
+    python benchmarks/search.py check                  # one study live by `peft-study run`, beside its replay
+
+    (a) the grid, one TRL + peft run after another     (c) our engine, one trial after another to the end
+    (b) Ray Tune with ASHA over TRL runs               (d) ours: trials side by side, stopped early
+
+Live: every cell of the grid trained once by our engine, with its losses at the rungs, at the end and on the test part;
+seconds of TRL's, Ray Tune's and our steps, evaluations and start-ups. Replayed: the order of the grid (10 search
+seeds, the same orders for all systems) and the rules that stop trials: Ray Tune's own scheduler class and our own
+agenda, on a virtual clock. TRL trains no cell to its end: its time does not depend on the learning rate, and the
+losses of the two engines at the same parameters are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from common import ROOT, Rows, arguments
+from search_grid import FULL, TINY, Curves, Scale, cell_of, read_curves, study_values
+from search_live import measure_ours
+from search_ours import decisions, order_of, ours, worker_costs
+from search_replay import RULES, Costs, Search, Seen, asha, factor, one_after_another, spread, times
+from search_trl import SETTINGS, measure_ray, measure_single
+from worlds import EMBEDDED
+
+from peft_study.places import cache_root
+from peft_study.study.journal import Event, read
+
+PARTS = ("ours", "trl", "ray")
+CURVES = "search_curves"
+
+
+def scale_of(model: str) -> Scale:
+    """Returns how large the search on a model is."""
+    return TINY if model == "tiny" else FULL
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures curves and seconds; rows go to results/search_curves.jsonl."""
+    scale = scale_of(options.model)
+    options.work.mkdir(parents=True, exist_ok=True)
+    values = study_values(options.model, scale, options.work, options.device)
+    file = options.work / "study.yaml"
+    file.write_text(yaml.safe_dump({**values, "output": str(options.work / "unused")}))
+    grid = hashlib.sha256(json.dumps(asdict(scale)).encode()).hexdigest()[:12]
+    options.name = CURVES
+    rows = Rows(options, model=options.model, grid=grid, batch_size=scale.batch_size)
+    if "ours" in options.parts:
+        measure_ours(rows, options.model, values, scale, options.work)
+    if "trl" in options.parts:
+        measure_single(rows, file, options.model, scale)
+    if "ray" in options.parts:
+        measure_ray(rows, file, options.model, scale)
+
+
+def systems(curves: Curves) -> dict[str, Costs]:
+    """Returns what every peer's search costs, as far as it was measured; of Ray's concurrencies the faster one."""
+    found: dict[str, Costs] = {}
+    alone = curves.speeds["ours alone"]
+    found["c"] = Costs(alone["start_up"], alone["entry"], alone["seconds_per_token"], alone["seconds_per_dev_token"])
+    for name in SETTINGS:
+        single = curves.speeds.get(f"trl {name}")
+        if single:
+            found[f"a {name}"] = _costs(single, 0.0)
+        shared = [row for system, row in curves.speeds.items() if system.startswith(f"ray {name} ")]
+        if shared:
+            fastest = min(shared, key=lambda row: _whole_trial(curves, row))
+            found[f"b {name}"] = _costs(fastest, fastest["ready"])
+    return found
+
+
+def _costs(row: dict[str, Any], start_up: float) -> Costs:
+    seconds = (row["overhead"], row["seconds_per_token"], row["seconds_per_dev_token"])
+    return Costs(start_up, *seconds, concurrent=row["concurrent"])
+
+
+def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
+    """Returns the seconds of the machine that one whole trial takes."""
+    training, judging = row["seconds_per_token"] * curves.tokens, row["seconds_per_dev_token"] * curves.dev_tokens
+    return float((row["overhead"] + training + judging) / row["concurrent"])
+
+
+def replay(options: argparse.Namespace) -> None:
+    """Replays all systems on the measured curves; rows go to results/search.jsonl."""
+    curves = read_curves(options.out / f"{CURVES}.jsonl", options.model)
+    if missing := {"ours", "ours alone"} - curves.speeds.keys():
+        raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
+    rows = Rows(options, model=options.model, seeds=options.seeds, replayed="orders and pruning rules, on live curves")
+    searches: dict[str, list[Search]] = {"d": []}
+    peers = systems(curves)
+    for seed in range(options.seeds):
+        found, events = ours(curves, seed, worker_costs(curves.speeds))
+        searches["d"].append(found)
+        for system, costs in peers.items():
+            run = asha if system.startswith("b") else one_after_another
+            searches.setdefault(system, []).append(run(curves, order_of(events), costs))
+    for rule in RULES:
+        taken = {system: [times(s, curves, rule) for s in own] for system, own in searches.items()}
+        for system, own in taken.items():
+            seconds = {what: spread([t[what] for t in own]) for what in ("first", "stays", "whole")}
+            costs = asdict(peers[system] if system in peers else worker_costs(curves.speeds))
+            rows.add(row="system", system=system, rule=rule, **seconds, costs=costs, good=sorted(curves.good()))
+        for system in peers:
+            factors = {w: factor([t[w] for t in taken[system]], [t[w] for t in taken["d"]]) for w in taken["d"][0]}
+            rows.add(row="factor", against=system, rule=rule, **factors)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Runs one study live by the command line and compares its decisions and times with the replay's."""
+    curves = read_curves(options.out / f"{CURVES}.jsonl", options.model)
+    rows = Rows(options, model=options.model, search_seed=options.seed)
+    live, events = run_live(options)
+    replayed, expected = ours(curves, options.seed, worker_costs(curves.speeds))
+    here, there = decisions(events), decisions(expected)
+    differ = {cell: [here.get(cell), how] for cell, how in there.items() if here.get(cell) != how}
+    apart = [
+        abs(seen.loss - curves.cells[seen.cell].loss(seen.step)) / curves.cells[seen.cell].loss(seen.step)
+        for seen in live.seen
+    ]
+    found = {rule: [times(s, curves, rule) for s in (live, replayed)] for rule in RULES}
+    rows.add(
+        row="check",
+        cells=len(there),
+        same_order=order_of(events) == order_of(expected),
+        same_decisions=len(there) - len(differ),
+        differ=differ,
+        largest_loss_difference=float(f"{max(apart):.2g}"),
+        seconds={
+            rule: {w: [None if t[w] == float("inf") else round(t[w], 1) for t in pair] for w in pair[0]}
+            for rule, pair in found.items()
+        },
+        replayed_over_live=round(replayed.over / live.over, 3),
+    )
+
+
+def run_live(options: argparse.Namespace) -> tuple[Search, list[Event]]:
+    """Runs `peft-study run` on the grid and notes when each line of its journal appears."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    values = study_values(options.model, scale_of(options.model), options.work, options.device)
+    values["search"]["seed"] = options.seed
+    folder = options.work / "check"
+    file = options.work / "check.yaml"
+    file.write_text(yaml.safe_dump({**values, "output": str(folder)}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    started, journal, stamped = time.time(), folder / "journal.jsonl", list[float]()
+    words = [sys.executable, "-m", "peft_study", "run", str(file), "--overwrite"]
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+            lines = journal.read_bytes().count(b"\n") if journal.exists() else 0
+            stamped += [time.time() - started] * (lines - len(stamped))
+    if process.returncode:
+        raise RuntimeError(f"the study ended with {process.returncode}")
+    events = read(journal)
+    stamped += [time.time() - started] * (len(events) - len(stamped))
+    cells = {e["name"]: cell_of(e["values"]) for e in events if e["event"] == "asked" and e["kind"] == "search"}
+    seen = [
+        Seen(at, cells[e["name"]], e["step"], sum(e["sums"]))
+        for at, e in zip(stamped, events, strict=True)
+        if e["event"] == "measured" and e["step"] > 0 and e["name"] in cells
+    ]
+    return Search(seen, stamped[-1]), events
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the part asked for."""
+    parser = arguments(__doc__, "search")
+    parser.add_argument("what", choices=("measure", "replay", "check"))
+    parser.add_argument("--model", default=EMBEDDED, choices=(EMBEDDED, "tiny"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of measure")
+    parser.add_argument("--seeds", type=int, default=10, help="search seeds of replay")
+    parser.add_argument("--seed", type=int, default=0, help="search seed of check")
+    parser.add_argument("--work", type=Path, help="folder of the studies, a GB; default: in the cache")
+    options = parser.parse_args(words)
+    if options.work is None:
+        options.work = cache_root() / "benchmarks" / f"search-{options.model}"
+    {"measure": measure, "replay": replay, "check": check}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()

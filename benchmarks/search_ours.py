@@ -1,0 +1,190 @@
+"""Our search replayed: the study's own agenda gives the orders, a worker on a virtual clock follows them.
+
+    Agenda (study/agenda.py, as it is) --orders--> VirtualWorker --news: measured dev losses--> Agenda
+
+The worker fills rows as engine/engine.py does (the slot served least comes first; a batch begins in the row after the
+one that ended it), takes the measured seconds for them, and tells the measured losses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from search_grid import METHOD, Cell, Curves, cell_of, config_of
+from search_replay import Search, Seen
+
+from peft_study.study.agenda import Agenda
+from peft_study.study.journal import Event, Journal
+from peft_study.study.sampling import Suggestions
+from peft_study.study.slots import Ended, Measured, News
+from peft_study.study.trial_run import Ending, Outcome
+from peft_study.study.trials import TrialRecord
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCosts:
+    """Seconds of our engine: start-up, a trial's entry, a token with company and alone, a dev token of one trial."""
+
+    start_up: float
+    entry: float
+    token: float
+    token_alone: float
+    dev_token: float
+
+
+@dataclass(slots=True)
+class _Running:
+    """A trial in a slot: steps taken, tokens served, examples of the batch that no row has taken yet."""
+
+    name: str
+    cell: Cell
+    rungs: tuple[int, ...]
+    served: int
+    step: int = 0
+    pending: list[int] = field(default_factory=list)
+
+
+class VirtualWorker:
+    """An engine whose rows take the measured time and whose losses are the measured ones."""
+
+    def __init__(self, curves: Curves, costs: WorkerCosts) -> None:
+        self.clock = costs.start_up
+        self._curves, self._costs = curves, costs
+        self._slots: dict[int, _Running] = {}
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """Names of the trials in the slots."""
+        return tuple(trial.name for trial in self._slots.values())
+
+    @property
+    def room(self) -> int:
+        """Free slots."""
+        return self._curves.slots - len(self._slots)
+
+    def follow(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[News]:
+        """Follows orders as study/slots.py does: news of who left and entered, else that of one row."""
+        news: list[News] = []
+        for slot, trial in list(self._slots.items()):
+            if trial.name in leave:
+                del self._slots[slot]
+                news.append(_ended(trial.name, "pruned", trial.step, leave[trial.name]))
+        for record, rungs in enter:
+            news += self._enter(record, rungs)
+        return news or (self._row() if self._slots else [])
+
+    def _enter(self, record: TrialRecord, rungs: tuple[int, ...]) -> list[News]:
+        begun = Measured(record.name, 0, self._curves.start_N)  # LoRA begins as the base, whose losses are known
+        if record.kind == "reference":
+            self._evaluate(1)  # the first time they are not
+            return [begun, _ended(record.name, "finished", 0)]
+        self.clock += self._costs.entry
+        served = min((trial.served for trial in self._slots.values()), default=0)
+        slot = next(i for i in range(self._curves.slots) if i not in self._slots)
+        self._slots[slot] = _Running(record.name, self._curves.cells[cell_of(record.values)], rungs, served)
+        return [begun]
+
+    def _row(self) -> list[News]:
+        costs = self._costs
+        self.clock += self._fill() * (costs.token if len(self._slots) > 1 else costs.token_alone)
+        news, due = list[News](), list[tuple[int, _Running]]()
+        for slot, trial in sorted(self._slots.items()):
+            if trial.pending:
+                continue
+            trial.step += 1
+            if trial.cell.status != "finished" and trial.step >= trial.cell.steps:
+                del self._slots[slot]
+                news.append(_ended(trial.name, "diverged", trial.step, "as measured"))
+            elif trial.step in trial.rungs or trial.step == self._curves.steps:
+                due.append((slot, trial))
+        self._evaluate(len(due))
+        for slot, trial in due:
+            news.append(Measured(trial.name, trial.step, trial.cell.sums[trial.step]))
+            if trial.step == self._curves.steps:
+                del self._slots[slot]
+                news.append(_ended(trial.name, "finished", trial.step))
+        return news
+
+    def _fill(self) -> int:
+        """Takes the examples of one row from the batches and returns its tokens."""
+        for trial in self._slots.values():
+            trial.pending = trial.pending or list(self._curves.batches[trial.step])
+        used, open_slots = 0, set(self._slots)
+        while open_slots:
+            slot = min(open_slots, key=lambda s: (self._slots[s].served, s))
+            trial = self._slots[slot]
+            if used and used + trial.pending[0] > self._curves.row_tokens:
+                open_slots.discard(slot)
+                continue
+            length = trial.pending.pop(0)
+            used, trial.served = used + length, trial.served + length
+            if not trial.pending:
+                open_slots.discard(slot)
+        return used
+
+    def _evaluate(self, trials: int) -> None:
+        self.clock += self._costs.dev_token * self._curves.dev_tokens * trials
+
+
+def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Event]]:
+    """Replays the study with a search seed; returns what it saw when, and its journal."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    config = config_of(curves.values, Path("unused"), seed)
+    space = config.methods[METHOD]
+    with tempfile.TemporaryDirectory() as folder:
+        storage = optuna.storages.InMemoryStorage()
+        suggestions = {METHOD: Suggestions(storage, METHOD, METHOD, space, config.search.sampler, seed)}
+        journal = Journal(Path(folder) / "journal.jsonl")
+        agenda = Agenda(config, journal, suggestions, lambda _training: curves.steps, curves.counts_N)
+        worker, seen = VirtualWorker(curves, costs), list[Seen]()
+        news: list[News] = []
+        while not agenda.finished:  # as study/conduct.py takes a report and answers it
+            seen += seen_in(news, agenda, worker.clock)
+            leave = agenda.heard(news)
+            staying = set(worker.running) - set(leave)
+            begun = agenda.next(worker.room + len(leave), empty=not staying)
+            news = worker.follow([(trial, agenda.setting(trial).rungs) for trial in begun], leave)
+        return Search(seen, worker.clock), list(journal.events)
+
+
+def seen_in(news: Sequence[News], agenda: Agenda, at: float) -> list[Seen]:
+    """Returns the dev losses that news of searched trials holds."""
+    trials = agenda.known.trials
+    return [
+        Seen(at, cell_of(trials[n.name].values), n.step, float(n.sums_N.sum()))
+        for n in news
+        if isinstance(n, Measured) and n.step > 0 and trials[n.name].kind == "search"
+    ]
+
+
+def order_of(events: Sequence[Event]) -> list[str]:
+    """Returns the grid's cells in the order in which a study asked for them."""
+    return [cell_of(e["values"]) for e in events if e["event"] == "asked" and e["kind"] == "search"]
+
+
+def decisions(events: Sequence[Event]) -> dict[str, tuple[str, int]]:
+    """Returns how each searched trial ended and after which step, by cell."""
+    cells = {e["name"]: cell_of(e["values"]) for e in events if e["event"] == "asked" and e["kind"] == "search"}
+    ended = [e for e in events if e["event"] == "ended" and e["name"] in cells]
+    return {cells[e["name"]]: (e["status"], e["facts"]["steps"]) for e in ended}
+
+
+def _ended(name: str, status: Ending, steps: int, reason: str | None = None) -> Ended:
+    return Ended(name, Outcome(status, reason, steps=steps))
+
+
+def worker_costs(speeds: dict[str, dict[str, Any]]) -> WorkerCosts:
+    """Returns the measured seconds of our engine."""
+    together, alone = speeds["ours"], speeds["ours alone"]
+    return WorkerCosts(
+        together["start_up"],
+        together["entry"],
+        together["seconds_per_token"],
+        alone["seconds_per_token"],
+        together["seconds_per_dev_token"],
+    )
