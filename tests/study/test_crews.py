@@ -195,7 +195,7 @@ def test_a_first_worker_that_dies_is_one_line(cli: CommandLine, study: Path, tmp
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--workers", 0), ("--workers", "0", "at least 1")),
+        (("--workers", 0), ("--workers", "equal to 1", "value: 0")),
         (("--workers", "two"), ("--workers", "a valid integer")),
         (("--workers", 2, "--ray", "auto"), ("--workers", "Ray", "leave --workers out")),
         (("--ray", "nowhere"), ("--ray nowhere", "HOST:PORT")),
