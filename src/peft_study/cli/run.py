@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from peft_study.cli.yaml_file import SettingsFile
 
 
 def register(app: typer.Typer) -> None:
@@ -67,21 +71,8 @@ def run(
     quiet_libraries()
     refuse_several_processes(os.environ)
     file = load_yaml(study)
-    if steps is not None:  # one budget takes the place of another
-        file.drop("training.steps")
-        file.drop("budget.tokens")
-    given = {
-        "budget.steps": steps,
-        "model.device": device,
-        "model.dtype": dtype,
-        "slots": slots,
-        "workers": workers,
-        "ray": ray,
-    }
-    given["output"] = None if output is None else str(output)
-    for key, value in given.items():
-        if value is not None:
-            file.set(key, value, f"--{key.rpartition('.')[2]}")
+    given = {"budget.steps": steps, "model.device": device, "model.dtype": dtype, "slots": slots}
+    _set(file, {**given, "workers": workers, "ray": ray, "output": None if output is None else str(output)})
     for assignment in settings or ():
         file.assign(assignment)
     config = validate(StudyConfig, file.values, where=str(study), place=file.place)
@@ -93,6 +84,16 @@ def run(
     with StopRequest().listening() as stop, StudyDisplay() as display:
         finished = run_study(config, file.values, display, stop, overwrite=overwrite, go_on=go_on)
     display.conclude(finished)
+
+
+def _set(file: SettingsFile, given: Mapping[str, object]) -> None:
+    """Lets options count instead of what the file says."""
+    if given["budget.steps"] is not None:  # one budget takes the place of another
+        file.drop("training.steps")
+        file.drop("budget.tokens")
+    for key, value in given.items():
+        if value is not None:
+            file.set(key, value, f"--{key.rpartition('.')[2]}")
 
 
 def finetune(context: typer.Context) -> None:

@@ -41,7 +41,7 @@ class Cuts:
         self._files: Any = None
         self._scratch: Path | None = None
         if url is not None:
-            self._files, root = _open(url)
+            self._files, root = open_place(url)
             self._root = PurePosixPath(root) / study
 
     def folder(self, worker: str) -> Path:
@@ -171,8 +171,12 @@ class Cuts:
         return OutputError(f"cannot be used ({first_line(error)})", where=where, remedy="see that it can be written")
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """Returns the file system of an fsspec URL and the path in it."""
+def open_place(url: str) -> tuple[Any, str]:
+    """Returns the file system of an fsspec URL and the path in it.
+
+    Raises:
+        ConfigError: when it is none, or its driver is not installed.
+    """
     try:
         from fsspec.core import url_to_fs
 

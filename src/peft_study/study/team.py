@@ -27,7 +27,7 @@ from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.study import capacity
 from peft_study.study.capacity import Capacity
 from peft_study.study.crew import Trained
-from peft_study.study.cuts import Cuts
+from peft_study.study.cuts import Cuts, open_place
 from peft_study.study.fleet import Fleet, Gone, Link
 from peft_study.study.folder import TEAM, StudyFolder, basis
 from peft_study.study.host import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
@@ -81,6 +81,8 @@ class Team:
         self._places: Cuts | None = None
 
     def __enter__(self) -> Team:
+        if self._config.checkpoints is not None:
+            open_place(self._config.checkpoints)  # a mistake in it makes no folder
         self._fleet.__enter__()
         try:
             workers = f"{self._fleet.count} worker{'s' if self._fleet.count > 1 else ''}"
@@ -117,7 +119,7 @@ class Team:
         """The checkpoints, once the study's folder is claimed."""
         if self._places is None:
             local = self._folder.checkpoints.resolve()
-            study, identity = f"{self._folder.path.resolve().name}-{self._book()['study']}", basis(self._config)
+            study, identity = self._book()["study"], basis(self._config)
             self._places = Cuts(local, self._config.checkpoints, study, identity)
             Cuts(local, None, study, identity).leave_token(self._token)
             self._places.leave_token(self._token)
@@ -238,7 +240,8 @@ class Team:
 
     def _book(self) -> dict[str, Any]:
         """Returns the number of the next worker, and the name that makes this study's checkpoints its own."""
-        return self._folder.run.read_if_there(TEAM) or {"next": 0, "study": self._token[:12]}
+        study = f"{self._folder.path.resolve().name}-{self._token[:12]}"
+        return self._folder.run.read_if_there(TEAM) or {"next": 0, "study": study}
 
     def _write_book(self, values: dict[str, Any]) -> None:
         with atomic_writer(self._folder.path / TEAM) as file:
@@ -285,7 +288,8 @@ class Team:
         self._hands.remove(hand)
         hand.link.end()
         name = hand.name or "a worker that was loading"
-        trials = f"; its {len(hand.trials)} trials go on from their last checkpoints" if hand.trials else ""
+        going = _counted(len(hand.trials), "trial")
+        trials = f"; its {going} will go on from the last checkpoint" if hand.trials else ""
         deaths = self._deaths[hand.place] = self._deaths.get(hand.place, 0) + 1
         if deaths <= self._fleet.restarts:
             self._open(hand.place)
@@ -334,3 +338,7 @@ def _value(answer: Answer) -> Any:
     if answer.defect is not None:
         raise RuntimeError(f"in a worker:\n{answer.defect}")
     return answer.value
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

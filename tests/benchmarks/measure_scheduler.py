@@ -1,0 +1,113 @@
+"""What the scheduler of a study costs, without any model: time a report, writes and bytes a trial, by number of trials.
+
+    python tests/benchmarks/measure_scheduler.py --trials 1000 --sampler tpe --workers 64
+
+It asks and answers as study/conduct.py does: `workers` trials are under way at a time, each with random losses at its
+rungs; the pruner stops what it stops. The figures of docs/scale.md come from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
+from peft_study.config import StudyConfig
+from peft_study.study.agenda import Agenda
+from peft_study.study.journal import Journal
+from peft_study.study.sampling import Suggestions, open_storage
+from peft_study.study.slots import Ended, Measured
+from peft_study.study.trial_run import Outcome
+from peft_study.study.trials import TrialRecord
+
+
+def study(trials: int, sampler: str, folder: Path) -> StudyConfig:
+    """Returns a filled study of one method with its default space."""
+    return StudyConfig.model_validate(
+        {
+            "model": {"name": "none"},
+            "data": {"train": "none"},
+            "training": {"steps": 1000},
+            "budget": {"trials": trials},
+            "search": {"sampler": sampler, "range_test": False},
+            "finals": {"best": 0},
+            "methods": {"lora": {}},
+            "output": str(folder),
+        }
+    ).filled()
+
+
+def opened(config: StudyConfig, folder: Path, examples: int) -> Agenda:
+    """Returns the agenda of the study in `folder`, as a start or a resume makes it."""
+    storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
+    space = config.methods["lora"]
+    suggestions = {"lora": Suggestions(storage, "lora", "lora", space, config.search.sampler, config.search.seed)}
+    counts_N = np.full(examples, 100)
+    return Agenda(
+        config, Journal(folder / "journal.jsonl"), suggestions, lambda training: training.steps or 0, counts_N
+    )
+
+
+def main() -> None:
+    """Prints one line of figures."""
+    words = argparse.ArgumentParser()
+    words.add_argument("--trials", type=int, default=200)
+    words.add_argument("--sampler", default="tpe")
+    words.add_argument("--workers", type=int, default=64, help="trials under way")
+    words.add_argument("--examples", type=int, default=64, help="held-out examples")
+    given = words.parse_args()
+    commits, draw = [0], np.random.default_rng(0)
+    event.listen(Engine, "commit", lambda _connection: commits.__setitem__(0, commits[0] + 1))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = study(given.trials, given.sampler, folder)
+        agenda = opened(config, folder, given.examples)
+        asking: list[float] = []
+        hearing: list[float] = []
+        going: deque[tuple[TrialRecord, deque[int]]] = deque()
+        begun = time.perf_counter()
+        while not agenda.finished:
+            if len(going) < given.workers:
+                started = time.perf_counter()
+                found = agenda.next(1, empty=False)
+                asking += [time.perf_counter() - started] * len(found)
+                for trial in found:
+                    going.append((trial, deque([0, *agenda.setting(trial).rungs, 1000])))
+                if found:
+                    continue
+            if not going:
+                break
+            trial, steps = going.popleft()
+            step = steps.popleft()
+            sums = 100 * (2 + draw.normal(size=given.examples) / 10 + draw.normal() / 10)
+            started = time.perf_counter()
+            leave = agenda.heard([Measured(trial.name, step, sums)])
+            if trial.kind == "reference" or trial.name in leave or not steps:
+                status = "pruned" if trial.name in leave else "finished"
+                agenda.heard([Ended(trial.name, Outcome(status, leave.get(trial.name), steps=step))])
+            else:
+                going.append((trial, steps))
+            hearing.append(time.perf_counter() - started)
+        total = time.perf_counter() - begun
+        sizes = [(folder / file).stat().st_size / given.trials for file in ("journal.jsonl", "optuna.db")]
+        started = time.perf_counter()
+        opened(config, folder, given.examples)
+        again = time.perf_counter() - started
+    last = slice(-max(1, given.trials // 10), None)
+    print(
+        f"{given.trials} trials, {given.sampler}, {given.workers} under way: {total:.1f} s in all; "
+        f"asking {1000 * np.mean(asking):.0f} ms a trial (last tenth {1000 * np.mean(asking[last]):.0f}), "
+        f"a report with news {1000 * np.mean(hearing):.0f} ms (last tenth {1000 * np.mean(hearing[last]):.0f}); "
+        f"a trial: {len(hearing) / given.trials:.1f} reports, {commits[0] / given.trials:.1f} commits, "
+        f"{sizes[0]:.0f} bytes of journal, {sizes[1]:.0f} of optuna.db; opening it again {again:.2f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
