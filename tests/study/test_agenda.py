@@ -94,6 +94,22 @@ def test_diverged_and_failed_trials_are_rows_and_count(tmp_path: Path) -> None:
     assert len(searched(world, "lora")) == 12
 
 
+def test_a_trial_that_diverges_after_a_rung_stops_nobody_there(tmp_path: Path) -> None:
+    """It leads at the first rung, and is gone when the others come to it."""
+
+    def curve(trial: TrialRecord, share: float) -> float | None:
+        if trial.number > 0:
+            return valley(1e-3)(trial, share)
+        return None if share > 0.15 else 0.1
+
+    config = study(methods={"lora": {}}, budget={"trials": 3}, finals={"best": 0})
+    world = World(config, tmp_path, {"lora": curve}, slots=1).run()
+    first, *others = searched(world, "lora")
+    assert first.status == "diverged"
+    assert 10 in first.sums
+    assert others[0].status == "finished"
+
+
 def test_all_weights_wait_for_an_empty_engine_and_are_untuned_with_fewer_trials(tmp_path: Path) -> None:
     methods = {"full": {"learning_rate": 2e-5}, "lora": {}}
     world = World(study(methods=methods, budget={"trials": 3}), tmp_path, CURVES).run()

@@ -253,7 +253,8 @@ class Agenda:
         """Returns why a trial is to stop at this rung; a random share runs on, to see whether that was right."""
         if trial.kind != "search" or trial.audited or message.step not in self.setting(trial).rungs:
             return None
-        group = self.known.of(trial.method, "search")
+        # what diverged later is no measure for the others: it would stop them, and then be gone itself
+        group = [t for t in self.known.of(trial.method, "search") if t.status not in ("diverged", "failed")]
         reached = {t.name: t.sums[message.step] for t in group if message.step in t.sums}
         found = self._pruner.judge(trial.name, reached, self._counts_N)
         if found is None:
