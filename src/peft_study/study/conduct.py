@@ -179,7 +179,7 @@ class _Study:
             for worker, report in crew.reports():
                 self._take(worker, report, stopping=stopping)
         self._open_test()
-        crew.save(self._decided())
+        crew.conclude(self._decided())
         results = collect(self._config, known, self._facts.examples, self._folder)
         write_rows(results, self._folder)
         said = sentences(self._config, known, self._facts.examples, results)

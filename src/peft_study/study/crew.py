@@ -77,6 +77,9 @@ class Crew(Protocol):
     def save(self, decided: Mapping[str, Any]) -> None:
         """Has every worker write a checkpoint; the crew must be quiet."""
 
+    def conclude(self, decided: Mapping[str, Any]) -> None:
+        """Leaves what a start after the study's end needs: nothing is under way."""
+
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Returns the losses of each test example, of trained adapters and of the untouched base (``none``)."""
 
@@ -141,6 +144,10 @@ class LocalCrew:
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint."""
+        self._worker.save(decided)
+
+    def conclude(self, decided: Mapping[str, Any]) -> None:
+        """Writes a checkpoint: without it, all since the last one would happen again."""
         self._worker.save(decided)
 
     def test(self, trained: Trained) -> dict[str, Losses]:

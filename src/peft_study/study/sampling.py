@@ -63,8 +63,7 @@ class Suggestions:
         self._sampler, self._seed = sampler, seed
         self._dimensions = space.dimensions()
         self._study = reliably(lambda: self._own_study(name))
-        # trials are kept here, too: the database is asked for what an earlier process wrote, once
-        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+        self._remember()
 
     def _own_study(self, name: str) -> optuna.Study:
         """Returns the study of this space: choices that changed need a new one, Optuna takes them into no old one."""
@@ -104,7 +103,14 @@ class Suggestions:
                 intermediate_values=losses,
             )
             reliably(functools.partial(self._study.add_trial, frozen))
-        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keeps what is in the database: asking it each time reads every trial under way, which with 64 of them took
+        more than half of the scheduler's time (docs/scale.md)."""
+        self._trials = reliably(lambda: list(self._study.get_trials(deepcopy=False)))
+        self._told = {trial.number for trial in self._trials if trial.state.is_finished()}
+        self._steps = {trial.number: set(trial.intermediate_values) for trial in self._trials}
 
     def ask(self, number: int, bounds: Bounds) -> Values:
         """Returns the values of the trial of that number: those in the database, where it was asked for before.
@@ -126,14 +132,16 @@ class Suggestions:
                 where="storage",
                 remedy="give each study a database, or a folder, of its own",
             )
-        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+        self._trials.append(reliably(lambda: self._storage.get_trial(trial._trial_id)))
+        self._steps[number] = set()
         return self._decoded(trial.params)
 
     def report(self, number: int, step: int, value: float) -> None:
         """Notes a held-out loss on the way."""
-        trial = self._trials[number]
-        if not trial.state.is_finished() and step not in trial.intermediate_values:
-            self._write(lambda: self._storage.set_trial_intermediate_value(trial._trial_id, step, value))
+        if number not in self._told and step not in self._steps[number]:
+            row = self._trials[number]._trial_id
+            reliably(lambda: self._storage.set_trial_intermediate_value(row, step, value))
+            self._steps[number].add(step)
 
     def tell(self, number: int, status: str, value: float | None, attributes: Mapping[str, Any]) -> None:
         """Notes how a trial ended.
@@ -144,18 +152,15 @@ class Suggestions:
             value: held-out loss after the last step, of a finished trial.
             attributes: shown beside it.
         """
-        trial = self._trials[number]
-        if trial.state.is_finished():
+        if number in self._told:
             return
+        row = self._trials[number]._trial_id
         for name, what in attributes.items():
-            self._write(functools.partial(self._storage.set_trial_user_attr, trial._trial_id, name, what))
+            reliably(functools.partial(self._storage.set_trial_user_attr, row, name, what))
         state = _STATES.get(status, TrialState.FAIL)
         values = [value] if state == TrialState.COMPLETE and value is not None else None
-        self._write(lambda: self._storage.set_trial_state_values(trial._trial_id, state, values))
-
-    def _write(self, call: Callable[[], Any]) -> None:
-        reliably(call)
-        self._trials = reliably(lambda: self._study.get_trials(deepcopy=False))
+        reliably(lambda: self._storage.set_trial_state_values(row, state, values))
+        self._told.add(number)
 
     def _distribution(self, name: str, dimension: Dimension, bounds: Bounds) -> BaseDistribution:
         if isinstance(dimension, Choices):
