@@ -5,9 +5,31 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 from command_line import CommandLine, dev_losses
+from peft_study.engine import memory
+
+
+def test_where_it_does_not_fit_it_is_a_row_that_failed(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda _device: 450_000)
+    settings = {
+        "model": {"name": str(tiny_model_folder), "dtype": "float32"},
+        "data": {"train": str(tiny_data), "held_out": 8},
+        "training": {"steps": 2, "batch_size": 4},
+        "methods": {"full": {"learning_rate": 1e-3}, "lora": {"rank": 2, "learning_rate": 1e-3}},
+        "slots": 1,
+        "output": str(tmp_path / "out"),
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
+    ran = cli("run", tmp_path / "study.yaml").ok()
+    assert "full-000: failed (full fine-tuning needs 0.0 GB of memory beside the base" in ran.out
+    assert "- full: its only setting did not finish (full fine-tuning needs" in ran.out
+    assert "winner by mean dev loss over 3 new seeds: lora" in ran.out
+    assert "full will be a row that failed: " in cli("run", tmp_path / "study.yaml", "--dry-run").ok().out
 
 
 def test_the_base_is_put_back(cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> None:

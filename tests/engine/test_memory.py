@@ -12,6 +12,7 @@ import tiny_world as tw
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.engine import memory
 from peft_study.engine.engine import Engine
+from peft_study.errors import ModelError
 from peft_study.methods import create
 
 
@@ -54,6 +55,18 @@ def test_a_row_that_does_not_fit_is_halved_before_anything_is_settled() -> None:
         memory.probe(engine, [create(LoraConfig(), base, None, 0)], tw.examples([30]))
     assert engine.row_tokens == 50
     assert [length > 60 for length in rows] == [True, True, False]
+
+
+def test_all_weights_that_do_not_fit_are_refused_before_they_are_copied() -> None:
+    base = tw.base()
+    said = r"full fine-tuning needs 0\.0 GB of memory beside the base, 0\.0 GB are free"
+    with patch.object(memory, "available", lambda _device: 400_000), pytest.raises(ModelError, match=said):
+        memory.refuse_all_weights(base)
+    # 25,760 float32 weights: kept once more, with a master, a gradient and two moments of four bytes each
+    with patch.object(memory, "available", lambda _device: 25_760 * 20 / 0.9 + 1):
+        memory.refuse_all_weights(base)
+    with patch.object(memory, "available", lambda _device: None):
+        memory.refuse_all_weights(base)
 
 
 def test_free_memory_is_the_systems_and_a_containers_limit_counts(tmp_path: Path) -> None:

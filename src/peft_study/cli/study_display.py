@@ -97,15 +97,14 @@ class StudyDisplay:
         if trial.sums and trial.status in ("finished", "pruned"):
             total = facts.counts_N.sum()
             loss = trial.sums[max(trial.sums)].sum() / total
-            numbers = f"dev loss {loss:.4f} ({loss - facts.base_N.sum() / total:+.4f} against the untouched base), "
+            numbers = f"dev {loss:.4f}, {loss - facts.base_N.sum() / total:+.4f} against the base, "
             if trial.kind == "search" and trial.status == "finished":
                 self._best[trial.method] = min(loss, self._best.get(trial.method, loss))
         values = ", ".join(f"{n} {_short(v)}" for n, v in trial.values.items())
+        settings = f"; {values}" if values and trial.kind in ("search", "range_test") else ""
         reason = f" ({trial.reason})" if trial.reason else ""
-        seconds = trial.facts.get("seconds", 0)
-        what = f" [{values}]" if values and trial.kind != "final" else ""
         name = "untouched base" if trial.kind == "reference" else trial.name
-        self.say(f"  {name}{what}: {numbers}{trial.status}{reason} in {seconds:.0f} s")
+        self.say(f"  {name}: {numbers}{trial.status}{reason} in {trial.facts.get('seconds', 0):.0f} s{settings}")
 
     def conclude(self, study: FinishedStudy) -> None:
         """Prints the tables and what they say."""

@@ -12,7 +12,9 @@ import torch
 from peft_study.engine.engine import Engine
 from peft_study.engine.row import Item
 from peft_study.engine.trial import Examples
+from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
+from peft_study.model.load import Base
 
 MARGIN = 0.1
 """Share of the free memory that is left alone."""
@@ -44,6 +46,25 @@ class Measured:
 def slot_bytes(adapter: Adapter) -> int:
     """Returns what a trial of this adapter keeps while it is in a slot."""
     return _BYTES_A_PARAMETER * sum(p.numel() for p in adapter.parameters().values())
+
+
+def refuse_all_weights(base: Base) -> None:
+    """Refuses to train every weight of a base where the memory is known not to hold that.
+
+    Beside the weights in their own precision, which are there and are kept once more, each has a float32 master, a
+    gradient and AdamW's two moments.
+
+    Raises:
+        ModelError: with what it needs and what is free.
+    """
+    free = available(base.device)
+    weights = list(base.model.parameters())
+    needed = sum(p.numel() * (_BYTES_A_PARAMETER + p.element_size()) for p in weights)
+    if free is not None and needed > free * (1 - MARGIN):
+        raise ModelError(
+            f"full fine-tuning needs {needed / 2**30:.1f} GB of memory beside the base, {free / 2**30:.1f} GB are free",
+            remedy="leave it out, or use a smaller base",
+        )
 
 
 def probe(engine: Engine, adapters: Sequence[Adapter], examples: Examples) -> Measured:

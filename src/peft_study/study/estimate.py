@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass
 
 from peft_study.config import StudyConfig
-from peft_study.engine.memory import available, slot_bytes
+from peft_study.engine.memory import available, refuse_all_weights, slot_bytes
 from peft_study.engine.trial import Trial
-from peft_study.methods.registry import create
+from peft_study.errors import ModelError
+from peft_study.methods.registry import create, is_exclusive
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import check_spaces, largest
 from peft_study.study.pruning import rungs
@@ -78,7 +79,16 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
         say(note)
     assert session.test is not None
     session.engine.slots = 1
-    found = [_method(config, session, name, say) for name, space in config.methods.items() if space.kind != "none"]
+    found = []
+    for name, space in config.methods.items():
+        try:
+            if is_exclusive(space.kind):
+                refuse_all_weights(session.base)
+        except ModelError as error:
+            say(f"{name} will be a row that failed: {error}")
+            continue
+        if space.kind != "none":
+            found.append(_method(config, session, name, say))
     counts = len(session.train), len(session.held_out), len(session.test)
     return StudyEstimate(tuple(found), available(session.base.device), *counts, session.notes)
 

@@ -38,7 +38,7 @@ class Verdict:
     low: float
 
     def __str__(self) -> str:
-        return f"worse than {self.against} by {self.worse:.4f} (95 % at least {self.low:.4f}) nats a token"
+        return f"worse than {self.against} by {self.worse:.4f} (95 %: at least {self.low:.4f})"
 
 
 class Pruner(Protocol):

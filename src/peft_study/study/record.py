@@ -15,7 +15,7 @@ import torch
 
 from peft_study.engine.memory import resident
 
-_PACKAGES = ("peft-study", "torch", "transformers", "peft", "tokenizers", "numpy", "safetensors")
+_PACKAGES = ("peft-study", "torch", "transformers", "peft", "tokenizers", "numpy", "safetensors", "optuna", "ray")
 
 
 def environment() -> dict[str, object]:

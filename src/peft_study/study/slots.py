@@ -21,8 +21,10 @@ import numpy as np
 from peft_study.config import LoggingConfig
 from peft_study.engine import checkpoint
 from peft_study.engine.engine import DoesNotFit, Event
+from peft_study.engine.memory import refuse_all_weights
 from peft_study.engine.trial import Trial
 from peft_study.errors import OutputError, UserError
+from peft_study.methods.registry import is_exclusive
 from peft_study.study.session import Session
 from peft_study.study.trial_run import Ending, Job, Losses, Outcome, TrialRun, Watcher
 
@@ -205,6 +207,8 @@ class Slots:
             self._session.base_train.save()
 
     def _new(self, job: Job) -> TrialRun:
+        if is_exclusive(job.method.method):  # found out by trying, it would take the whole study with it
+            refuse_all_weights(self._session.base)
         return TrialRun(job, self._session, self._logging, self._watcher)
 
     def _enter(self, jobs: Sequence[Job]) -> list[News]:

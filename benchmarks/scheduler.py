@@ -1,6 +1,6 @@
 """What the scheduler of a study costs, without any model: time a report, writes and bytes a trial, by number of trials.
 
-    python tests/benchmarks/measure_scheduler.py --trials 1000 --sampler tpe --workers 64
+    python benchmarks/scheduler.py --trials 1000 --sampler tpe --workers 64
 
 It asks and answers as study/conduct.py does: `workers` trials are under way at a time, each with random losses at its
 rungs; the pruner stops what it stops. The figures of docs/scale.md come from it.
