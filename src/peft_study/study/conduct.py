@@ -142,6 +142,7 @@ class _Study:
         examples.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
         self._waiting: list[tuple[TrialRecord, Found | None]] = []
+        self._counted: dict[tuple[int | None, int, int, int], int] = {}
         decided = [cut.decided for cut in crew.cuts()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
         if crew.replays:
@@ -198,6 +199,13 @@ class _Study:
         return Agenda(config, self._journal, suggestions, self._steps, self._facts.counts_N)
 
     def _steps(self, training: TrainingConfig) -> int:
+        """Returns a trial's steps; a budget of tokens is counted out once for each order of the data."""
+        key = training.steps, training.epochs, training.batch_size, training.data_seed
+        if key not in self._counted:
+            self._counted[key] = self._count(training)
+        return self._counted[key]
+
+    def _count(self, training: TrainingConfig) -> int:
         return steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
 
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:

@@ -29,6 +29,7 @@ def sentences(config: StudyConfig, known: Known, examples: Examples, results: Re
         said.append(_conclusion(config, results))
     if results.pruning.pruned or results.pruning.audited:
         said.append(_pruning(results))
+    said.append(_cost(results))
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
     if results.continued:
@@ -175,6 +176,11 @@ def _conclusion(config: StudyConfig, results: Results) -> str:
     if winner.test_minus_base is not None and winner.test_minus_base.low > 0:
         text += "; it is worse than the untouched base"
     return text
+
+
+def _cost(results: Results) -> str:
+    spent = [f"{_title(method)} {results.tokens[method]:,}" for method in results.methods]
+    return f"data tokens trained on, range tests and finals included: {', '.join(spent)}"
 
 
 def _pruning(results: Results) -> str:
