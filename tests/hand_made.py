@@ -66,7 +66,8 @@ class HandMade:
         self, name: str, method: str, kind: str, number: int, seed: int | None, values: Mapping[str, Any]
     ) -> None:
         event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number}
-        self.events.append({**event, "seed": seed, "values": dict(values)})
+        settings = {"method": "none"} if kind == "reference" else self.config.methods[method].flat(values)
+        self.events.append({**event, "seed": seed, "values": dict(values), "settings": settings})
 
     def measured(self, name: str, step: int, sums: Sequence[float]) -> None:
         self.events.append({"event": "measured", "name": name, "step": step, "sums": list(sums)})

@@ -71,7 +71,7 @@ class World:
         storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
         search = config.search
         books = {
-            name: Suggestions(storage, name, name, space, search.sampler, search.seed)
+            name: Suggestions(storage, name, name, space, config.sampler(name), search.seed)
             for name, space in config.methods.items()
             if space.kind != "none"
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,46 @@ def test_a_changed_file_is_named_and_continued_or_replaced_when_asked(
     assert "its trials cannot be compared with new ones: " in cli("run", study, "--steps", 4, "--continue").error()
     cli("run", study, "--steps", 2, "--overwrite").ok()
     assert len(rows(tmp_path / "out")) == 1 + 7 + 6
+
+
+def test_a_continued_study_keeps_what_its_trials_were(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    """A fixed value changes, another becomes a dimension, a method goes: rows of before stay as they were."""
+    cli("run", study).ok()
+    before = rows(tmp_path / "out")
+    values = yaml.safe_load(study.read_text())
+    del values["methods"]["prefix_tuning"]
+    values["methods"]["lora"] = {"rank": [2, 4], "alpha": 8, "learning_rate": [1e-3, 1e-2]}
+    values["methods"]["prompt_tuning"]["tokens"] = [3, 5]
+    study.write_text(yaml.safe_dump({**values, "budget": {"trials": 4}}))
+    cli("run", study, "--continue").ok()
+    after = rows(tmp_path / "out")
+    kept = ("alpha", "rank", "tokens", "learning_rate", "dev", "status")
+    for name, row in before.items():
+        assert {key: after[name][key] for key in kept} == {key: row[key] for key in kept}, name
+    new = [row for name, row in after.items() if name not in before and row["method"] == "lora"]
+    assert {row["alpha"] for row in new if row["kind"] == "search"} == {8}
+    for row in new:
+        if row["kind"] == "final":
+            assert row["alpha"] == after[f"lora-{row['number']:03d}"]["alpha"]
+
+
+@pytest.mark.parametrize(
+    "left", [["config.given.json"], ["config.given.json", "config.resolved.json"], [".owner.json.ab12cd34.tmp"]]
+)
+def test_a_folder_whose_start_was_killed_is_taken(
+    cli: CommandLine, study: Path, tmp_path: Path, left: list[str]
+) -> None:
+    for folder in (tmp_path / "out", tmp_path / "out" / "trials" / "lora-000"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in left:
+            (folder / name).write_text("{}")
+        if folder.name == "out":
+            cli("run", study, "--steps", 1).ok()
+            for path in (folder / "trials" / "lora-000").iterdir():
+                path.unlink() if path.is_file() else shutil.rmtree(path)
+            for path in (folder / "checkpoints").iterdir():
+                shutil.rmtree(path)
+    cli("run", study, "--steps", 1).ok()
 
 
 def test_data_that_changed_under_its_name_is_refused(

@@ -166,6 +166,30 @@ def test_a_range_test_cuts_off_what_diverges_or_does_not_move_and_its_tokens_cou
     assert sum(t.facts["tokens"] for t in tests) > 0
 
 
+@pytest.mark.parametrize(("learns", "bounds"), [(0, (1e-5, 3.16e-5)), (6, (3.16e-3, 1e-2))])
+def test_a_range_test_leaves_two_rates_at_least(tmp_path: Path, learns: int, bounds: tuple[float, float]) -> None:
+    """One rate that learns among rates that make it worse is no range yet."""
+    rates = [1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]
+
+    def curve(trial: TrialRecord, share: float) -> float:
+        if trial.kind == "range_test":
+            return 2.0 - share if trial.number == learns else 2.0 + share
+        return 1.0
+
+    config = study(budget={"trials": 5}, search={"range_test": True, "range_steps": 4, "widen": False})
+    known = World(config, tmp_path, {"lora": curve}).run().agenda.known
+    assert known.bounds["lora"]["learning_rate"] == bounds
+    assert rates[learns] in bounds
+
+
+def test_lists_are_tried_once_each_where_there_are_trials_enough(tmp_path: Path) -> None:
+    methods = {"lora": {}, "prompt_tuning": {"tokens": [8, 20], "learning_rate": [0.01, 0.1, 1.0]}}
+    world = World(study(methods=methods, budget={"trials": 8}), tmp_path, CURVES).run()
+    tried = [tuple(t.values.values()) for t in searched(world, "prompt_tuning")]
+    assert len(tried) == len(set(tried)) == 6
+    assert len(searched(world, "lora")) == 8
+
+
 def test_a_range_test_is_made_where_it_is_cheap(tmp_path: Path) -> None:
     short, long = study(search={}), study(search={}, training={"steps": 900})
     assert World(short, _made(tmp_path / "a"), CURVES).agenda.range_rates("lora") == ()

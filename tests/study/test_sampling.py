@@ -67,6 +67,43 @@ def test_a_trial_that_a_dead_process_left_running_is_given_out_again(url: str) -
     assert (trial.state, trial.value) == (optuna.trial.TrialState.COMPLETE, 1.0)
 
 
+@pytest.mark.parametrize("written", [0, 1, 3])
+@pytest.mark.parametrize("sampler", ["tpe", "quasi_random"])
+def test_a_trial_that_a_kill_left_half_made_is_filled_up(url: str, sampler: str, written: int) -> None:
+    """Optuna makes the row first and then commits each value."""
+    of = space(space="default")
+    whole = told(suggestions(f"{url}.whole", sampler, of), 13)
+    told(suggestions(url, sampler, of), 12)
+    study = optuna.load_study(study_name="lora", storage=url)
+    half = study.ask()
+    names = list(of.dimensions())[:written]
+    book = suggestions(url, sampler, of)
+    for name in names:
+        distribution = book._distribution(name, of.dimensions()[name], {})
+        value = distribution.to_internal_repr(whole[12][name])
+        book._storage.set_trial_param(half._trial_id, name, value, distribution)
+    again = suggestions(url, sampler, of)
+    assert again.ask(12, {}) == whole[12]
+    assert len(optuna.load_study(study_name="lora", storage=url).trials) == 13
+
+
+def test_an_answer_that_was_lost_is_no_second_trial(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "RETRY_SECONDS", (0.0, 0.0))
+    book = suggestions(url, "random", space(space="default"))
+    real, calls = optuna.storages.RDBStorage.set_trial_param, [0]
+
+    def drop(self: Any, *arguments: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OperationalError("INSERT", {}, Exception("connection reset"))
+        real(self, *arguments)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_param", drop)
+    assert set(book.ask(0, {})) == set(space(space="default").dimensions())
+    assert calls[0] > 2
+    assert [t.number for t in optuna.load_study(study_name="lora", storage=url).trials] == [0]
+
+
 def test_optuna_has_every_trial_with_its_curve_and_reason(url: str) -> None:
     book = suggestions(url, "random", space())
     told(book, 4)

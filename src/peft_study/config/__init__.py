@@ -33,7 +33,7 @@ from peft_study.config.run import (
     TrainConfig,
     TrainingConfig,
 )
-from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range
+from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range, setting_of
 from peft_study.config.study import BudgetConfig, FinalsConfig, Pruner, Sampler, SearchConfig, StudyConfig, grid_size
 
 __all__ = [
@@ -71,5 +71,6 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "grid_size",
+    "setting_of",
     "validate",
 ]

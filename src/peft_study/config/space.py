@@ -146,6 +146,12 @@ class MethodSpace(Strict):
         fields = {n: v for n, v in self._at(values).items() if n in TRAINING_DIMENSIONS}
         return training.model_copy(update={**fields, "learning_rate": fields["learning_rate"] or 1.0})
 
+    def flat(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns every setting of a trial with these values, as JSON: the method's own and the optimizer's."""
+        fields = self._at(values)
+        own = self.settings(values).model_dump(mode="json")
+        return {**{name: fields[name] for name in TRAINING_DIMENSIONS}, **own}
+
     def _at(self, values: Mapping[str, Any]) -> dict[str, Any]:
         fixed = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
         single = {n: v.choices[0] for n, v in fixed.items() if isinstance(v, Choices) and len(v.choices) == 1}
@@ -160,6 +166,19 @@ class MethodSpace(Strict):
 def _kinds(annotation: Any) -> tuple[Any, ...]:
     """Returns the types that a setting may have."""
     return (annotation, *get_args(annotation))
+
+
+def setting_of(flat: Mapping[str, Any], training: TrainingConfig) -> tuple[MethodConfig, TrainingConfig]:
+    """Returns the method's and the optimizer's setting of what `MethodSpace.flat` gave.
+
+    Args:
+        flat: every setting of a trial.
+        training: what all trials of the study share.
+    """
+    optimizer = {name: flat[name] for name in TRAINING_DIMENSIONS if flat.get(name) is not None}
+    own = {name: value for name, value in flat.items() if name not in TRAINING_DIMENSIONS}
+    # a method without a rate gets one that is never used
+    return METHODS[own["method"]](**own), training.model_copy(update={"learning_rate": 1.0, **optimizer})
 
 
 def _dimension(value: Any, *, one: TypeAdapter[Any], member: TypeAdapter[Any], number: bool) -> Any:

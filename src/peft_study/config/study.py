@@ -156,6 +156,11 @@ class StudyConfig(Strict):
         size = grid_size(self.methods[name])
         return self.budget.trials if size is None else min(self.budget.trials, size)
 
+    def sampler(self, name: str) -> Sampler:
+        """Returns the sampler of a method of a filled study: where all its settings are tried, each is tried once."""
+        size = grid_size(self.methods[name])
+        return "grid" if size is not None and size == self.trials(name) else self.search.sampler
+
 
 def _refuse_ranges(spaces: Mapping[str, MethodSpace]) -> None:
     for name, space in spaces.items():

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import StudyConfig, TrainingConfig
+from peft_study.config import StudyConfig, TrainingConfig, setting_of
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
 from peft_study.study import ranges
@@ -123,7 +123,8 @@ class Agenda:
 
     def time_is_up(self) -> None:
         """No further settings are searched; what runs is run to its end, and the finals follow."""
-        if not self.known.deadline:
+        over = all(self.searched(method) for method in self.methods)
+        if not self.known.deadline and not over:
             self._add({"event": "deadline"})
 
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
@@ -133,21 +134,16 @@ class Agenda:
     def setting(self, trial: TrialRecord) -> Setting:
         """Returns what a trial trains with."""
         config = self._config
+        method, training = setting_of(trial.settings, config.training)
         if trial.kind == "reference":
-            from peft_study.config import NoneConfig
-
-            return Setting(
-                NoneConfig(), config.training.model_copy(update={"learning_rate": 1.0, "steps": 1}), (), False
-            )
-        space = config.methods[trial.method]
-        training = space.training(trial.values, config.training)
+            return Setting(method, training.model_copy(update={"steps": 1}), (), False)
         if trial.seed is not None:
             training = training.model_copy(update={"seed": trial.seed, "data_seed": trial.seed})
         steps = config.search.range_steps if trial.kind == "range_test" else self._steps(training)
         training = training.model_copy(update={"steps": steps})
         judged = self._rungs(trial.method, steps) if trial.kind == "search" else ()
-        keep = trial.kind == "final" or (trial.kind == "search" and space.kind != "full")
-        return Setting(space.settings(trial.values), training, judged, keep)
+        keep = trial.kind == "final" or (trial.kind == "search" and not is_exclusive(method.method))
+        return Setting(method, training, judged, keep)
 
     # -- what begins ------------------------------------------------------------------------------------------------
 
@@ -161,10 +157,11 @@ class Agenda:
         if self.known.deadline:
             return None
         for method in methods:
-            rates = self.range_rates(method)
             asked = self.known.of(method, "range_test")
-            if len(asked) < len(rates):
-                values = {**ranges.central(self._config.methods[method]), "learning_rate": rates[len(asked)]}
+            there = {trial.values["learning_rate"] for trial in asked}
+            missing = [rate for rate in self.range_rates(method) if rate not in there]
+            if missing and method not in self.known.tested:
+                values = {**ranges.central(self._config.methods[method]), "learning_rate": missing[0]}
                 return self._ask(f"{method}-range-{len(asked)}", method, "range_test", len(asked), None, values)
         return None
 
@@ -214,8 +211,9 @@ class Agenda:
             there = {(t.number, t.seed) for t in self.known.of(method, "final")}
             for number, seed in itertools.product(self.known.finalists[method], final_seeds(self._config)):
                 if (number, seed) not in there:
-                    values = self.known.setting(method, number).values
-                    return self._ask(f"{method}-{number:03d}-seed-{seed}", method, "final", number, seed, values)
+                    found = self.known.setting(method, number)
+                    name = f"{method}-{number:03d}-seed-{seed}"
+                    return self._ask_for(name, method, "final", number, seed, found.values, found.settings)
         return None
 
     def searched(self, method: str) -> bool:
@@ -232,8 +230,21 @@ class Agenda:
     def _ask(
         self, name: str, method: str, kind: str, number: int, seed: int | None, values: Mapping[str, Any]
     ) -> TrialRecord:
-        event = {"event": "asked", "name": name, "method": method, "kind": kind}
-        self._add({**event, "number": number, "seed": seed, "values": dict(values)})
+        settings = {"method": "none"} if kind == "reference" else self._config.methods[method].flat(values)
+        return self._ask_for(name, method, kind, number, seed, dict(values), settings)
+
+    def _ask_for(
+        self,
+        name: str,
+        method: str,
+        kind: str,
+        number: int,
+        seed: int | None,
+        values: Mapping[str, Any],
+        settings: Mapping[str, Any],
+    ) -> TrialRecord:
+        event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number, "seed": seed}
+        self._add({**event, "values": values, "settings": settings})
         return self.known.trials[name]
 
     # -- what stops, and how it ends --------------------------------------------------------------------------------
@@ -241,7 +252,9 @@ class Agenda:
     def _rungs(self, method: str, steps: int) -> tuple[int, ...]:
         if self._config.search.pruner == "none":
             return ()
-        space = self._config.methods[method]
+        space = self._config.methods.get(method)
+        if space is None:  # the study file no longer has it: what runs of it is run to its end
+            return ()
         warmup = space.dimensions().get("warmup_ratio")
         if warmup is None:
             longest = space.training({}, self._config.training).warmup_ratio
@@ -282,7 +295,9 @@ class Agenda:
             self._close_range_test(trial.method)
 
     def _close_range_test(self, method: str) -> None:
-        rates, trials = self.range_rates(method), self.known.of(method, "range_test")
+        rates = self.range_rates(method)
+        by_rate = {t.values["learning_rate"]: t for t in self.known.of(method, "range_test")}
+        trials = [by_rate[rate] for rate in rates if rate in by_rate]
         if len(trials) == len(rates) and all(t.status != "running" for t in trials):
             bounds, note = ranges.verdict(rates, trials, self._counts_N)
             self._add({"event": "tested", "method": method, "bounds": bounds, "note": note})

@@ -84,7 +84,7 @@ def compare(study: Study, first: TrialRecord, second: TrialRecord) -> Comparison
             tuple(t.name for t in trials),
             mean_over_seeds(dev_SN, examples.counts_N),
             None if test_SN is None else mean_over_seeds(test_SN, examples.test_counts_N),
-            settings_of(study.config, trial),
+            settings_of(trial),
         )
         for trial, trials, dev_SN, test_SN in zip(pair, chosen, dev, tests, strict=True)
     ]

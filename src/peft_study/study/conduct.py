@@ -5,6 +5,7 @@ agenda --orders--> worker (engine, slots) --report--> journal, Optuna, agenda --
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,12 @@ class _Study:
             self._journal.truncate(decided[0]["events"] if decided else 0)
         self._changes = changes
         if changes:
-            self._journal.append([{"event": "continued", "changes": list(changes), "time": time.time()}])
+            self._elapsed_before = 0.0
+            methods = sorted(
+                {change.split(".")[1].split(":")[0] for change in changes if change.startswith("methods.")}
+            )
+            event = {"event": "continued", "changes": list(changes), "methods": methods}
+            self._journal.append([{**event, "time": time.time(), "token": secrets.token_hex(4)}])
         self._agenda = self._make_agenda()
         self._started = time.monotonic()
 
@@ -175,7 +181,7 @@ class _Study:
                 running = sum(1 for _ in known.running())
                 raise Interrupted(
                     f"stopped with {running} trials under way and {len(known.trials) - running} ended, "
-                    "with a checkpoint; the same command goes on from there"
+                    "with a checkpoint; the same command (without --overwrite) goes on from there"
                 )
             for worker, report in crew.reports():
                 self._take(worker, report, stopping=stopping)
@@ -191,8 +197,11 @@ class _Study:
         config = self._config
         storage = open_storage(config.storage or self._folder.storage)
         prefix = "" if config.storage is None else f"{self._folder.name_among_others()}-"
+        # a changed space begins an Optuna study, with what was tried before: choices cannot be put into an old one
+        changes = [event["token"] for event in self._journal.events if event["event"] == "continued"]
+        suffix = f"/{changes[-1]}" if changes else ""
         suggestions = {
-            name: Suggestions(storage, f"{prefix}{name}", name, space, config.search.sampler, config.search.seed)
+            name: Suggestions(storage, f"{prefix}{name}{suffix}", name, space, config.sampler(name), config.search.seed)
             for name, space in config.methods.items()
             if space.kind != "none"
         }

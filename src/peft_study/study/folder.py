@@ -141,7 +141,9 @@ class StudyFolder:
 
     def _clear(self) -> None:
         """Deletes the study that lies here; the lock stays."""
-        for path in self.path.iterdir():
+        # a kill in between must leave either a study to be replaced, or a folder that a start may take
+        order = {"checkpoints": 0, "config.given.json": 2, "config.resolved.json": 2, "status.json": 3}
+        for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
             if path.name in (LOCK, OWNER):
                 continue
             if path.is_dir():
@@ -177,8 +179,13 @@ class StudyFolder:
                 lock.release()
 
     def claim_trial(self, config: TrainConfig) -> RunFolder:
-        """Returns the claimed folder of a trial; one that was begun before is used again."""
+        """Returns the claimed folder of a trial; one that was begun before is used again.
+
+        What lies there of other settings is of a history that a kill and a changed study file ended.
+        """
         folder = RunFolder(config.output)
+        if folder.identity() not in (None, identity(config)):
+            shutil.rmtree(folder.path)
         folder.claim(config, config.model_dump(mode="json"), overwrite=False, remedy="give another output folder")
         folder.set_status("running")
         return folder

@@ -195,7 +195,7 @@ def rows(
         for trial in study.known.trials.values()
         if method in (None, trial.method) and status in (None, trial.status)
     )
-    found = [row_of(study.config, trial, study.known, study.examples, study.folder) for trial in chosen]
+    found = [row_of(trial, study.known, study.examples, study.folder) for trial in chosen]
     return tuple(found if sort in (None, "began") else sorted(found, key=lambda row: _key(row, sort or "")))
 
 
@@ -219,7 +219,7 @@ def details(study: Study, trial: TrialRecord) -> Details:
         if record["event"] == "held_out"
     ]
     return Details(
-        row_of(study.config, trial, study.known, study.examples, study.folder),
+        row_of(trial, study.known, study.examples, study.folder),
         None if config is None or trial.kind == "reference" else config.training.steps,
         {} if config is None else config.method.model_dump(mode="json"),
         {} if config is None else config.training.model_dump(mode="json"),

@@ -87,6 +87,8 @@ def verdict(
     high = learning[-1]
     still_right = [i for i in range(high + 1, len(rates)) if moves[i] == "still"]
     high = still_right[-1] if still_right else high
+    if low == high:  # a range has two ends: the next rate that was tried, upwards if there is one
+        low, high = (low, high + 1) if high + 1 < len(rates) else (low - 1, high)
     said = []
     if low > 0:
         said.append(f"{rates[low - 1]:g} and below do not move the loss")
@@ -120,16 +122,22 @@ def widened(known: Known, method: str, space: MethodSpace) -> Widened | None:
         return None
     best = min(finished, key=value_of)
     for name, dimension in space.dimensions().items():
-        if not isinstance(dimension, Range) or not dimension.log:
+        # of other settings (dropout, warm-up) the ends are limits of what makes sense
+        movable = isinstance(dimension, Range) and (name == "learning_rate" or space.whole(name))
+        if not isinstance(dimension, Range) or not movable or not dimension.log or name not in best.values:
             continue
         bounds = known.bounds.get(method, {}).get(name, (dimension.low, dimension.high))
         edge = at_edge(best.values[name], bounds, log=True)
         if edge == "high" and dimension.high <= bounds[1] < dimension.high * WIDEN_LIMIT * 0.999:
             top = min(bounds[1] * WIDEN_STEP, dimension.high * WIDEN_LIMIT)
-            return _moved(space, name, best, (bounds[0], top), (bounds[1], top))
-        if edge == "low" and dimension.low >= bounds[0] > dimension.low / WIDEN_LIMIT * 1.001:
+            found = _moved(space, name, best, (bounds[0], top), (bounds[1], top))
+        elif edge == "low" and dimension.low >= bounds[0] > dimension.low / WIDEN_LIMIT * 1.001:
             bottom = max(bounds[0] / WIDEN_STEP, dimension.low / WIDEN_LIMIT)
-            return _moved(space, name, best, (bottom, bounds[1]), (bottom, bounds[0]))
+            found = _moved(space, name, best, (bottom, bounds[1]), (bottom, bounds[0]))
+        else:
+            continue
+        if found is not None:
+            return found
     return None
 
 
@@ -156,6 +164,8 @@ def edges(values: dict[str, Any], space: MethodSpace, bounds: dict[str, tuple[fl
     """Returns which values of a best setting lie at the end of what was tried: dimension -> low or high."""
     found = {}
     for name, dimension in space.dimensions().items():
+        if name not in values:  # of an earlier space
+            continue
         if isinstance(dimension, Range):
             edge = at_edge(values[name], bounds.get(name, (dimension.low, dimension.high)), log=dimension.log)
         else:

@@ -126,7 +126,7 @@ def collect(config: StudyConfig, known: Known, examples: Examples, folder: Study
         folder: with the trials' metrics.
     """
     methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
-    rows = tuple(row_of(config, trial, known, examples, folder) for trial in known.trials.values())
+    rows = tuple(row_of(trial, known, examples, folder) for trial in known.trials.values())
     base_test = mean_loss(known.test["none"], examples.test_counts_N) if known.test else None
     return Results(
         methods,
@@ -144,22 +144,12 @@ def collect(config: StudyConfig, known: Known, examples: Examples, folder: Study
     )
 
 
-def settings_of(config: StudyConfig, trial: TrialRecord) -> dict[str, Any]:
+def settings_of(trial: TrialRecord) -> dict[str, Any]:
     """Returns every setting of a trial's method, and the searched ones of its optimizer."""
-    if trial.kind == "reference":
-        return {}
-    space = config.methods[trial.method]
-    training = space.training(trial.values, config.training)
-    own = space.settings(trial.values).model_dump(mode="json", exclude={"method"})
-    return {
-        "learning_rate": training.learning_rate,
-        "warmup_ratio": training.warmup_ratio,
-        "weight_decay": training.weight_decay,
-        **own,
-    }
+    return {name: value for name, value in trial.settings.items() if name != "method"}
 
 
-def row_of(config: StudyConfig, trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
+def row_of(trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
     """Returns one trial's numbers; arguments as of `collect`."""
     last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
     curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
@@ -167,9 +157,7 @@ def row_of(config: StudyConfig, trial: TrialRecord, known: Known, examples: Exam
     test = known.test.get(trial.name) if trial.kind != "reference" else known.test.get("none")
     return Row(
         trial,
-        settings_of(config, trial)
-        if trial.method in config.methods or trial.kind == "reference"
-        else dict(trial.values),
+        settings_of(trial),
         None if trial.start is None else mean_loss(trial.start, examples.counts_N),
         None if last is None else mean_loss(last, examples.counts_N),
         None if last is None else difference(last, examples.base_N, examples.counts_N),
@@ -195,7 +183,7 @@ def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: S
                 Finalist(
                     method,
                     number,
-                    settings_of(config, setting),
+                    settings_of(setting),
                     dev,
                     tuple(float(x.sum() / examples.counts_N.sum()) for x in done),
                     sum(t.status not in ("running", "finished") for t in trials),
@@ -275,7 +263,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 def columns() -> tuple[str, ...]:
     """Returns the names of the columns, also where there is no trial yet."""
-    nobody = TrialRecord("", "", "search", 0, None, {})
+    nobody = TrialRecord("", "", "search", 0, None, {}, {})
     return tuple(flat(Row(nobody, {}, None, None, None, None, None, None)))
 
 

@@ -7,6 +7,7 @@ depends on nothing but that and the trials told before.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -38,7 +39,6 @@ RETRY_SECONDS = (0.5, 1, 2, 4, 8, 16, 30)
 
 
 _STATES = {"finished": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "running": TrialState.RUNNING}
-_SPACE = "peft-study:space"
 
 
 class Suggestions:
@@ -62,36 +62,23 @@ class Suggestions:
         self._storage, self._method, self._space = storage, method, space
         self._sampler, self._seed = sampler, seed
         self._dimensions = space.dimensions()
-        self._study = reliably(lambda: self._own_study(name))
+        self._study = reliably(
+            lambda: optuna.create_study(
+                storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Never()
+            )
+        )
         self._remember()
 
-    def _own_study(self, name: str) -> optuna.Study:
-        """Returns the study of this space: choices that changed need a new one, Optuna takes them into no old one."""
-        signature = {n: _form(d, whole=self._space.whole(n)) for n, d in self._dimensions.items()}
-        for number in itertools.count(1):
-            study = optuna.create_study(
-                storage=self._storage,
-                study_name=name if number == 1 else f"{name}-{number}",
-                direction="minimize",
-                load_if_exists=True,
-                sampler=_Never(),
-            )
-            if _SPACE not in study.user_attrs:
-                study.set_user_attr(_SPACE, signature)
-            if study.user_attrs[_SPACE] == signature:
-                return study
-        raise AssertionError("unreachable")
-
     def adopt(self, trials: Sequence[TrialRecord], counts_N: npt.NDArray[np.int64]) -> None:
-        """Adds the trials that a method has had so far and that are not in this study: they were of an earlier space.
+        """Adds the trials that a method has had so far and that are not in this study: it began for a changed space.
 
         Args:
             trials: in the order of their numbers.
             counts_N: supervised tokens of each held-out example.
         """
-        distributions = {name: self._distribution(name, d, {}) for name, d in self._dimensions.items()}
         for trial in trials[len(self._trials) :]:
-            params = {n: _label(v) for n, v in trial.values.items() if n in distributions}
+            params = {n: _label(v) for n, v in trial.values.items() if n in self._dimensions}
+            distributions = {n: self._around(n, value) for n, value in params.items()}
             fits = {n: v for n, v in params.items() if _fits(distributions[n], v)}
             losses = {step: float(sums.sum() / counts_N.sum()) for step, sums in trial.sums.items()}
             state = _STATES.get(trial.status, TrialState.FAIL)
@@ -119,22 +106,29 @@ class Suggestions:
             number: from 0, without gaps.
             bounds: of dimensions whose range is not the space's own.
         """
-        if number < len(self._trials):
+        if number < len(self._trials) and set(self._trials[number].params) >= set(self._dimensions):
             return self._decoded(self._trials[number].params)
         distributions = {name: self._distribution(name, d, bounds) for name, d in self._dimensions.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of experimental settings
             self._study.sampler = self._fresh_sampler(number, distributions)
-            trial = reliably(lambda: self._study.ask(distributions))
+            params = reliably(lambda: self._suggest(number, distributions))
+        self._remember()
+        return self._decoded(params)
+
+    def _suggest(self, number: int, distributions: Mapping[str, BaseDistribution]) -> Values:
+        """Makes the row of a trial, or fills up one that a kill or a lost connection left half made."""
+        there = self._study.get_trials(deepcopy=False)
+        begun = number < len(there)
+        trial = optuna.trial.Trial(self._study, there[number]._trial_id) if begun else self._study.ask()
         if trial.number != number:
             raise OutputError(
                 f"has trial {trial.number} of {self._method} where {number} was expected: another process writes to it",
                 where="storage",
                 remedy="give each study a database, or a folder, of its own",
             )
-        self._trials.append(reliably(lambda: self._storage.get_trial(trial._trial_id)))
-        self._steps[number] = set()
-        return self._decoded(trial.params)
+        # what Study.ask does with distributions; a value that is there already comes back as it is
+        return {name: trial._suggest(name, distribution) for name, distribution in distributions.items()}
 
     def report(self, number: int, step: int, value: float) -> None:
         """Notes a held-out loss on the way."""
@@ -155,11 +149,13 @@ class Suggestions:
         if number in self._told:
             return
         row = self._trials[number]._trial_id
-        for name, what in attributes.items():
-            reliably(functools.partial(self._storage.set_trial_user_attr, row, name, what))
         state = _STATES.get(status, TrialState.FAIL)
         values = [value] if state == TrialState.COMPLETE and value is not None else None
-        reliably(lambda: self._storage.set_trial_state_values(row, state, values))
+        # written already, and only the answer was lost: then it was tried again
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            for name, what in attributes.items():
+                reliably(functools.partial(self._storage.set_trial_user_attr, row, name, what))
+            reliably(lambda: self._storage.set_trial_state_values(row, state, values))
         self._told.add(number)
 
     def _distribution(self, name: str, dimension: Dimension, bounds: Bounds) -> BaseDistribution:
@@ -169,6 +165,14 @@ class Suggestions:
         if self._space.whole(name):
             return IntDistribution(math.ceil(low), math.floor(high), log=dimension.log)
         return FloatDistribution(low, high, log=dimension.log)
+
+    def _around(self, name: str, value: Any) -> BaseDistribution:
+        """Returns a dimension's distribution, as wide as it takes to hold the value."""
+        dimension = self._dimensions[name]
+        if isinstance(dimension, Choices) or isinstance(value, str):
+            return self._distribution(name, dimension, {})
+        bounds = (min(dimension.low, value), max(dimension.high, value))
+        return self._distribution(name, dimension, {name: bounds})
 
     def _decoded(self, params: Mapping[str, Any]) -> Values:
         values: Values = dict(params)
@@ -251,13 +255,6 @@ def _stretched(distribution: BaseDistribution, u: float) -> Any:
         return min(max(whole, distribution.low), distribution.high)
     value = low * (high / low) ** u if distribution.log else low + u * (high - low)
     return min(max(value, low), high)
-
-
-def _form(dimension: Dimension, *, whole: bool) -> Any:
-    """Returns what of a dimension must stay the same in one Optuna study."""
-    if isinstance(dimension, Choices):
-        return [_label(choice) for choice in dimension.choices]
-    return {"log": dimension.log, "whole": whole}
 
 
 def _fits(distribution: BaseDistribution, value: Any) -> bool:

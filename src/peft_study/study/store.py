@@ -47,6 +47,11 @@ def identity(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _of_a_start(name: str) -> bool:
+    """True for what a process leaves that was killed before it had claimed the folder."""
+    return name in (LOCK, OWNER, _GIVEN, _RESOLVED) or (name.startswith(".") and name.endswith(".tmp"))
+
+
 class RunFolder:
     """One run's folder; all writes are atomic."""
 
@@ -94,7 +99,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError("is a file", where=str(self.path), remedy="give a folder")
         found = self.identity()
-        if found is None and self.path.exists() and {p.name for p in self.path.iterdir()} - {LOCK, OWNER}:
+        if found is None and self.path.exists() and not all(_of_a_start(p.name) for p in self.path.iterdir()):
             raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
         if found is None or overwrite:
             return False

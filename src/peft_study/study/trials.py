@@ -30,6 +30,7 @@ class TrialRecord:
         number: of the setting among its method's (a final has its setting's).
         seed: of initialisation, dropout and data order; None: those of the study.
         values: of the searched dimensions.
+        settings: all of them, the method's and the optimizer's: the study file may change, a trial does not.
         status, reason: how it stands; interrupted only for who looks at a study that nobody runs (study/inspect.py).
         sums: summed held-out losses of each example in nats, by optimizer step.
         audited: why it would have been pruned, where it ran on all the same to see whether that was right.
@@ -42,6 +43,7 @@ class TrialRecord:
     number: int
     seed: int | None
     values: dict[str, Any]
+    settings: dict[str, Any]
     status: State = "running"
     reason: str | None = None
     sums: dict[int, Losses] = field(default_factory=dict)
@@ -111,7 +113,8 @@ class Known:
         getattr(self, f"_{event['event']}")(event)
 
     def _asked(self, e: Event) -> None:
-        self.trials[e["name"]] = TrialRecord(e["name"], e["method"], e["kind"], e["number"], e["seed"], e["values"])
+        fields = ("name", "method", "kind", "number", "seed", "values", "settings")
+        self.trials[e["name"]] = TrialRecord(**{field: e[field] for field in fields})
         if e["kind"] == "search":
             self.fresh.pop(e["method"], None)
 
@@ -149,8 +152,12 @@ class Known:
         self.test = {name: np.array(sums) for name, sums in e["sums"].items()}
 
     def _continued(self, e: Event) -> None:
-        """The file changed: what was decided at the end of the search is open again."""
+        """The file changed: what the end of the search decided, and the ranges of changed spaces, are open again."""
         self.continued.append(e)
+        for method in e["methods"]:
+            for kept in (self.bounds, self.fresh, self.notes):
+                kept.pop(method, None)
+            self.tested.discard(method)
         self.finalists.clear()
         self.winner, self.concluded, self.deadline = None, False, False
         self.test = {}
