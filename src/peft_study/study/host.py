@@ -37,9 +37,6 @@ from peft_study.study.slots import Orders
 from peft_study.study.store import RunFolder
 from peft_study.study.worker import Facts, Losses, Report, Worker, facts
 
-FOLLOW_SECONDS = 0.5
-"""Rows without news are reported on this often; between two reports a stop is noticed."""
-
 Files = dict[str, bytes]
 """Contents by path below the folder of all trials."""
 
@@ -180,8 +177,8 @@ class Host:
         )
         return Begun(found, sees)
 
-    def follow(self, orders: Orders, files: Files) -> Followed:
-        """Follows orders until there is news, or half a second has passed."""
+    def follow(self, orders: Orders, files: Files, seconds: float) -> Followed:
+        """Follows orders until there is news, or the time has passed."""
         self._receive(files)
         enter = [
             replace(
@@ -191,7 +188,7 @@ class Host:
             )
             for job in orders.enter
         ]
-        report = self._worker.follow(replace(orders, enter=enter), FOLLOW_SECONDS)
+        report = self._worker.follow(replace(orders, enter=enter), seconds)
         return Followed(report, self._outbox.changed() if self._outbox else {})
 
     def save(self, decided: Mapping[str, Any]) -> None:

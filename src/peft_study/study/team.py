@@ -36,6 +36,12 @@ from peft_study.study.slots import Orders
 from peft_study.study.trial_run import Job
 from peft_study.study.worker import Facts, Losses, Report
 
+PACE_SECONDS = 0.5
+"""Workers without news report on their pace this often, and notice a stop; but
+"""
+PACES_A_SECOND = 50
+"""of all workers together, the scheduler hears no more reports than these: each costs it a millisecond or two."""
+
 State = Literal["opening", "beginning", "idle", "busy"]
 
 
@@ -160,7 +166,7 @@ class Team:
         hand.trials |= {job.name for job in orders.enter}
         hand.state = "busy"
         files = {} if hand.sees else self._luggage([job.name for job in orders.enter if job.cut is not None])
-        self._call(hand, "follow", orders, files)
+        self._call(hand, "follow", orders, files, max(PACE_SECONDS, self._fleet.count / PACES_A_SECOND))
 
     def reports(self) -> list[tuple[str, Report]]:
         """Waits until something is heard of a worker that is at work or coming.
