@@ -208,5 +208,5 @@ def test_limits_and_changes_are_said(both: HandMade) -> None:
     assert both.said()[-1] == "the time limit ended the search before all its settings were tried"
     both.trial("prompt_tuning", 1e-3, 0.5)
     assert "untuned" not in both.about("prompt tuning"), "a time limit may cost one trial"
-    both.events.append({"event": "continued", "changes": ["budget.trials: 1 -> 2"], "time": 0.0})
+    both.events.append({"event": "continued", "changes": ["budget.trials: 1 -> 2"], "methods": []})
     assert both.said()[-1] == "the study file was changed on the way, and the test part opened more than once"

@@ -90,7 +90,7 @@ def test_a_trial_that_a_kill_left_half_made_is_filled_up(url: str, sampler: str,
 def test_an_answer_that_was_lost_is_no_second_trial(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "RETRY_SECONDS", (0.0, 0.0))
     book = suggestions(url, "random", space(space="default"))
-    real, calls = optuna.storages.RDBStorage.set_trial_param, [0]
+    real, calls = optuna.storages.RDBStorage._set_trial_param, [0]
 
     def drop(self: Any, *arguments: Any) -> None:
         calls[0] += 1
@@ -98,7 +98,7 @@ def test_an_answer_that_was_lost_is_no_second_trial(url: str, monkeypatch: pytes
             raise OperationalError("INSERT", {}, Exception("connection reset"))
         real(self, *arguments)
 
-    monkeypatch.setattr(optuna.storages.RDBStorage, "set_trial_param", drop)
+    monkeypatch.setattr(optuna.storages.RDBStorage, "_set_trial_param", drop)
     assert set(book.ask(0, {})) == set(space(space="default").dimensions())
     assert calls[0] > 2
     assert [t.number for t in optuna.load_study(study_name="lora", storage=url).trials] == [0]

@@ -108,11 +108,14 @@ class StudyDisplay:
 
     def conclude(self, study: FinishedStudy) -> None:
         """Prints the tables and what they say."""
+        from peft_study.study.findings import cost
+
         self.console.print(search_table(study.results))
         if study.results.finalists:
             self.console.print(finals_table(study.results))
         for sentence in study.sentences:
             self.say(f"- {sentence}")
+        self.say(cost(study.results))
         self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
 
     def _speed(self) -> float:

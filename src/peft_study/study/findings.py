@@ -29,7 +29,6 @@ def sentences(config: StudyConfig, known: Known, examples: Examples, results: Re
         said.append(_conclusion(config, results))
     if results.pruning.pruned or results.pruning.audited:
         said.append(_pruning(results))
-    said.append(_cost(results))
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
     if results.continued:
@@ -178,7 +177,8 @@ def _conclusion(config: StudyConfig, results: Results) -> str:
     return text
 
 
-def _cost(results: Results) -> str:
+def cost(results: Results) -> str:
+    """Returns what each method's trials were trained on."""
     spent = [f"{_title(method)} {results.tokens[method]:,}" for method in results.methods]
     return f"data tokens trained on, range tests and finals included: {', '.join(spent)}"
 
