@@ -55,7 +55,7 @@ def write_study(folder: Path, model: Path, data: Path, **changed: Any) -> Path:
 def start(words: Sequence[object], log: Path) -> subprocess.Popen[bytes]:
     """Starts the program in a process of its own, and a session of its own as a terminal gives it."""
     paths = os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": paths}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with log.open("ab") as file:
         command = [*PROGRAM, *map(str, words)]
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)

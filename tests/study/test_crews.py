@@ -24,7 +24,7 @@ LONG = {
     "budget": {"trials": 2},
     "finals": {"best": 1, "seeds": 1},
     "methods": {"lora": {"rank": [2, 4], "dropout": 0.2}, "prompt_tuning": {"tokens": 17}},
-    "logging": {"tensorboard": False, "checkpoint_every": 5, "evaluate_every": 2},
+    "logging": {"tensorboard": False, "checkpoint_every": 5, "evaluate_every": 3},
 }
 """Few trials with many steps, so that a kill finds them under way; what was measured since the cut is so once more."""
 

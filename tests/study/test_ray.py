@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (SOURCE, os.environ.get("PYTHONPATH")))))
     # the head has no processors to give: it survives
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": SOON}
+    before = signal.getsignal(signal.SIGTERM)  # a node that is made in a process puts its own handler there
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
         yield made
     finally:
         made.shutdown()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_cluster_runs_the_same_study_as_one_process(

@@ -180,6 +180,8 @@ class Host:
     def follow(self, orders: Orders, files: Files, seconds: float) -> Followed:
         """Follows orders until there is news, or the time has passed."""
         self._receive(files)
+        for job in orders.enter:  # claimed by the scheduler, where this machine may not see it
+            (self._trials / job.name).mkdir(parents=True, exist_ok=True)
         enter = [
             replace(
                 job,

@@ -91,10 +91,8 @@ class Team:
             open_place(self._config.checkpoints)  # a mistake in it makes no folder
         self._fleet.__enter__()
         try:
-            workers = f"{self._fleet.count} worker{'s' if self._fleet.count > 1 else ''}"
-            self._say(
-                f"{workers}, each with {self._fleet.threads} threads; the first one loads {self._config.model.name}"
-            )
+            workers, threads = _counted(self._fleet.count, "worker"), _counted(self._fleet.threads, "thread")
+            self._say(f"{workers}, each with {threads}; the first one loads {self._config.model.name}")
             self._open(0)
             opened = self._first("open")
             assert opened.facts is not None
