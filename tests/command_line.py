@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,14 @@ def dev_losses(study: Path) -> dict[str, list[float]]:
         elif event["event"] == "ended" and event["status"] == "finished":
             finished.add(event["name"])
     return {name: sums for name, sums in last.items() if name in finished}
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Lets this process write no file beyond `size` bytes: the system refuses, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

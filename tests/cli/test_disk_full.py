@@ -5,31 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from command_line import CommandLine, listing
+from command_line import CommandLine, largest_file, listing
 from peft_study.data.atomic import output_error
 from peft_study.errors import OutputError
 from peft_study.places import cache_root
 from peft_study.study.metrics import MetricsWriter
 from peft_study.study.store import RunFolder
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Lets this process write no file beyond `size` bytes: the system refuses, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 import yaml
 from sqlalchemy.exc import OperationalError
 
-from command_line import CommandLine, dev_losses
+from command_line import CommandLine, dev_losses, largest_file
 from peft_study.data.atomic import output_error
 from peft_study.study import sampling
 from peft_study.study.journal import Journal
@@ -39,17 +36,6 @@ def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch:
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Lets this process write no file beyond `size` bytes: the system refuses, as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def same_as_uninterrupted(cli: CommandLine, study: Path, tmp_path: Path) -> None:

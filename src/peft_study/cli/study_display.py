@@ -130,7 +130,8 @@ class StudyDisplay:
         more = "" if len(self._paces) <= 4 else f" and {len(self._paces) - 4} more"
         ended = sum(t.status != "running" for t in known.trials.values())
         slots = f"{', '.join(running) or 'between trials'}{more}"
-        return f"{ended} trials ended; {slots}; {self._speed():,.0f} tokens/s{self._left()}"
+        trials = "1 trial" if ended == 1 else f"{ended} trials"
+        return f"{trials} ended; {slots}; {self._speed():,.0f} tokens/s{self._left()}"
 
     def _left(self) -> str:
         """Estimates the time left from the trials that ended in this start."""
