@@ -27,7 +27,7 @@ from peft_study.study.record import environment
 from peft_study.study.results import Results, collect, summary, write_rows
 from peft_study.study.sampling import Suggestions, open_storage
 from peft_study.study.session import Say, refuse_other_inputs
-from peft_study.study.slots import Orders
+from peft_study.study.slots import Ended, Orders
 from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.team import Team
 from peft_study.study.trial_run import Job
@@ -211,21 +211,18 @@ class _Study:
         """Returns a trial's steps; a budget of tokens is counted out once for each order of the data."""
         key = training.steps, training.epochs, training.batch_size, training.data_seed
         if key not in self._counted:
-            self._counted[key] = self._count(training)
+            self._counted[key] = steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
         return self._counted[key]
-
-    def _count(self, training: TrainingConfig) -> int:
-        return steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
 
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
         """Takes a report in and gives the worker its next orders; a study that stops only lets trials leave."""
-        before = {name for name, trial in self._agenda.known.trials.items() if trial.status == "running"}
+        trials = self._agenda.known.trials
+        ending = [trials[news.name] for news in report.news if isinstance(news, Ended)]
+        ending = [trial for trial in ending if trial.status == "running"]
         leave = self._agenda.heard(report.news)
-        for name in before:
-            trial = self._agenda.known.trials[name]
-            if trial.status != "running":
-                self._folder.trial(name).set_status(trial.status, trial.reason)
-                self._watcher.ended(trial, self._facts)
+        for trial in ending:
+            self._folder.trial(trial.name).set_status(trial.status, trial.reason)
+            self._watcher.ended(trial, self._facts)
         self._wait(report.lost)
         limit = self._config.budget.minutes
         if limit is not None and self._elapsed() > 60 * limit:

@@ -35,7 +35,6 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._events = read(path)
-        self._kept = len(self._events)
         self._torn = path.exists() and path.stat().st_size != sum(len(_line(event)) for event in self._events)
 
     def __len__(self) -> int:
@@ -51,7 +50,7 @@ class Journal:
         self._events = self._events[:count]
         with atomic_writer(self._path) as file:
             file.writelines(_line(event).decode() for event in self._events)
-        self._kept, self._torn = len(self._events), False
+        self._torn = False
 
     def append(self, events: Iterable[Event]) -> None:
         """Adds events; they are on the disk when this returns.

@@ -64,7 +64,7 @@ class Suggestions:
         self._dimensions = space.dimensions()
         self._study = reliably(
             lambda: optuna.create_study(
-                storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Never()
+                storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Design(dict)
             )
         )
         self._remember()
@@ -90,7 +90,8 @@ class Suggestions:
                 intermediate_values=losses,
             )
             reliably(functools.partial(self._study.add_trial, frozen))
-        self._remember()
+        if len(trials) > len(self._trials):
+            self._remember()
 
     def _remember(self) -> None:
         """Keeps what is in the database: asking it each time reads every trial under way, which with 64 of them took
@@ -112,15 +113,20 @@ class Suggestions:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of experimental settings
             self._study.sampler = self._fresh_sampler(number, distributions)
-            params = reliably(lambda: self._suggest(number, distributions))
-        self._remember()
-        return self._decoded(params)
+            row = reliably(lambda: self._suggest(number, distributions))
+        frozen = reliably(lambda: self._storage.get_trial(row))
+        self._trials[number:] = [frozen]
+        self._steps[number] = set()
+        return self._decoded(frozen.params)
 
-    def _suggest(self, number: int, distributions: Mapping[str, BaseDistribution]) -> Values:
-        """Makes the row of a trial, or fills up one that a kill or a lost connection left half made."""
-        there = self._study.get_trials(deepcopy=False)
-        begun = number < len(there)
-        trial = optuna.trial.Trial(self._study, there[number]._trial_id) if begun else self._study.ask()
+    def _suggest(self, number: int, distributions: Mapping[str, BaseDistribution]) -> int:
+        """Makes the row of a trial, or fills up one that a kill or a lost connection left half made; returns its id."""
+        study = self._study
+        try:
+            row = self._storage.get_trial_id_from_study_id_trial_number(study._study_id, number)
+            trial = optuna.trial.Trial(study, row)
+        except KeyError:
+            trial = study.ask()
         if trial.number != number:
             raise OutputError(
                 f"has trial {trial.number} of {self._method} where {number} was expected: another process writes to it",
@@ -128,7 +134,9 @@ class Suggestions:
                 remedy="give each study a database, or a folder, of its own",
             )
         # what Study.ask does with distributions; a value that is there already comes back as it is
-        return {name: trial._suggest(name, distribution) for name, distribution in distributions.items()}
+        for name, distribution in distributions.items():
+            trial._suggest(name, distribution)
+        return trial._trial_id
 
     def report(self, number: int, step: int, value: float) -> None:
         """Notes a held-out loss on the way."""
@@ -210,13 +218,6 @@ class _Design(optuna.samplers.BaseSampler):
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
         return self._point()[param_name]
-
-
-class _Never(_Design):
-    """Stands in a study until its first trial is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(dict)
 
 
 def _grid_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:
