@@ -199,15 +199,8 @@ def show_estimate(found: StudyEstimate) -> None:
 
 def search_table(results: Results) -> Table:
     """Returns the table of the search, a row a setting, best first in each method; it fits 80 columns."""
-    table = Table(
-        title="Search: dev loss, nats a token (± 95 % over examples, one seed)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("trial", no_wrap=True)
-    for name in ("rate", "dev loss", "against the base"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = "Search: dev loss, nats a token (± 95 % over examples, one seed)"
+    table = _table(title, "trial", "rate", "dev loss", "against the base")
     table.add_column("status", no_wrap=True)
     ranked = {(f.method, f.number) for f in results.finalists}
     table.add_row("untouched base", "", _interval(results.base_dev), "", "")
@@ -232,17 +225,9 @@ def _order(row: Row) -> tuple[bool, float]:
 def finals_table(results: Results) -> Table:
     """Returns the table of finalists, best first; it fits 80 columns."""
     seeds = max(len(f.dev_of_seeds) for f in results.finalists)
-    table = Table(
-        title=f"Finals: mean over {seeds} seeds, nats a token (± 95 % over seeds and examples)",
-        caption="* winner by mean dev loss; the test part was opened after that",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("setting", no_wrap=True)
-    for name in ("dev", "test", "test against base"):
-        table.add_column(name, justify="right", no_wrap=True)
+    title = f"Finals: mean over {seeds} seeds, nats a token (± 95 % over seeds and examples)"
+    table = _table(title, "setting", "dev", "test", "test against base")
+    table.caption = "* winner by mean dev loss; the test part was opened after that"
     for f in results.finalists:
         mark = " *" if f.winner else " (untuned)" if f.untuned else f" ({f.failed} failed)" if f.failed else ""
         table.add_row(
@@ -253,6 +238,15 @@ def finals_table(results: Results) -> Table:
             style="bold" if f.winner else None,
         )
     table.add_row("untouched base", _interval(results.base_dev), _interval(results.base_test), "")
+    return table
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    """Returns an empty table: names on the left, then numbers; nothing in it is wrapped."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 

@@ -41,6 +41,11 @@ def mean_loss(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
     return _ratio(sums_N, counts_N)
 
 
+def loss_value(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> float:
+    """Returns the loss a supervised token, in nats, without its interval; arguments as of `mean_loss`."""
+    return float(sums_N.sum() / counts_N.sum())
+
+
 def difference(sums_N: Losses, others_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
     """Returns how much the first loss is above the second, paired by example, with its interval."""
     return _ratio(sums_N - others_N, counts_N)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, TrainingConfig, setting_of
+from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
 from peft_study.study import ranges
@@ -334,10 +335,10 @@ class Agenda:
             return
         book = self._suggestions[trial.method]
         for step, sums_N in trial.sums.items():
-            book.report(trial.number, step, mean_loss_value(sums_N, self._counts_N))
+            book.report(trial.number, step, loss_value(sums_N, self._counts_N))
         if trial.status != "running":
             last = trial.last
-            value = None if last is None else mean_loss_value(last, self._counts_N)
+            value = None if last is None else loss_value(last, self._counts_N)
             book.tell(trial.number, trial.status, value, {"reason": trial.reason} if trial.reason else {})
 
 
@@ -345,8 +346,3 @@ def final_seeds(config: StudyConfig) -> tuple[int, ...]:
     """Returns the finals' seeds: none of them is the search's."""
     first = config.training.seed + 1
     return tuple(range(first, first + config.finals.seeds))
-
-
-def mean_loss_value(sums_N: npt.NDArray[np.float64], counts_N: npt.NDArray[np.int64]) -> float:
-    """Returns the loss a supervised token, in nats, without its interval."""
-    return float(sums_N.sum() / counts_N.sum())

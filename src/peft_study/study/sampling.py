@@ -25,6 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from peft_study.config import Choices, Dimension, MethodSpace
 from peft_study.errors import ConfigError, OutputError
+from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.study.trials import TrialRecord
 
@@ -80,7 +81,7 @@ class Suggestions:
             params = {n: _label(v) for n, v in trial.values.items() if n in self._dimensions}
             distributions = {n: self._around(n, value) for n, value in params.items()}
             fits = {n: v for n, v in params.items() if _fits(distributions[n], v)}
-            losses = {step: float(sums.sum() / counts_N.sum()) for step, sums in trial.sums.items()}
+            losses = {step: loss_value(sums_N, counts_N) for step, sums_N in trial.sums.items()}
             state = _STATES.get(trial.status, TrialState.FAIL)
             frozen = optuna.trial.create_trial(
                 state=state,
