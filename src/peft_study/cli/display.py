@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -42,26 +42,18 @@ def _plain_warning(message: Warning | str, category: type[Warning], *_place: obj
         print(f"warning: {message}", file=sys.stderr)
 
 
-class RunDisplay:
-    """Shows one run: a bar below lines that stay."""
+class LiveDisplay:
+    """Lines that stay and, on a terminal, a part below them that moves.
 
-    def __init__(self, *, silent: bool = False) -> None:
-        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
-        if silent:
-            warnings.simplefilter("ignore")  # the process that speaks has the same ones
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._live = Live(self._progress, console=self.console, transient=True, refresh_per_second=4)
-        self._task: TaskID | None = None
-        self._told = 0.0
+    Args:
+        console: where to.
+        live: the moving part.
+    """
 
-    def __enter__(self) -> RunDisplay:
+    def __init__(self, console: Console, live: Live) -> None:
+        self.console, self._live = console, live
+
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._live.start()
         return self
@@ -75,6 +67,26 @@ class RunDisplay:
     def say(self, line: str) -> None:
         """Prints a line that stays."""
         self.console.print(line, markup=False)
+
+
+class RunDisplay(LiveDisplay):
+    """Shows one run: a bar below lines that stay."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        if silent:
+            warnings.simplefilter("ignore")  # the process that speaks has the same ones
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        super().__init__(console, Live(self._progress, console=console, transient=True, refresh_per_second=4))
+        self._task: TaskID | None = None
+        self._told = 0.0
 
     def warn(self, line: str) -> None:
         """Prints a warning that stays."""

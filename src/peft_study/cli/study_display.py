@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +10,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from peft_study.cli.display import LiveDisplay
 
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig
@@ -28,12 +29,12 @@ SPEED_SECONDS = 60.0
 STATES = ("running", "finished", "pruned", "diverged", "failed")
 
 
-class StudyDisplay:
+class StudyDisplay(LiveDisplay):
     """Shows a study."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self._live = Live(console=self.console, transient=True, refresh_per_second=4)
+        console = Console(highlight=False, soft_wrap=True)
+        super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
         self._config: StudyConfig | None = None
         self._known: Known | None = None
         self._slots = 0
@@ -44,21 +45,6 @@ class StudyDisplay:
         self._started = time.monotonic()
         self._done_before = 0
         self._told = 0.0
-
-    def __enter__(self) -> StudyDisplay:
-        if self.console.is_terminal:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
-        """Prints a line that stays."""
-        self.console.print(line, markup=False)
 
     def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
         """Says what is going to happen, or what is left of it."""
