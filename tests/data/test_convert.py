@@ -175,7 +175,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     for name, overwrite, message in [
         ("a.jsonl", True, "a.jsonl: is one of the sources; name another output file"),
         ("link.jsonl", True, "link.jsonl: is one of the sources"),
-        ("out.jsonl", False, "out.jsonl: the file exists; give --overwrite"),
+        ("out.jsonl", False, "out.jsonl: is there already; replace it with --overwrite"),
         ("out.parquet", False, "out.parquet: JSON lines are written; name a file ending in .jsonl"),
         ("dir.jsonl", True, "dir.jsonl: is a folder"),
         ("a.jsonl/out.jsonl", True, "a.jsonl: is a file, not a folder"),

@@ -33,7 +33,8 @@ def init(
 
     from peft_study.cli.data import progress
     from peft_study.cli.display import quiet_libraries
-    from peft_study.study.template import look, refuse_existing, write_study_file
+    from peft_study.data.atomic import refuse_existing
+    from peft_study.study.template import look, write_study_file
 
     quiet_libraries()
     refuse_existing(output, overwrite=overwrite)

@@ -14,7 +14,7 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TextIO
@@ -161,6 +161,38 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise OutputError(error.what, where=where, remedy=error.remedy) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Refuses to replace a file, before anything is read for a new one.
+
+    Args:
+        path: the file that is to be written.
+        overwrite: an existing file may be replaced, but never one of the `sources`.
+        sources: files that are read meanwhile.
+
+    Raises:
+        OutputError: then.
+    """
+    if path.is_dir():
+        raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
+    if any(path.exists() and source.exists() and path.samefile(source) for source in sources):
+        raise OutputError("is one of the sources", where=str(path), remedy="name another output file")
+    if path.exists() and not overwrite:
+        raise OutputError("is there already", where=str(path), remedy="replace it with --overwrite, or name another")
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the safetensors files of a folder the permissions of any new file; safetensors makes them 0600.
+
+    What the umask leaves is read off a new file: asking for the umask would change it for other threads.
+    """
+    probe = folder / f".{secrets.token_hex(4)}.tmp"
+    probe.touch(exist_ok=False)
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _remove_leftovers(target: Path) -> None:

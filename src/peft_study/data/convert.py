@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from peft_study.data.atomic import AtomicFiles, made_folder
+from peft_study.data.atomic import AtomicFiles, made_folder, refuse_existing
 from peft_study.data.conversation import Conversation
 from peft_study.data.formats import OnProgress, ParsedRow, parsed_rows
 from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, data_suffix
-from peft_study.data.sources import Source, open_sources
+from peft_study.data.sources import open_sources
 from peft_study.data.turns import SKIP
 from peft_study.errors import DataError, OutputError
 
@@ -121,7 +121,9 @@ def convert(
     start = time.perf_counter()
     rejects = _rejects_path(output)
     opened = open_sources(sources, split)
-    _check_output(output, rejects, opened, overwrite)
+    read = [file for source in opened for file in source.files]
+    for path in (output, rejects):
+        refuse_existing(path, overwrite=overwrite, sources=read)
     rows = rejected = 0
     with made_folder(output.parent), AtomicFiles() as files:
         writer = LineWriter(files.open(output), output)
@@ -170,11 +172,3 @@ def _rejects_path(output: Path) -> Path:
         endings = ", ".join([".jsonl", *(f".jsonl{ending}" for ending in COMPRESSED_SUFFIXES)])
         raise OutputError("JSON lines are written", where=str(output), remedy=f"name a file ending in {endings}")
     return output.with_name(output.name[: output.name.lower().rindex(suffix)] + ".rejects.jsonl")
-
-
-def _check_output(output: Path, rejects: Path, sources: Sequence[Source], overwrite: bool) -> None:
-    for path in (output, rejects):
-        if any(path.exists() and file.exists() and path.samefile(file) for source in sources for file in source.files):
-            raise OutputError("is one of the sources", where=str(path), remedy="name another output file")
-        if path.exists() and not overwrite:
-            raise OutputError("the file exists", where=str(path), remedy="give --overwrite or name another file")

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peft_study.data.atomic import follow_umask
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Progress, Trial
 from peft_study.errors import OutputError
@@ -73,7 +74,8 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
     target = folder / f"step_{number}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".step-", dir=folder))
+        temporary = folder / f".step-{secrets.token_hex(4)}"
+        temporary.mkdir()
     except OSError as error:
         raise _unwritable(error, target) from error
     try:
@@ -84,6 +86,7 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
             _sync(path)
             digests[path.name] = file_digest(path)
             trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(trial.progress())})
+        follow_umask(temporary)
         manifest = {
             "version": _VERSION,
             "step": number,

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.config import FullConfig, NoneConfig
+from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter, Material
 from peft_study.model.load import Base
@@ -127,6 +128,7 @@ class FullAdapter(Adapter):
         """
         try:
             base.model.save_pretrained(folder)
+            follow_umask(folder)
             base.tokenizer.save_pretrained(folder)
         except (OSError, SafetensorError) as error:
             raise OutputError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
+from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError
 from peft_study.places import cache_root
 
@@ -56,7 +57,8 @@ def _convert(source: Path, folder: Path) -> None:
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     # a second process may convert at the same time: each writes its own folder, the first rename wins
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_FILE)
         tokenizer.save_pretrained(temporary)
@@ -67,6 +69,7 @@ def _convert(source: Path, folder: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(temporary)
+        follow_umask(temporary)
         (temporary / _ORIGIN).write_text(json.dumps({"description": DESCRIPTION, "file": _FILE}))
         try:
             temporary.replace(folder)

@@ -24,7 +24,7 @@ from peft_study.config.space import TRAINING_DIMENSIONS
 from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.survey import Survey, survey
-from peft_study.errors import DataError, OutputError
+from peft_study.errors import DataError
 from peft_study.model.load import load_tokenizer
 
 HELD_OUT_MOST = 128
@@ -98,18 +98,6 @@ def look(
     positions = int(tokenizer.model_max_length)
     # transformers has a number of thirty digits for "not said"
     return Start(model, tuple(data), split, template, positions if positions < 10**9 else None, found)
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Refuses to replace a file, before anything is read for a new one.
-
-    Raises:
-        OutputError: when there is one.
-    """
-    if path.is_dir():
-        raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
-    if path.exists() and not overwrite:
-        raise OutputError("is there already", where=str(path), remedy="replace it with --overwrite, or name another")
 
 
 def write_study_file(path: Path, start: Start) -> None:
