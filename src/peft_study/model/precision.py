@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from peft_study.errors import ConfigError
+from peft_study.errors import ConfigError, nearest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,8 +38,10 @@ def choose(device: str = "auto", dtype: str = "auto") -> Placement:
         dtype: auto, float32, bfloat16 or float16; auto takes bfloat16 where the device computes in it, else float32.
 
     Raises:
-        ConfigError: when the device is not there or cannot compute in the precision.
+        ConfigError: when the device is unknown, not there, or cannot compute in the precision, or that is unknown.
     """
+    if dtype not in ("auto", *_DTYPES):
+        raise ConfigError(f"unknown precision {dtype!r}", where="--dtype", remedy=nearest(dtype, ("auto", *_DTYPES)))
     name = _device(device)
     if name == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -66,6 +68,8 @@ def _device(wanted: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted == "auto":
         return next(name for name, is_there in there.items() if is_there)
+    if wanted not in there:
+        raise ConfigError(f"unknown device {wanted!r}", where="--device", remedy="use auto, cuda, mps or cpu")
     if not there[wanted]:
         raise ConfigError(
             f"no {wanted} device is available", where="--device", remedy="use --device auto, or install a torch for it"
