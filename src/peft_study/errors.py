@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class PeftStudyError(Exception):
@@ -76,3 +77,22 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(names)}"
+
+
+def nearest_path(path: Path, *, folders: bool = False) -> Path | None:
+    """Returns the existing path whose name is nearest to one that is not there, or None.
+
+    Where the folder around it is missing too, the nearest to that folder is returned.
+
+    Args:
+        path: that is not there.
+        folders: only folders are looked at.
+    """
+    while not path.parent.is_dir():
+        path = path.parent
+    try:
+        names = [beside.name for beside in path.parent.iterdir() if beside.is_dir() or not folders]
+    except OSError:  # a folder that must not be listed
+        return None
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return path.parent / close[0] if close else None

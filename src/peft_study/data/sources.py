@@ -8,7 +8,6 @@ download command left (a card with ``configs``, shards, ``.cache``), or just fil
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.data.readers import RawRow, Tick, data_suffix, read_file, without_nulls
-from peft_study.errors import DataError, nearest
+from peft_study.errors import DataError, nearest, nearest_path
 
 _METADATA = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?=\.)")
@@ -130,9 +129,8 @@ def _splits_of(spec: str) -> Splits:
         return {_split_word(path.name) or "train": [path]}
     if _HUB_ID.match(spec) and data_suffix(path) is None and not path.parent.exists():
         return _hub_splits(spec)
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    remedy = f"did you mean {path.parent / close[0]}?" if close else "check the path, or give a hub id as owner/name"
+    close = nearest_path(path)
+    remedy = f"did you mean {close}?" if close else "check the path, or give a hub id as owner/name"
     raise DataError("no such file or folder", where=spec, remedy=remedy)
 
 

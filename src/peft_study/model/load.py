@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from peft_study.errors import ModelError, first_line
+from peft_study.errors import ModelError, first_line, nearest_path
 from peft_study.model import attention, norm
 from peft_study.model.allocator import keep_freed_memory
 from peft_study.model.digest import folder_digest
@@ -29,6 +30,7 @@ class Base:
         model: the causal language model; no parameter requires gradients.
         tokenizer: its tokenizer.
         path: what `from_pretrained` loads it from (a folder that exists, or a hub id).
+        name, revision, tokenizer_name: what the user said, by which they are found again on another machine.
         digest: sha256 of its weight files.
         origin: where a converted model came from, else None.
         quantization: nf4 where the weights were quantised when they were loaded, else None.
@@ -49,6 +51,9 @@ class Base:
     kv_heads: int
     head_dim: int
     hidden: int
+    name: str
+    revision: str | None = None
+    tokenizer_name: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +84,7 @@ def resolve_model(name: str) -> str:
     """Returns what `from_pretrained` takes: the embedded model's folder for its name, else the name itself.
 
     Raises:
-        ModelError: when `name` is a path that is not a model folder.
+        ModelError: when there is no such folder or hub id.
     """
     if name.lower() == EMBEDDED:
         return str(embedded_folder())
@@ -87,9 +92,20 @@ def resolve_model(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError("is a folder without config.json", where=name, remedy="give a model folder or a hub id")
-    elif path.exists() or name.startswith((".", "/", "~")):
-        raise ModelError("no such model folder", where=name, remedy=f"give a folder, a hub id, or {EMBEDDED!r}")
+        return name
+    # a hub id has one slash at most
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError("no such model folder", where=name, remedy=_meant(name))
+    _hub_options(name)
     return name
+
+
+def _meant(name: str) -> str:
+    """Returns the remedy for a model that is not there: the nearest name or folder, where one is near."""
+    if difflib.get_close_matches(Path(name).name.lower(), [EMBEDDED], cutoff=0.8):
+        return f"did you mean {EMBEDDED!r}?"
+    close = nearest_path(Path(name), folders=True)
+    return f"did you mean {close}?" if close else f"give a folder, a hub id, or {EMBEDDED!r}"
 
 
 @functools.cache
@@ -97,14 +113,23 @@ def _hub_options(path: str) -> dict[str, bool]:
     """Returns how `from_pretrained` should look for a model: a hub id that cannot be asked for, in the cache alone.
 
     Without this, a mistyped folder on a machine without network is retried for the better part of a minute.
+
+    Raises:
+        ModelError: when it is neither a folder, nor in the cache, nor to be had from the hub.
     """
     if Path(path).is_dir():
         return {}
     import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
 
     try:
         huggingface_hub.HfApi().model_info(path, timeout=10)
-    except Exception:  # noqa: BLE001  (which HTTP client, and so which error, changes between versions of the library)
+    except Exception as error:  # which HTTP client, and so which error, changes between versions of the library
+        if not Path(HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model")).is_dir():
+            reason = first_line(error)
+            what = f"no such model: no folder here, none in the hub's cache, and none from the hub ({reason})"
+            raise ModelError(what, where=path, remedy=_meant(path)) from error
         return {"local_files_only": True}
     return {}
 
@@ -161,13 +186,23 @@ def load_base(
     placement = placement or choose()
     path = resolve_model(name)
     words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
-    options: dict[str, Any] = {"dtype": placement.dtype}
-    if quantization == "nf4":
-        options |= _nf4(placement)
-    model = load_model(path, name, revision=revision, trust_remote_code=trust_remote_code, **options)
-    if quantization is None:  # a quantised model was put in place while it was loaded
-        model = model.to(placement.device)
-    return wrap(model, words, placement, path=path, quantization=quantization)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model = place_model(path, name, placement, quantization=quantization, **options)
+    base = wrap(model, words, placement, path=path, quantization=quantization)
+    base.name, base.revision, base.tokenizer_name = name, revision, tokenizer
+    return base
+
+
+def place_model(path: str, name: str, placement: Placement, *, quantization: str | None = None, **options: Any) -> Any:
+    """Returns a model on its device and in its precision, quantised if asked for; arguments as of `load_model`.
+
+    Raises:
+        ModelError: as `load_model`, and where what quantises is not installed.
+    """
+    options["dtype"] = placement.dtype
+    if quantization == "nf4":  # a quantised model is put in place while it is loaded
+        return load_model(path, name, **options, **_nf4(placement))
+    return load_model(path, name, **options).to(placement.device)
 
 
 def load_model(path: str, name: str, **options: Any) -> Any:
@@ -232,6 +267,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden=config.hidden_size,
+        name=path,
     )
 
 
