@@ -314,6 +314,11 @@ def test_damaged_adapters(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Pa
     weights.write_bytes(whole)
     config.write_text(settings[:40])
     _holds(cli("chat", adapter).error(), ("adapter_config.json", "not valid JSON"))
+    config.write_text(settings)
+    note = adapter / "peft_study.json"
+    note.write_text("{")
+    _holds(cli("chat", adapter).error(), ("peft_study.json", "not valid JSON"))
+    note.unlink()
     config.write_text(json.dumps({**json.loads(settings), "base_model_name_or_path": "/no/model"}))
     _holds(cli("chat", adapter).error(), ("/no/model", "no such model folder"))
     assert not (tmp_path / "merged").exists()

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter.", show_default=False)]
+from peft_study.cli.data import Overwrite
+
+_Adapter = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER", help="Folder of a trained adapter, or of the run that left it.", show_default=False
+    ),
+]
 _Base = Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one the adapter names.")]
 _Tokens = Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -24,13 +31,32 @@ def merge(
     adapter: _Adapter,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],
     base: _Base = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights written; float32 keeps what was learned, the others round part of it away."),
+    ] = "float32",
+    measure: Annotated[
+        bool, typer.Option(help="Measure base, adapter and merged model on the run's held-out rows.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="That measures: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Write the base model with a LoRA adapter merged into its weights."""
     from peft_study.cli.display import quiet_libraries
-    from peft_study.evaluate.answers import merge as merge_adapter
+    from peft_study.study.adapters import merge as merge_adapter
 
     quiet_libraries()
-    merge_adapter(adapter, output, base=base)
+    found = _folder(adapter)
+    losses = merge_adapter(found, output, typer.echo, base=base, dtype=dtype, measure=measure, device=device)
+    if losses is not None:
+        above = losses.above
+        typer.echo(
+            f"held-out loss: base {losses.base:.4f}, adapter {losses.adapter:.4f}, merged {losses.merged:.4f}; "
+            f"merged minus adapter {above.value:+.4f} [{above.low:+.4f}, {above.high:+.4f}] "
+            f"(95 % over {losses.examples} examples)"
+        )
+        if losses.lost is not None:
+            remedy = "use the adapter on its base" if dtype == "float32" else "merge again with --dtype float32"
+            typer.echo(f"WARNING: the merge lost {losses.lost:.0%} of what the adapter had learned; {remedy}", err=True)
     typer.echo(f"merged model -> {output}")
 
 
@@ -45,20 +71,25 @@ def generate(
     base: _Base = None,
     max_new_tokens: _Tokens = 256,
     device: _Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Answer every prompt of a file with a trained adapter, greedily."""
     import json
 
     from peft_study.cli.display import quiet_libraries
+    from peft_study.data.atomic import refuse_existing
     from peft_study.evaluate.answers import Answerer, read_prompts, write_answers
 
     quiet_libraries()
+    found = _folder(adapter)
     questions = read_prompts(prompts)
-    answerer = Answerer.load(adapter, base=base, device=device)
-    rows = ({"prompt": messages, "answer": answerer.answer(messages, max_new_tokens)} for messages in questions)
+    if output is not None:
+        refuse_existing(output, overwrite=overwrite, sources=questions.files)
+    answerer = Answerer.load(found, base=base, device=device)
+    rows = ({**row, "answer": answerer.answer(row["prompt"], max_new_tokens)} for row in questions.rows)
     if output is not None:
         write_answers(rows, output)
-        typer.echo(f"{len(questions)} answers -> {output}")
+        typer.echo(f"{len(questions.rows)} answers -> {output}")
     else:
         for row in rows:
             typer.echo(json.dumps(row, ensure_ascii=False))
@@ -70,7 +101,7 @@ def chat(adapter: _Adapter, base: _Base = None, max_new_tokens: _Tokens = 256, d
     from peft_study.evaluate.answers import Answerer
 
     quiet_libraries()
-    answerer = Answerer.load(adapter, base=base, device=device)
+    answerer = Answerer.load(_folder(adapter), base=base, device=device)
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -84,3 +115,17 @@ def chat(adapter: _Adapter, base: _Base = None, max_new_tokens: _Tokens = 256, d
         answer = answerer.answer(messages, max_new_tokens, stream=lambda text: typer.echo(text, nl=False))
         typer.echo("")
         messages.append({"role": "assistant", "content": answer})
+
+
+def _folder(words: list[str]) -> Path:
+    """Returns the folder of the adapter that is meant; several words are a path with spaces that was not quoted."""
+    import shlex
+
+    from peft_study.errors import ConfigError
+    from peft_study.study.adapters import find_adapter
+
+    path = Path(" ".join(words))
+    if len(words) > 1:
+        remedy = f"quote it: {shlex.quote(str(path))}" if path.exists() else "quote a path that has spaces"
+        raise ConfigError(f"ADAPTER is one word, but {len(words)} are given: {path}", remedy=remedy)
+    return find_adapter(path)

@@ -29,7 +29,7 @@ _Map = Annotated[
         "--map", help="Column names: messages=COL or prompt=COL,response=COL; also system, tools, id, source."
     ),
 ]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 class _OnProgress(Protocol):
@@ -66,7 +66,7 @@ def convert(
         Literal["fail", "skip"],
         typer.Option(help="At an unusable row: stop, or leave it out and write it to OUT.rejects.jsonl."),
     ] = "fail",
-    overwrite: _Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn data of any known form into JSON lines of {"id", "messages", "source"}."""
     from peft_study.data.convert import convert as convert_data
@@ -100,7 +100,7 @@ def sample(
     by: Annotated[str | None, typer.Option(help="Column whose proportions to keep, for example source.")] = None,
     split: _Split = None,
     mapping: _Map = None,
-    overwrite: _Overwrite = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw nested random samples, uniform or stratified by a column, in one pass."""
     from peft_study.data.formats import parse_mapping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -122,4 +123,4 @@ class RunDisplay(LiveDisplay):
         self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")
         self.say(f"against the untouched base: {finished.minus_base}")
         self.say(f"adapter: {finished.folder / 'adapter'}")
-        self.say(f"try it: peft-study chat {finished.folder / 'adapter'}")
+        self.say(f"try it: peft-study chat {shlex.quote(str(finished.folder / 'adapter'))}")

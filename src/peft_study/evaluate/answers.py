@@ -5,49 +5,116 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 
-from peft_study.data.atomic import atomic_folder, atomic_writer
+from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
-from peft_study.errors import DataError, ModelError, OutputError, first_line
-from peft_study.methods.peft_format import CONFIG, WEIGHTS, base_mismatch, encoding, read_config
+from peft_study.data.turns import turns_of
+from peft_study.errors import DataError, ModelError, first_line
+from peft_study.methods.peft_format import CONFIG, WEIGHTS, base_mismatch, encoding, read_config, read_note
 from peft_study.model.digest import folder_digest
-from peft_study.model.load import load_model, load_tokenizer, resolve_model
-from peft_study.model.precision import choose
+from peft_study.model.embedded import DESCRIPTION, EMBEDDED
+from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model
+from peft_study.model.precision import Placement, choose
 
-SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+_KEPT = ("id", "source")
+"""Columns of a prompt's row that its answer keeps."""
 
 
-def _load(adapter: Path, base: str | None, *, dtype: torch.dtype | None, device: torch.device) -> tuple[Any, Any, str]:
-    """Returns the adapted model, its tokenizer and the base's path; warns where the base is another one."""
-    from peft import PeftModel
+class AdapterBase(NamedTuple):
+    """The base of an adapter, loaded as it was trained on: `model`, `tokenizer`, and the `path` it came from.
 
-    if base is None and not (adapter / CONFIG).exists() and (adapter / "config.json").exists():
-        # where all weights were trained, the folder is the model itself
-        whole = load_model(str(adapter), str(adapter), dtype=dtype or "auto").to(device)
-        return whole.eval(), load_tokenizer(str(adapter)), str(adapter)
-    config = read_config(adapter)
+    `quantization` is nf4 where the weights are 4-bit codes, else None.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: str
+    quantization: str | None
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Returns whether the folder is a model itself: what a run leaves that trained all weights."""
+    return not (folder / CONFIG).exists() and (folder / "config.json").exists()
+
+
+def find_base(adapter: Path, base: str | None = None) -> str:
+    """Returns what an adapter's base is loaded from: `base`, else the folder it was trained on, else by its name.
+
+    The folder may be gone (it may lie in the cache, which may be deleted), or be that of another machine.
+
+    Raises:
+        ModelError: when it is not found.
+    """
+    if base is not None:
+        return resolve_model(base)
+    note = read_note(adapter)
+    path = str(read_config(adapter).get("base_model_name_or_path") or "")
+    name = path
+    if not Path(path).is_dir():
+        # older notes have no name, but tell the embedded model by where it came from
+        name = note.get("base_name") or (EMBEDDED if note.get("base_origin") == DESCRIPTION else path)
+    try:
+        if not name:
+            raise ModelError(f"{CONFIG} names no base", where=str(adapter))
+        return resolve_model(name)
+    except ModelError as error:
+        remedy = f"name it with --base ({error.remedy})" if error.remedy else "name it with --base"
+        place = path if name == path else f"{name}, which was {path}"
+        raise ModelError(f"its base {place} is not found: {error.what}", where=str(adapter), remedy=remedy) from error
+
+
+def load_adapter_base(adapter: Path, base: str | None, placement: Placement) -> AdapterBase:
+    """Loads an adapter's base, quantised as it was in training, and the tokenizer it was trained with.
+
+    Warns where the base's weights are others than those of the training.
+
+    Args:
+        adapter: folder of the adapter.
+        base: model to take instead of the one that it names.
+        placement: device and precision.
+
+    Raises:
+        ModelError: when it holds no adapter, or its base cannot be loaded.
+    """
+    read_config(adapter)
     if not (adapter / WEIGHTS).is_file():
         raise ModelError(f"holds no {WEIGHTS}", where=str(adapter), remedy="only safetensors are loaded; save it again")
-    path = resolve_model(base or config["base_model_name_or_path"])
+    path = find_base(adapter, base)
+    note = read_note(adapter)
+    revision = note.get("base_revision") if base is None else None
+    quantization = note.get("base_quantization")
     if Path(path).is_dir():
         mismatch = base_mismatch(adapter, folder_digest(Path(path)))
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, path, dtype=dtype or "auto").to(device)
+    own = note.get("base_tokenizer")
+    tokenizer = load_tokenizer(own) if own else load_tokenizer(path, revision=revision)
+    model = place_model(path, path, placement, quantization=quantization, revision=revision)
+    return AdapterBase(model, tokenizer, path, quantization)
+
+
+def put_on(adapter: Path, base: AdapterBase) -> Any:
+    """Returns PEFT's model of an adapter on its base, which is changed.
+
+    Raises:
+        ModelError: when it does not fit.
+    """
+    from peft import PeftModel
+
     try:
-        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer, path
+        return PeftModel.from_pretrained(base.model, adapter)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"the adapter cannot be put on {path} ({first_line(error)})",
+            f"the adapter cannot be put on {base.path} ({first_line(error)})",
             where=str(adapter),
             remedy="name the base it was trained on with --base, or export it again",
         ) from error
@@ -61,14 +128,21 @@ class Answerer:
 
     @classmethod
     def load(cls, adapter: Path, *, base: str | None = None, device: str = "auto") -> Answerer:
-        """Loads an adapter folder on its base, or the model folder of a run that trained all weights.
+        """Loads an adapter folder on its base, or a model folder: of a run that trained all weights, or merged.
 
         Raises:
             ModelError: when it holds no adapter, or its base cannot be loaded.
+            ConfigError: when there is no such device.
         """
         placement = choose(device)
-        model, tokenizer, _ = _load(adapter, base, dtype=placement.dtype, device=placement.device)
-        return cls(model, tokenizer, ChatEncoder(tokenizer, **encoding(adapter)))
+        if base is None and is_whole_model(adapter):
+            # in the precision of its files: rounded to another one, it would lose part of what was learned
+            model = load_model(str(adapter), str(adapter), dtype="auto").to(placement.device)
+            tokenizer = load_tokenizer(str(adapter))
+        else:
+            loaded = load_adapter_base(adapter, base, placement)
+            model, tokenizer = put_on(adapter, loaded), loaded.tokenizer
+        return cls(model.eval(), tokenizer, ChatEncoder(tokenizer, **encoding(adapter)))
 
     def answer(
         self, messages: Sequence[dict[str, str]], max_new_tokens: int, stream: Callable[[str], None] | None = None
@@ -101,62 +175,67 @@ class Answerer:
         return text
 
 
-def merge(adapter: Path, output: Path, *, base: str | None = None) -> None:
-    """Writes the base with a LoRA adapter merged in, as a model folder with tokenizer.
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is to be answered.
 
-    Raises:
-        ModelError: for soft prompts, which are no change of weights.
-        OutputError: when the folder holds something.
+    Attributes:
+        rows: each with the turns so far as ``prompt``, and ``id`` and ``source`` where its row has them.
+        files: that they were read from.
     """
-    kind = read_config(adapter)["peft_type"]
-    if kind in SOFT:
-        raise ModelError(
-            f"{kind.lower().replace('_', ' ')} cannot be merged: it changes no weights",
-            where=str(adapter),
-            remedy="serve it beside the base: peft.PeftModel.from_pretrained(base, adapter), or peft-study chat",
-        )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError("is not an empty folder", where=str(output), remedy="give another -o")
-    model, tokenizer, _ = _load(adapter, base, dtype=None, device=torch.device("cpu"))
-    merged = model.merge_and_unload()
-    with atomic_folder(output) as place:
-        merged.save_pretrained(place)
-        tokenizer.save_pretrained(place)
+
+    rows: tuple[dict[str, Any], ...]
+    files: tuple[Path, ...]
 
 
-def read_prompts(path: Path) -> list[list[dict[str, str]]]:
-    """Returns the conversations to be answered: lines of a .txt, or rows with messages, prompt, instruction, question.
+def read_prompts(path: Path) -> Prompts:
+    """Reads the conversations to be answered: lines of a .txt, or rows with turns, prompt, instruction, question.
 
     Trailing assistant turns are what is to be generated, and are left out.
 
     Raises:
-        DataError: when there are none.
+        DataError: when there are none, or they cannot be read.
     """
     if path.suffix == ".txt":
-        if not path.exists():
-            raise DataError("no such file", where=str(path), remedy="give a file of prompts")
-        found = [
-            [{"role": "user", "content": line}]
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        files = [path]
+        rows = [{"prompt": [{"role": "user", "content": line}]} for line in _text(path).splitlines() if line.strip()]
     else:
-        found = [_prompt(row) for source in open_sources([str(path)]) for row in source.rows(lambda _share: None)]
-    if not found:
+        sources = open_sources([str(path)])
+        files = [file for source in sources for file in source.files]
+        rows = [_prompt(row) for source in sources for row in source.rows(lambda _share: None)]
+    if not rows:
         raise DataError("holds no prompts", where=str(path), remedy="write a prompt a line")
-    return found
+    return Prompts(tuple(rows), tuple(files))
 
 
-def _prompt(row: RawRow) -> list[dict[str, str]]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError("no such file", where=str(path), remedy="give a file of prompts") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 (byte {error.start + 1})", where=str(path), remedy="save it as UTF-8") from error
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise DataError(what, where=str(path), remedy="give a file of prompts") from error
+
+
+def _prompt(row: RawRow) -> dict[str, Any]:
     if row.broken is not None:
         raise row.broken
     values = row.values
-    if isinstance(values.get("messages"), list):
-        turns = [{"role": str(m["role"]), "content": str(m["content"])} for m in values["messages"]]
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-        if turns:
-            return turns
+    return {**{name: values[name] for name in _KEPT if values.get(name) is not None}, "prompt": _turns(row)}
+
+
+def _turns(row: RawRow) -> list[dict[str, Any]]:
+    values = row.values
+    for column in ("messages", "conversations"):
+        if isinstance(values.get(column), list):
+            turns = [message.to_dict() for message in turns_of(values[column], column, row.where)]
+            while turns and turns[-1]["role"] == "assistant":
+                turns.pop()
+            if turns:
+                return turns
     for column in ("prompt", "instruction", "question"):
         if isinstance(values.get(column), str) and values[column].strip():
             extra = values.get("input")
@@ -170,7 +249,11 @@ def _prompt(row: RawRow) -> list[dict[str, str]]:
 
 
 def write_answers(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Writes answers as JSON lines, whole or not at all."""
-    with atomic_writer(path) as file:
+    """Writes answers as JSON lines, whole or not at all, and makes their folder.
+
+    Raises:
+        OutputError: when they cannot be written.
+    """
+    with made_folder(path.parent), atomic_writer(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, and nothing untrained.
 
-``peft_study.json`` beside them says which base the adapter was trained on; PEFT ignores it.
+``peft_study.json`` beside them says which base the adapter was trained on, by which names it is found again, and
+whether it was quantised; PEFT ignores it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter
 from peft_study.methods.lora import LoraAdapter, target_shapes
@@ -67,11 +69,20 @@ def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) 
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(folder)
         save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
+        follow_umask(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
         raise OutputError(
             f"the adapter could not be written ({error})", where=str(folder), remedy="free some space"
         ) from error
-    note = {"base": base.path, "base_digest": base.digest, "base_origin": base.origin}
+    note = {
+        "base": base.path,
+        "base_name": base.name,
+        "base_revision": base.revision,
+        "base_tokenizer": base.tokenizer_name,
+        "base_digest": base.digest,
+        "base_origin": base.origin,
+        "base_quantization": base.quantization,
+    }
     (folder / ORIGIN).write_text(json.dumps(note, indent=2) + "\n")
 
 
@@ -79,18 +90,27 @@ def note_encoding(folder: Path, template: str, *, add_bos: bool) -> None:
     """Keeps with an adapter how its training text was written, so that it is used with the same; none: no folder."""
     if folder.is_dir():
         (folder / TEMPLATE).write_text(template)
-        path = folder / ORIGIN
-        note = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**note, "add_bos": add_bos}, indent=2) + "\n")
+        note = {**read_note(folder), "add_bos": add_bos}
+        (folder / ORIGIN).write_text(json.dumps(note, indent=2) + "\n")
+
+
+def read_note(folder: Path) -> dict[str, Any]:
+    """Returns what this program kept beside an adapter or a model: empty where somebody else wrote it.
+
+    Raises:
+        ModelError: when the file is damaged.
+    """
+    path = folder / ORIGIN
+    if not path.exists():
+        return {}
+    return _read_object(path)
 
 
 def encoding(folder: Path) -> dict[str, Any]:
     """Returns the chat encoder's arguments that an adapter was trained with, as far as they were kept."""
-    path = folder / ORIGIN
-    note = json.loads(path.read_text()) if path.exists() else {}
     template = folder / TEMPLATE
     return {
-        "add_bos": bool(note.get("add_bos", False)),
+        "add_bos": bool(read_note(folder).get("add_bos", False)),
         "template": str(template) if template.exists() else None,
     }
 
@@ -104,21 +124,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise ModelError(f"holds no {CONFIG}", where=str(folder), remedy="give the adapter folder of a finished run")
+    return _read_object(path)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not an object")
-    except ValueError as error:
-        raise ModelError(f"{CONFIG} is not valid JSON", where=str(folder), remedy="export the adapter again") from error
+    except (OSError, ValueError) as error:
+        remedy = "export the adapter again"
+        raise ModelError(f"{path.name} is not valid JSON", where=str(path.parent), remedy=remedy) from error
     return values
 
 
 def base_mismatch(folder: Path, digest: str) -> str | None:
     """Returns a warning when the adapter was trained on a base of other weights, else None."""
-    path = folder / ORIGIN
-    if not path.exists():
-        return None
-    note = json.loads(path.read_text())
+    note = read_note(folder)
     if note.get("base_digest", "unknown") in (digest, "unknown") or digest == "unknown":
         return None
     return (

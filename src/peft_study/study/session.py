@@ -84,7 +84,8 @@ def open_session(
         processes.wait()
     placement = choose(model.device, model.dtype)
     notes = [placement.note] if placement.note else []
-    say(f"loading {model.name} on {placement.device} in {placement.dtype_name}")
+    precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
+    say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
     base = load_base(
         model.name,
         tokenizer=model.tokenizer,

@@ -1,0 +1,216 @@
+"""Adapters that runs left: which folder is meant, and merging one into its base, with what that costs.
+
+    base + adapter ── losses of the run's held-out rows ──┐
+          │ merge in float32                              ├──► Losses: what was learned, what the merge lost
+          ▼ save, float32 or rounded                      │
+    merged folder ──── losses of the same rows ───────────┘
+
+Of the three models, one is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from peft_study.config import TrainConfig, validate
+from peft_study.data.atomic import atomic_folder, follow_umask
+from peft_study.engine.engine import Engine
+from peft_study.errors import ConfigError, ModelError, OutputError, UserError
+from peft_study.evaluate.answers import find_base, is_whole_model, load_adapter_base, put_on
+from peft_study.evaluate.statistics import Estimate, difference, loss_value
+from peft_study.methods.peft_format import CONFIG, encoding, load_adapter, note_encoding, read_config
+from peft_study.methods.reference import NoAdapter
+from peft_study.model.load import load_base
+from peft_study.model.precision import Placement, choose
+from peft_study.study.rows import Rows
+from peft_study.study.session import Say, describe, open_session
+from peft_study.study.store import RunFolder
+
+SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
+ROUNDING = 1e-4
+"""Of the loss: differences below come of the order of sums, in float32, too."""
+
+_Sums = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeLosses:
+    """Held-out losses in nats a token.
+
+    Attributes:
+        base, adapter: of the untouched base and with the adapter on it, in the precision of the run.
+        merged: of the merged model, in the precision of its files.
+        above: how far the merged model's is above the adapter's, paired by example.
+        examples: that they were measured on.
+    """
+
+    base: float
+    adapter: float
+    merged: float
+    above: Estimate
+    examples: int
+
+    @property
+    def lost(self) -> float | None:
+        """Share of what was learned that the merge lost; None where it lost no more than noise."""
+        if self.above.low <= ROUNDING * self.adapter:
+            return None
+        learned = self.base - self.adapter
+        return min(1.0, self.above.value / learned) if learned > 0 else 1.0
+
+
+class _HeldOut(NamedTuple):
+    """Held-out rows of a run, the base's and the adapter's summed loss of each, and tokens a packed row."""
+
+    rows: Rows
+    base_N: _Sums
+    adapter_N: _Sums
+    row_tokens: int | None
+
+
+def find_adapter(path: Path) -> Path:
+    """Returns the adapter's folder, or that of a model trained as a whole: `path`, or where a run in `path` left it.
+
+    A folder that is neither is returned as it is: whoever reads it says what is missing.
+
+    Raises:
+        ModelError: when a run in `path` left none, or it is a study.
+    """
+    run = RunFolder(path)
+    for folder in (path, run.adapter):
+        if (folder / CONFIG).exists() or is_whole_model(folder):
+            return folder
+    if (path / "trials").is_dir():
+        raise ModelError(
+            "is a study, with an adapter for each trial", where=str(path), remedy="give one: STUDY/trials/NAME"
+        )
+    state = (run.status() or ("", None))[0]
+    if state == "finished":
+        raise ModelError("holds no adapter: this run kept none", where=str(path), remedy="give another run")
+    if state or run.checkpoints.is_dir():
+        raise ModelError(
+            f"holds no adapter: the run has not finished ({state or 'no status'})",
+            where=str(path),
+            remedy="its command, given again, goes on with one that was interrupted",
+        )
+    return path
+
+
+def merge(
+    adapter: Path,
+    output: Path,
+    say: Say,
+    *,
+    base: str | None = None,
+    dtype: str = "float32",
+    measure: bool = True,
+    device: str = "auto",
+) -> MergeLosses | None:
+    """Writes the base with a LoRA adapter merged in, as a model folder with the tokenizer and template of the training.
+
+    The sum is made in float32. Rounded to bfloat16, a weight keeps 8 bits: an update below 1/512 of a weight, which
+    is most of what a short LoRA run learns, is gone. So float32 is what is written unless another dtype is asked for.
+    A base that was quantised in training is dequantised: the adapter was fitted to what its codes stand for.
+
+    Args:
+        adapter: folder of the adapter.
+        output: of the merged model; empty or not there.
+        say: receives a line before each step that takes time, and one on why nothing is measured.
+        base: model to merge into instead of the one that the adapter names.
+        dtype: of the weights that are written: float32, bfloat16 or float16.
+        measure: whether the losses of the run's held-out rows are measured before and after.
+        device: that measures; the merge itself is made on the CPU.
+
+    Returns:
+        The losses; None where they were not asked for, or the run's rows are not at hand.
+
+    Raises:
+        ModelError: for soft prompts, which are no change of weights; for a model that was trained as a whole; when
+            base or adapter cannot be loaded.
+        ConfigError: when the device or the dtype is unknown.
+        OutputError: when the folder holds something or cannot be written.
+    """
+    _check(adapter, output)
+    place, precision = choose(device).device, choose("cpu", dtype).dtype
+    held_out = _before(adapter, base, device, say) if measure else None
+    gc.collect()  # the engine refers to itself: without this, its model would stay beside the next one
+    say(f"merging in float32, writing {dtype}")
+    _write(adapter, output, base, precision, say)
+    return None if held_out is None else _after(output, held_out, Placement(place, precision), say)
+
+
+def _check(adapter: Path, output: Path) -> None:
+    """Refuses what cannot be merged, before anything is loaded."""
+    if is_whole_model(adapter):
+        raise ModelError("is a whole model: nothing is to be merged", where=str(adapter), remedy="use it as it is")
+    kind = str(read_config(adapter).get("peft_type"))
+    if kind in SOFT:
+        raise ModelError(
+            f"{kind.lower().replace('_', ' ')} cannot be merged: it changes no weights",
+            where=str(adapter),
+            remedy="serve it beside the base: peft.PeftModel.from_pretrained(base, adapter), or peft-study chat",
+        )
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError("is not an empty folder", where=str(output), remedy="give another -o")
+
+
+def _write(adapter: Path, output: Path, base: str | None, precision: torch.dtype, say: Say) -> None:
+    loaded = load_adapter_base(adapter, base, Placement(torch.device("cpu"), torch.float32))
+    if loaded.quantization:
+        say(f"the base was 4-bit ({loaded.quantization}) in training: it is dequantised, and the update added to that")
+        loaded = loaded._replace(model=loaded.model.dequantize())
+    merged = put_on(adapter, loaded).merge_and_unload().to(precision)
+    kept = encoding(adapter)
+    template = loaded.tokenizer.chat_template if kept["template"] is None else Path(kept["template"]).read_text()
+    with atomic_folder(output) as place:
+        merged.save_pretrained(place)
+        follow_umask(place)
+        loaded.tokenizer.save_pretrained(place)
+        if isinstance(template, str):
+            note_encoding(place, template, add_bos=kept["add_bos"])
+
+
+def _before(adapter: Path, base: str | None, device: str, say: Say) -> _HeldOut | None:
+    """Returns the held-out rows of the run that left the adapter, with their losses; says why where there are none."""
+    run = RunFolder(adapter.resolve().parent)
+    try:
+        values = run.read_if_there("config.resolved.json")
+        if values is None:
+            raise ConfigError(f"no settings of a run lie beside the adapter ({run.path / 'config.resolved.json'})")
+        config = validate(TrainConfig, values, where=str(run.path / "config.resolved.json"))
+        model = config.model.model_copy(update={"name": find_base(adapter, base), "device": device})
+        # a trial's record is its study's: STUDY/trials/NAME, STUDY/reruns/NAME
+        record = run.record() or RunFolder(run.path.parent.parent).record() or {"data": {}}
+        test = record["data"].get("test_rows") is not None
+        session = open_session(model, config.data, config.training, say, test=test)
+        if record["data"].get("held_out_digest") not in (None, describe(session)["data"]["held_out_digest"]):
+            raise ConfigError("the held-out rows are no longer those of the run")
+        everything = range(len(session.held_out))
+        say(f"measuring {len(everything)} held-out rows")
+        (adapter_N,) = session.engine.losses([load_adapter(adapter, session.base)], session.held_out, everything)
+        base_N = session.base_held_out.of(everything)
+    except UserError as error:
+        say(f"not measured: {error}")
+        return None
+    return _HeldOut(session.held_out, base_N, adapter_N, config.training.row_tokens)
+
+
+def _after(output: Path, held_out: _HeldOut, placement: Placement, say: Say) -> MergeLosses | None:
+    """Returns the losses with the merged model's beside them."""
+    rows, base_N, adapter_N, row_tokens = held_out
+    try:
+        engine = Engine(load_base(str(output), placement=placement), row_tokens=row_tokens)
+        (merged_N,) = engine.losses([NoAdapter()], rows, range(len(rows)))
+    except UserError as error:
+        say(f"not measured: {error}")
+        return None
+    counts_N = rows.counts()
+    base, adapter, merged = (loss_value(sums_N, counts_N) for sums_N in (base_N, adapter_N, merged_N))
+    return MergeLosses(base, adapter, merged, difference(merged_N, adapter_N, counts_N), len(rows))
