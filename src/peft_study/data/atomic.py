@@ -11,13 +11,15 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
@@ -118,11 +120,12 @@ def made_folder(path: Path) -> Iterator[None]:
     Raises:
         OutputError: the folder cannot be made, or a file stands in its place.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise OutputError("is a file, not a folder", where=str(path), remedy="name another folder") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(place for place in (path, *path.parents) if place.exists())
+        raise OutputError("is a file, not a folder", where=str(file), remedy="name another folder") from error
     except OSError as error:
         raise output_error(error, path) from error
     try:
@@ -161,6 +164,45 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             raise OutputError(error.what, where=where, remedy=error.remedy) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _Writable(Exception):
+    """A trial of a place went well."""
+
+
+def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
+    """Tries whether a file, or a new folder, can be written, before work is done for it; leaves nothing behind.
+
+    Missing parents count as writable where they can be made: the writer has to make them.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    place = atomic_folder if folder else atomic_writer
+    with contextlib.suppress(_Writable), made_folder(path.parent), place(path):
+        raise _Writable
+
+
+def json_text(values: Any, **options: Any) -> str:
+    """Returns values as JSON, with null for a number that JSON does not know: NaN, or the end of no interval.
+
+    Args:
+        values: plain values.
+        options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(values, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(finite(values), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """Returns plain values with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _remove_leftovers(target: Path) -> None:
