@@ -27,9 +27,11 @@ def merge(
 ) -> None:
     """Write the base model with a LoRA adapter merged into its weights."""
     from peft_study.cli.display import quiet_libraries
+    from peft_study.data.atomic import refuse_unwritable
     from peft_study.evaluate.answers import merge as merge_adapter
 
     quiet_libraries()
+    refuse_unwritable(output, folder=True)
     merge_adapter(adapter, output, base=base)
     typer.echo(f"merged model -> {output}")
 
@@ -50,9 +52,12 @@ def generate(
     import json
 
     from peft_study.cli.display import quiet_libraries
+    from peft_study.data.atomic import refuse_unwritable
     from peft_study.evaluate.answers import Answerer, read_prompts, write_answers
 
     quiet_libraries()
+    if output is not None:
+        refuse_unwritable(output)
     questions = read_prompts(prompts)
     answerer = Answerer.load(adapter, base=base, device=device)
     rows = ({"prompt": messages, "answer": answerer.answer(messages, max_new_tokens)} for messages in questions)

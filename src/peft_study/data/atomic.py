@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
-from peft_study.errors import OutputError
+from peft_study.errors import ConfigError, OutputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -56,9 +56,9 @@ class AtomicFiles:
     def open(self, path: Path) -> BinaryIO:
         """Opens a temporary file that is to become ``path``; raises `OutputError` where it cannot be made."""
         target = Path(os.path.realpath(path))  # a link stays a link: its target is replaced
-        if target.is_dir():
-            raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
         try:
+            if target.is_dir():
+                raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
             _remove_leftovers(target)
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
             handle = temporary.open("xb")
@@ -181,6 +181,30 @@ def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
     place = atomic_folder if folder else atomic_writer
     with contextlib.suppress(_Writable), made_folder(path.parent), place(path):
         raise _Writable
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file that a user names, without the mark (BOM) that some editors put before it.
+
+    Raises:
+        ConfigError: it is not there, is a folder, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        form = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "GBK"
+        if form == "GBK" and b"\0" in error.object:
+            raise ConfigError("is not a text file", where=str(path), remedy="name a text file") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        remedy = f"convert it: iconv -f {form} -t UTF-8 {path} > utf8{path.suffix} (instead of {form}, what it is in)"
+        raise ConfigError(f"line {line} is not UTF-8 text", where=str(path), remedy=remedy) from error
+    except FileNotFoundError as error:
+        raise ConfigError("cannot be read: there is no such file", where=str(path), remedy="check the path") from error
+    except IsADirectoryError as error:
+        raise ConfigError("is a folder, not a file", where=str(path), remedy="name a file in it") from error
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise ConfigError(what, where=str(path), remedy="check the path and its permissions") from error
 
 
 def json_text(values: Any, **options: Any) -> str:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from peft_study.data.atomic import AtomicFiles
+from peft_study.data.atomic import AtomicFiles, made_folder
 from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
 from peft_study.errors import ConfigError
@@ -247,7 +247,7 @@ def plot_stats(stats: DataStats, path: Path) -> None:
     axes.set_ylabel("rows")
     axes.set_title(f"{stats.total.rows:,} rows, {stats.total.tokens:,} tokens of {stats.model}")
     axes.spines[["top", "right"]].set_visible(False)
-    with AtomicFiles() as files:
+    with made_folder(path.parent), AtomicFiles() as files:
         figure.savefig(files.open(path), format="png", dpi=150)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from peft_study.data.atomic import atomic_folder, atomic_writer
+from peft_study.data.atomic import atomic_folder, atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
@@ -171,6 +171,6 @@ def _prompt(row: RawRow) -> list[dict[str, str]]:
 
 def write_answers(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Writes answers as JSON lines, whole or not at all."""
-    with atomic_writer(path) as file:
+    with made_folder(path.parent), atomic_writer(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
