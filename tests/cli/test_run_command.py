@@ -213,7 +213,7 @@ def test_data_that_changed_under_its_name_is_refused(
 
 def test_a_second_writer_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     cli("run", study, "--steps", 1).ok()
-    with StudyFolder(tmp_path / "out").locked():
+    with StudyFolder(tmp_path / "out").run.locked():
         line = cli("run", study, "--steps", 1).error()
     assert f"process {os.getpid()} on " in line
     assert "is writing to it" in line

@@ -121,7 +121,7 @@ def test_a_study_that_another_process_runs(cli: CommandLine, made: HandMade) -> 
     trial.metrics.write_text("".join(lines) + '{"event": "tra')
     with made.folder.journal.open("a") as file:
         file.write('{"event": "meas')  # it is writing this line now
-    with StudyFolder(folder).locked():
+    with StudyFolder(folder).run.locked():
         said = cli("status", folder).ok().out
         assert said.startswith(f"{folder}: running by process {os.getpid()} on {socket.gethostname()}\n")
         assert "under way: lora-002 2\n" in said

@@ -14,13 +14,42 @@ from peft_study.evaluate.statistics import difference, mean_loss, mean_over_seed
 Sums = npt.NDArray[np.float64]
 
 
-def test_without_noise_of_examples_it_is_students_interval() -> None:
-    """Three seeds at 1.0, 1.2 and 1.4 nats: mean 1.2, sd 0.2, standard error 0.2/sqrt 3, t of 2 degrees is 4.303."""
+def test_without_noise_of_examples_it_is_students_interval_of_the_logarithm() -> None:
+    """Three seeds at 1.0, 1.2 and 1.4 nats: mean 1.2, sd 0.2, standard error 0.2/sqrt 3, t of 2 degrees is 4.303.
+
+    The logarithm's standard error is 0.2/sqrt 3/1.2 = 0.0962, so the interval is 1.2 times and by exp(0.4141).
+    """
     counts = np.full(20, 5)
     sums = np.outer([1.0, 1.2, 1.4], counts)
     found = mean_over_seeds(sums, counts)
-    half = 4.302653 * 0.2 / math.sqrt(3)
-    assert (found.value, found.low, found.high) == pytest.approx((1.2, 1.2 - half, 1.2 + half), rel=1e-6)
+    factor = math.exp(4.302653 * 0.2 / math.sqrt(3) / 1.2)
+    assert (found.value, found.low, found.high) == pytest.approx((1.2, 1.2 / factor, 1.2 * factor), rel=1e-6)
+
+
+def test_the_interval_of_a_loss_stays_above_zero() -> None:
+    """Two seeds at 0.572 -+ 0.0602: on the plain scale -0.194 to 1.337."""
+    counts = np.full(20, 5)
+    found = mean_over_seeds(np.outer([0.5118, 0.6322], counts), counts)
+    factor = math.exp(12.7062 * 0.0602 / 0.572)
+    assert (found.value, found.low, found.high) == pytest.approx((0.572, 0.572 / factor, 0.572 * factor), rel=1e-4)
+    assert found.low > 0.1
+
+
+def test_losses_of_zero_have_an_interval_from_zero() -> None:
+    """Nearly all examples are known by heart: a resample may hold none of the others."""
+    counts = np.full(20, 5)
+    sums = np.zeros((2, 20))
+    sums[:, 0] = [1.0, 2.0]
+    found = mean_over_seeds(sums, counts)
+    assert 0 <= found.low < found.value < found.high
+    zero = mean_over_seeds(np.zeros((2, 20)), counts)
+    assert (zero.value, zero.low, zero.high) == (0, 0, 0)
+
+
+def test_a_difference_may_reach_below_zero() -> None:
+    counts = np.full(20, 5)
+    found = seeds_difference(np.outer([0.5, 0.7], counts), np.outer([0.5, 0.6], counts), counts)
+    assert found.low < 0 < found.high
 
 
 def test_a_difference_has_welchs_degrees_of_freedom() -> None:
@@ -38,9 +67,10 @@ def test_examples_and_seeds_are_added_as_the_sides_of_a_right_angle() -> None:
     sums = counts * generator.gamma(4, 0.25, size=30)
     seeds = np.stack([sums - 0.1 * counts, sums, sums + 0.1 * counts])
     alone, found = mean_loss(sums, counts), mean_over_seeds(seeds, counts)
-    half = 4.302653 * 0.1 / math.sqrt(3)
-    assert found.high - found.value == pytest.approx(math.hypot(alone.high - alone.value, half), rel=1e-6)
-    assert found.value - found.low == pytest.approx(math.hypot(alone.value - alone.low, half), rel=1e-6)
+    half = 4.302653 * 0.1 / math.sqrt(3) / found.value
+    above, below = math.log(alone.high / alone.value), math.log(alone.value / alone.low)
+    assert math.log(found.high / found.value) == pytest.approx(math.hypot(above, half), rel=1e-6)
+    assert math.log(found.value / found.low) == pytest.approx(math.hypot(below, half), rel=1e-6)
 
 
 def test_one_seed_and_seeds_that_agree_leave_the_interval_over_examples() -> None:
@@ -87,3 +117,21 @@ def test_intervals_cover_what_they_say(seeds: int, spreads: tuple[float, float])
         differences += between.low <= 0.0 <= between.high
     assert means >= 272
     assert differences >= 272
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_intervals_cover_skewed_seeds(seeds: int) -> None:
+    """Seeds vary by a log-normal factor of 40 %, examples by a gamma distribution of shape 2; the mean is 0.7 nats.
+
+    On the plain scale it was 96.3 % (2 seeds), 94.7 % (3) and 93.0 % (5), and the interval reached below zero in 234,
+    104 and 1 of 300 studies; on the log scale it is 97.3 %, 96.0 % and 94.0 %.
+    """
+    generator, covered = np.random.default_rng(seeds), 0
+    for _ in range(300):
+        counts = generator.integers(5, 40, size=48)
+        examples = generator.gamma(2, 0.35, size=48)
+        factors = np.exp(0.4 * generator.standard_normal((seeds, 1)) - 0.08)
+        found = mean_over_seeds(examples * factors * counts, counts)
+        covered += found.low <= 0.7 <= found.high
+        assert found.low > 0
+    assert covered >= 274  # 285 are expected; three standard deviations are 11

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import re
 import sys
 
 import typer
 from typer.exceptions import TyperException
 
 from peft_study.cli import adapters, data, run, study_commands, study_file
-from peft_study.errors import PeftStudyError, UserError
+from peft_study.errors import ConfigError, PeftStudyError, UserError
+
+_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+"""What the system says of a path that cannot be used."""
 
 app = typer.Typer(
     help="Choose and tune parameter-efficient fine-tuning: every method trained fairly on one frozen base.",
@@ -27,6 +32,7 @@ adapters.register(app)
 def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
+        _refuse_empty(sys.argv[1:])
         code = app(standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
@@ -34,10 +40,31 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except PeftStudyError as error:
         _fail(str(error), 130)
+    except OSError as error:  # met while looking whether a path that the user gave is there
+        if error.errno not in _PATHS or error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; give another path", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 130)
     else:
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_empty(words: list[str]) -> None:
+    """Refuses an empty word, as of a shell's variable that is not set: as a path it would be the current folder.
+
+    `finetune` knows which of its arguments may be empty.
+
+    Raises:
+        ConfigError: naming the option it belongs to.
+    """
+    if words[:1] == ["finetune"]:
+        return
+    for before, word in zip(["", *words], words, strict=False):
+        if not word.strip() or re.fullmatch(r"--?[\w-]+=\s*", word):
+            option = word.partition("=")[0].strip() or (before if before.startswith("-") else "")
+            where = option or (f"what follows {before}" if before else None)
+            raise ConfigError("is empty" if where else "an argument is empty", where=where, remedy="give a value")
 
 
 def _fail(message: str, code: int) -> None:

@@ -42,9 +42,11 @@ def merge(
 ) -> None:
     """Write the base model with a LoRA adapter merged into its weights."""
     from peft_study.cli.display import quiet_libraries
+    from peft_study.data.atomic import refuse_unwritable
     from peft_study.study.adapters import merge as merge_adapter
 
     quiet_libraries()
+    refuse_unwritable(output, folder=True)
     found = _folder(adapter)
     losses = merge_adapter(found, output, typer.echo, base=base, dtype=dtype, measure=measure, device=device)
     if losses is not None:
@@ -77,7 +79,7 @@ def generate(
     import json
 
     from peft_study.cli.display import quiet_libraries
-    from peft_study.data.atomic import refuse_existing
+    from peft_study.data.atomic import refuse_existing, refuse_unwritable
     from peft_study.evaluate.answers import Answerer, read_prompts, write_answers
 
     quiet_libraries()
@@ -85,6 +87,7 @@ def generate(
     questions = read_prompts(prompts)
     if output is not None:
         refuse_existing(output, overwrite=overwrite, sources=questions.files)
+        refuse_unwritable(output)
     answerer = Answerer.load(found, base=base, device=device)
     rows = ({**row, "answer": answerer.answer(row["prompt"], max_new_tokens)} for row in questions.rows)
     if output is not None:

@@ -38,6 +38,24 @@ class _OnProgress(Protocol):
     def __call__(self, rows: int, share: float | None = None, /) -> None: ...
 
 
+_SIZE = re.compile(r"(-?\d[\d_,]*)([kKmM]?)")
+_TIMES = {"": 1, "k": 1000, "m": 1_000_000}
+
+
+def _size(text: str) -> int:
+    """Reads a number of rows: 9000, 9_000, 9,000 or 9k; 1m is a million.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from peft_study.errors import ConfigError
+
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise ConfigError(f"{text!r} is no number of rows", where="--sizes", remedy="write 9000, 9_000 or 9k")
+    return int(re.sub("[_,]", "", found[1])) * _TIMES[found[2].lower()]
+
+
 class _ManyValues(TyperCommand):
     """A command whose ``--sizes`` takes several values in a row, as in ``--sizes 9000 90000``."""
 
@@ -46,7 +64,7 @@ class _ManyValues(TyperCommand):
         spread: list[str] = []
         in_sizes = False
         for arg in args:
-            number = re.fullmatch(r"-?\d+", arg) is not None
+            number = _SIZE.fullmatch(arg) is not None
             if in_sizes and number and spread[-1] != "--sizes":
                 spread.append("--sizes")
             spread.append(arg)
@@ -93,7 +111,13 @@ def convert(
 def sample(
     sources: _Sources,
     sizes: Annotated[
-        list[int], typer.Option(help="Rows of each sample, as in --sizes 9000 90000.", show_default=False)
+        list[int],
+        typer.Option(
+            help="Rows of each sample, as in --sizes 9000 90000 or --sizes 9k 90k.",
+            parser=_size,
+            metavar="N...",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for sample-N.jsonl and manifest.json.")],
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 42,
@@ -130,11 +154,14 @@ def stats(
     """Count rows and tokens per source, lengths, what is cut, what is supervised, duplicates."""
     from rich.console import Console
 
+    from peft_study.data.atomic import refuse_unwritable
     from peft_study.data.chat import ChatEncoder
     from peft_study.data.formats import parse_mapping
     from peft_study.data.stats import compute_stats, plot_stats, render_stats
     from peft_study.model.load import load_tokenizer
 
+    if plot is not None:
+        refuse_unwritable(plot)
     encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
     with progress("counting") as on_progress:
         measured = compute_stats(

@@ -117,10 +117,16 @@ class RunDisplay(LiveDisplay):
 
     def conclude(self, finished: Finished) -> None:
         """Prints how the run ended and what to do next."""
+        from peft_study.evaluate.statistics import few_examples
+
         if finished.diverged or finished.after is None:
             self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")
             return
         self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")
         self.say(f"against the untouched base: {finished.minus_base}")
+        if note := few_examples(finished.examples):
+            self.say(note)
         self.say(f"adapter: {finished.folder / 'adapter'}")
         self.say(f"try it: peft-study chat {shlex.quote(str(finished.folder / 'adapter'))}")
+        if finished.worse:
+            self.warn(f"the run {finished.worse}")

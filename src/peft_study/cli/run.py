@@ -133,5 +133,5 @@ def finetune(context: typer.Context) -> None:
             processes=processes,
         )
         display.conclude(finished)
-    if finished.diverged:
+    if finished.diverged or finished.worse:
         raise typer.Exit(1)

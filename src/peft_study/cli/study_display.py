@@ -242,7 +242,10 @@ def _running(known: Known) -> set[str]:
 
 def _interval(estimate: Estimate | None) -> str:
     """Returns a value with half its interval; the results' files have both ends."""
-    return "-" if estimate is None else f"{estimate.value:.3f} ±{(estimate.high - estimate.low) / 2:.3f}"
+    if estimate is None:
+        return "-"
+    half = f"{(estimate.high - estimate.low) / 2:.3f}" if estimate.bounded else "?"
+    return f"{estimate.value:.3f} ±{half}"
 
 
 def _short(value: object) -> str:

@@ -33,11 +33,12 @@ def init(
 
     from peft_study.cli.data import progress
     from peft_study.cli.display import quiet_libraries
-    from peft_study.data.atomic import refuse_existing
+    from peft_study.data.atomic import refuse_existing, refuse_unwritable
     from peft_study.study.template import look, write_study_file
 
     quiet_libraries()
     refuse_existing(output, overwrite=overwrite)
+    refuse_unwritable(output)
     with progress("reading") as on_progress:
         start = look(model, data, split=split, on_progress=on_progress)
     write_study_file(output, start)
@@ -50,11 +51,11 @@ def schema(
 ) -> None:
     """Print the JSON schema of a study file, with which an editor completes and checks one."""
     from peft_study.config.schema import schema_text
-    from peft_study.data.atomic import atomic_writer
+    from peft_study.data.atomic import atomic_writer, made_folder
 
     if output is None:
         typer.echo(schema_text(), nl=False)
         return
-    with atomic_writer(output) as file:
+    with made_folder(output.parent), atomic_writer(output) as file:
         file.write(schema_text())
     typer.echo(f"schema of a study file -> {output}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -104,12 +102,11 @@ def show_rows(study: Study, rows: Sequence[Row]) -> None:
 
 def print_json(rows: Iterable[Row]) -> None:
     """Prints every column of every trial as a JSON list."""
+    from peft_study.data.atomic import json_text
     from peft_study.study.results import flat
 
     values = [{**flat(row), "settings": row.settings} for row in rows]
-    # JSON knows no infinity: the interval of a single example
-    finite = [{k: None if v in (math.inf, -math.inf) else v for k, v in value.items()} for value in values]
-    print(json.dumps(finite, indent=1, ensure_ascii=False))
+    print(json_text(values, indent=1, ensure_ascii=False))
 
 
 def print_csv(rows: Iterable[Row]) -> None:
@@ -143,9 +140,9 @@ def show_details(study: Study, found: Details) -> None:
         _say(console, f"test loss {_interval(row.test)}")
     if found.curve:
         table = _table(["step", "dev loss", ""], left=("",))
-        for step, loss, low, high in found.curve:
+        for step, loss in found.curve:
             best = "best; shown, never ranked by" if step == row.best_step else ""
-            table.add_row(_steps(step, found.total), f"{loss:.4f} [{low:.4f}, {high:.4f}]", best)
+            table.add_row(_steps(step, found.total), loss.text(".4f"), best)
         console.print(table)
     facts = trial.facts
     if facts:
@@ -227,7 +224,7 @@ def _interval(estimate: Estimate | None) -> str:
 
 
 def _above(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]"
+    return estimate.text("+.3f")
 
 
 def _steps(step: int, total: int | None) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from peft_study.config import Location
+from peft_study.data.atomic import read_text
 from peft_study.errors import ConfigError
 
 _Path = tuple[str, ...]
@@ -127,14 +128,9 @@ def load_yaml(path: Path) -> SettingsFile:
     """Reads the settings in a YAML file.
 
     Raises:
-        ConfigError: when it is missing, is no YAML, says a key twice (each with its line), or is not a mapping.
+        ConfigError: when it cannot be read, is no YAML, says a key twice (each with its line), or is not a mapping.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise ConfigError(f"cannot be read ({reason})", where=str(path), remedy="give a YAML file") from error
-    root = _compose(text, str(path))
+    root = _compose(read_text(path), str(path))
     values = None if root is None else _construct(root, str(path))
     if root is None or not isinstance(values, dict):
         raise ConfigError("is not a mapping of settings", where=str(path), remedy="write `key: value` lines")

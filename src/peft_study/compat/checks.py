@@ -60,6 +60,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     },
 }
 
+_PLACES = ("output_dir", "resume_from_checkpoint", "held_out", "chat_template_name", "chat_template")
+"""An empty one, as of a variable that is not set, would be taken for the current folder, or for none."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": get_args(Schedule),
     "reduce_loss": ("mean", "sum"),
@@ -101,6 +104,10 @@ def method_of(arguments: FinetuneArguments) -> str:
 
 
 def _check_values(arguments: FinetuneArguments | ExtraArguments) -> None:
+    for name in _PLACES:
+        value = getattr(arguments, name, None)
+        if value is not None and not value.strip():
+            raise ConfigError("is empty", where=f"--{name}", remedy="give a value, or leave it out")
     for name, (need, holds) in _RULES.items():
         value = getattr(arguments, name, None)
         if value is not None and not holds(value):

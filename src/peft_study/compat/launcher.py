@@ -177,7 +177,7 @@ def launch_arguments(parts: Split, environ: Mapping[str, str]) -> LaunchArgument
     values = {**_told_by_launcher(environ), **parts.launch}
     size = environ.get("WORLD_SIZE", "1")
     started = int(size) if size.isdigit() else 1
-    launch = LaunchArguments(values, parts.script, _settings(Path(path)) if path else {}, started)
+    launch = LaunchArguments(values, parts.script, {} if path is None else _settings(path), started)
     said = launch._value("num_processes")
     if said is not None and (isinstance(said, bool) or not isinstance(said, int) or said < 1):
         raise ConfigError(f"{said!r} is not a whole number above 0", where="--num_processes", remedy="leave it out")
@@ -269,15 +269,15 @@ def _store(name: str, value: str, action: argparse.Action, parts: Split) -> None
     parts.launch[action.dest] = converted
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(path: str) -> dict[str, Any]:
     """Reads accelerate's configuration file (YAML, of which JSON is a part)."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         found = None
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{str(path)!r} cannot be read as accelerate's configuration",
+            f"{path!r} cannot be read as accelerate's configuration",
             where="--config_file",
             remedy="name the file that `accelerate config` wrote, or leave it out",
         )

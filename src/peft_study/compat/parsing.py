@@ -20,6 +20,7 @@ import yaml
 
 from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
 from peft_study.compat.launcher import LaunchArguments, launch_arguments, split
+from peft_study.data.atomic import read_text
 from peft_study.errors import ConfigError, nearest
 
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "True or False"}
@@ -147,10 +148,9 @@ def _from_yaml(path: Path) -> dict[str, Any]:
 
     YAML reads ``1e-4`` as text, and so did the original; the type of the argument decides here.
     """
+    text = read_text(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("cannot be read", where=str(path), remedy="check the path") from error
+        found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -39,7 +39,7 @@ class SettingError(ValueError):
 
 
 class Strict(BaseModel):
-    """Base of all settings: unknown keys are errors, values cannot be reassigned, infinities and NaN are refused."""
+    """Base of all settings: unknown keys and empty texts are errors, values are not reassigned, NaN is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -51,11 +51,14 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
-        """Refuses an unknown key before a required one is missed: it often is that one, mistyped."""
+        """Refuses an unknown key before a required one is missed (it often is that one, mistyped), and empty texts."""
         for key in values if isinstance(values, dict) else ():
             if key not in cls.model_fields:
                 remedy = nearest(str(key), cls.valid_keys())
                 raise SettingError(f"unknown key {str(key)!r}", inside=(key,), remedy=remedy)
+            # an empty path would be taken for the current folder
+            if isinstance(values[key], str) and not values[key].strip():
+                raise SettingError("is empty", inside=(key,), remedy="give a value, or leave it out")
         return values
 
 

@@ -11,17 +11,19 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from safetensors import SafetensorError
 
-from peft_study.errors import OutputError
+from peft_study.errors import ConfigError, OutputError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -54,9 +56,9 @@ class AtomicFiles:
     def open(self, path: Path) -> BinaryIO:
         """Opens a temporary file that is to become ``path``; raises `OutputError` where it cannot be made."""
         target = Path(os.path.realpath(path))  # a link stays a link: its target is replaced
-        if target.is_dir():
-            raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
         try:
+            if target.is_dir():
+                raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
             _remove_leftovers(target)
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
             handle = temporary.open("xb")
@@ -118,11 +120,12 @@ def made_folder(path: Path) -> Iterator[None]:
     Raises:
         OutputError: the folder cannot be made, or a file stands in its place.
     """
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise OutputError("is a file, not a folder", where=str(path), remedy="name another folder") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next(place for place in (path, *path.parents) if place.exists())
+        raise OutputError("is a file, not a folder", where=str(file), remedy="name another folder") from error
     except OSError as error:
         raise output_error(error, path) from error
     try:
@@ -193,6 +196,69 @@ def follow_umask(folder: Path) -> None:
     probe.unlink()
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
+
+
+class _Writable(Exception):
+    """A trial of a place went well."""
+
+
+def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
+    """Tries whether a file, or a new folder, can be written, before work is done for it; leaves nothing behind.
+
+    Missing parents count as writable where they can be made: the writer has to make them.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    place = atomic_folder if folder else atomic_writer
+    with contextlib.suppress(_Writable), made_folder(path.parent), place(path):
+        raise _Writable
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file that a user names, without the mark (BOM) that some editors put before it.
+
+    Raises:
+        ConfigError: it is not there, is a folder, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        form = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "GBK"
+        if form == "GBK" and b"\0" in error.object:
+            raise ConfigError("is not a text file", where=str(path), remedy="name a text file") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        remedy = f"convert it: iconv -f {form} -t UTF-8 {path} > utf8{path.suffix} (instead of {form}, what it is in)"
+        raise ConfigError(f"line {line} is not UTF-8 text", where=str(path), remedy=remedy) from error
+    except FileNotFoundError as error:
+        raise ConfigError("cannot be read: there is no such file", where=str(path), remedy="check the path") from error
+    except IsADirectoryError as error:
+        raise ConfigError("is a folder, not a file", where=str(path), remedy="name a file in it") from error
+    except OSError as error:
+        what = f"cannot be read ({error.strerror or error})"
+        raise ConfigError(what, where=str(path), remedy="check the path and its permissions") from error
+
+
+def json_text(values: Any, **options: Any) -> str:
+    """Returns values as JSON, with null for a number that JSON does not know: NaN, or the end of no interval.
+
+    Args:
+        values: plain values.
+        options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(values, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(finite(values), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """Returns plain values with None for each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _remove_leftovers(target: Path) -> None:

@@ -110,7 +110,8 @@ def sample(
             manifest["samples"][str(size)] = entry | _strata_entry(spec, counts[index])
         files.open(output / MANIFEST).write((json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())
     for stale in set(output.glob("sample-*.jsonl")) - set(targets):  # of the manifest that has just been replaced
-        stale.unlink()
+        if stale.is_file():
+            stale.unlink()
     return manifest
 
 
@@ -277,6 +278,9 @@ def _sha256(path: Path) -> str:
 
 
 def _check_output(output: Path, targets: Sequence[Path], sources: Sequence[Source], overwrite: bool) -> None:
+    for target in (*targets, output / MANIFEST):
+        if target.is_dir():
+            raise OutputError("is a folder, not a file", where=str(target), remedy="name another folder")
     for target in targets:
         if any(target.exists() and target.samefile(file) for source in sources for file in source.files):
             raise OutputError("is one of the sources", where=str(target), remedy="name another folder")

@@ -51,7 +51,7 @@ def clean(study: Study, *, force: bool) -> tuple[Spare, ...]:
         OutputError: when a process writes to the folder, the study has not finished and nothing was forced, or a file
             cannot be deleted.
     """
-    with study.folder.locked():
+    with study.folder.run.locked():
         if not _finished(study) and not force:
             raise OutputError(
                 "has not finished, and would lose the checkpoint it goes on from",

@@ -86,8 +86,8 @@ def run_study(
     config = config.filled()
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
-    crew = choose_crew(config, folder, watcher.say, overwrite=overwrite)
-    with crew, folder.locked():
+    # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
+    with folder.run.locked(), choose_crew(config, folder, watcher.say, overwrite=overwrite) as crew:
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
             refuse_other_inputs(crew.facts.record, folder.run)

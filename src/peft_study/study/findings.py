@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft_study.config import StudyConfig
-from peft_study.evaluate.statistics import Estimate, difference
+from peft_study.evaluate.statistics import Estimate, difference, few_examples
 from peft_study.study import ranges
 from peft_study.study.examples import Examples
 from peft_study.study.results import Finalist, Results, Row
@@ -29,6 +29,9 @@ def sentences(config: StudyConfig, known: Known, examples: Examples, results: Re
         said.append(_conclusion(config, results))
     if results.pruning.pruned or results.pruning.audited:
         said.append(_pruning(results))
+    rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
+    if note := few_examples(min(rows)):
+        said.append(note)
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
     if results.continued:
@@ -51,7 +54,7 @@ def _title(method: str) -> str:
 
 
 def _level(estimate: Estimate, examples: int) -> str:
-    return f"dev loss {estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f}, over {examples} examples"
+    return f"dev loss {estimate.value:.3f} ({estimate.phrase()}, over {examples} examples"
 
 
 def _search(config: StudyConfig, known: Known, examples: Examples, results: Results, method: str) -> str:
@@ -144,15 +147,14 @@ def _finals(best: Finalist, results: Results) -> str:
 
 def _against_base(above: Estimate) -> str:
     if not above.excludes_zero():
-        interval = f"{above.value:+.3f}, 95 % {above.low:+.3f} to {above.high:+.3f}"
-        return f"which cannot be told from the untouched base's ({interval})"
+        return f"which cannot be told from the untouched base's ({above.value:+.3f}, {above.phrase('+.3f')})"
     low, high = sorted((abs(above.low), abs(above.high)))
     side = "below" if above.value < 0 else "above"
     return f"{abs(above.value):.3f} (95 % {low:.3f} to {high:.3f}) {side} the untouched base's"
 
 
 def _mean(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} (95 % {estimate.low:.3f} to {estimate.high:.3f})"
+    return f"{estimate.value:.3f} ({estimate.phrase()})"
 
 
 def _seeds(count: int) -> str:

@@ -21,23 +21,16 @@ STUDY/
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import secrets
 import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from peft_study.config import StudyConfig, TrainConfig, validate
-from peft_study.data.atomic import made_folder
 from peft_study.errors import OutputError
-from peft_study.study.store import FREE, LOCK, OWNER, RunFolder, identity
+from peft_study.study.store import FREE, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
@@ -129,54 +122,13 @@ class StudyFolder:
 
     def claim(self, config: StudyConfig, given: Any, *, overwrite: bool) -> None:
         """Makes the folder this study's."""
-        if overwrite and self.run.identity() is not None:
-            self._clear()
-        self.run.claim(config, given, overwrite=False, remedy="")
+        self.run.claim(config, given, overwrite=overwrite, remedy="")
 
     def take_over(self, config: StudyConfig, given: Any) -> None:
         """Makes a changed file the one that the folder's study goes on with."""
         self.run.write("config.given.json", given)
         self.run.write("config.resolved.json", config.model_dump(mode="json"))
         self.run.set_status("running", own=identity(config))
-
-    def _clear(self) -> None:
-        """Deletes the study that lies here; the lock stays."""
-        # a kill in between must leave either a study to be replaced, or a folder that a start may take
-        order = {"checkpoints": 0, "config.given.json": 2, "config.resolved.json": 2, "status.json": 3}
-        for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
-            if path.name in (LOCK, OWNER):
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other writers out of the folder inside the block.
-
-        Raises:
-            OutputError: when another process is writing to it.
-        """
-        lock = FileLock(self.path / LOCK, timeout=0)
-        with made_folder(self.path):
-            try:
-                lock.acquire()
-            except Timeout:
-                owner = self.run.read_if_there(OWNER) or {}
-                raise OutputError(
-                    f"process {owner.get('process', '?')} on {owner.get('machine', '?')} is writing to it",
-                    where=str(self.path),
-                    remedy="wait for it or stop it; `peft-study status` shows how it stands",
-                ) from None
-            try:
-                self.run.write(OWNER, {"process": os.getpid(), "machine": socket.gethostname()})
-                yield
-            finally:
-                (self.path / OWNER).unlink(missing_ok=True)
-                if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing came of it: leave no trace
-                    (self.path / LOCK).unlink(missing_ok=True)
-                lock.release()
 
     def claim_trial(self, config: TrainConfig) -> RunFolder:
         """Returns the claimed folder of a trial; one that was begun before is used again.

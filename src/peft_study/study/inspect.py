@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
+from peft_study.evaluate.statistics import Estimate
 from peft_study.study import examples as held_out
 from peft_study.study import journal, metrics
 from peft_study.study.examples import Examples
@@ -52,7 +54,7 @@ class Details:
         total: optimizer steps that it was to take; None where its folder is gone.
         settings: its method's, and
         training: its optimizer's, schedule's and batch's.
-        curve: steps and dev losses: step, loss, low, high.
+        curve: steps and dev losses.
         files: below its folder, with their sizes in bytes.
     """
 
@@ -60,7 +62,7 @@ class Details:
     total: int | None
     settings: dict[str, Any]
     training: dict[str, Any]
-    curve: tuple[tuple[int, float, float, float], ...]
+    curve: tuple[tuple[int, Estimate], ...]
     files: dict[str, int]
 
 
@@ -99,7 +101,7 @@ def open_study(path: Path | None) -> Study:
     """
     folder = find_study(path)
     config = folder.config()
-    writer = owner(folder)
+    writer = owner(folder.run)
     known = _folded(folder)
     kept = held_out.kept(folder.run)
     if kept is None and known.trials:
@@ -214,7 +216,7 @@ def details(study: Study, trial: TrialRecord) -> Details:
     folder = study.folder.trial(trial.name)
     config = trained(study, trial)
     curve = [
-        (record["step"], record["loss"], record["loss_low"], record["loss_high"])
+        (record["step"], _estimate(record["loss"], record["loss_low"], record["loss_high"]))
         for record in metrics.read(folder.metrics)
         if record["event"] == "held_out"
     ]
@@ -225,6 +227,13 @@ def details(study: Study, trial: TrialRecord) -> Details:
         {} if config is None else config.training.model_dump(mode="json"),
         tuple(curve),
         sizes(folder.path),
+    )
+
+
+def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
+    """Returns an estimate as metrics.jsonl has it: null stands for a number that is not finite."""
+    return Estimate(
+        math.nan if value is None else value, -math.inf if low is None else low, math.inf if high is None else high
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_study.data.atomic import atomic_writer, output_error
+from peft_study.data.atomic import atomic_writer, json_text, output_error
 from peft_study.errors import OutputError
 
 Event = dict[str, Any]
@@ -100,4 +100,4 @@ def read(path: Path) -> list[Event]:
 
 
 def _line(event: Event) -> bytes:
-    return json.dumps(event, separators=(",", ":")).encode() + b"\n"
+    return json_text(event, separators=(",", ":")).encode() + b"\n"

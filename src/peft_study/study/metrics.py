@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from peft_study.data.atomic import atomic_writer, output_error
+from peft_study.data.atomic import atomic_writer, json_text, output_error
 
 
 class MetricsWriter:
@@ -32,7 +33,7 @@ class MetricsWriter:
         with self._telling():
             with atomic_writer(path) as file:  # killed here, a run that goes on must not lose the lines before
                 file.writelines(kept)
-            self._file: TextIO = path.open("a")
+            self._file: TextIO = path.open("a", encoding="utf-8")
             if tensorboard is not None:
                 if from_step is None:
                     shutil.rmtree(tensorboard, ignore_errors=True)  # of a start that left no checkpoint
@@ -47,11 +48,11 @@ class MetricsWriter:
             OutputError: when the disk is full.
         """
         with self._telling():
-            self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+            self._file.write(json_text({"event": event, "step": step, **values}) + "\n")
             self._file.flush()
             if self._events is not None:
                 for name, value in values.items():
-                    if isinstance(value, (int, float)):
+                    if isinstance(value, (int, float)) and math.isfinite(value):
                         self._events.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
@@ -81,7 +82,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _whole_lines(path: Path) -> list[str]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

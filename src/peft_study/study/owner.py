@@ -1,4 +1,4 @@
-"""Who writes to a study's folder, seen from outside."""
+"""Who writes to the folder of a run or a study, seen from outside."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import socket
 from dataclasses import dataclass
 
-from peft_study.study.folder import StudyFolder
-from peft_study.study.store import LOCK, OWNER
+from peft_study.study.store import LOCK, OWNER, RunFolder
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process that writes to a study's folder.
+    """A process that writes to a folder.
 
     Attributes:
         process: its id.
@@ -26,13 +25,13 @@ class Owner:
     certain: bool
 
 
-def owner(folder: StudyFolder) -> Owner | None:
-    """Returns the process that writes to a study's folder, or None where nobody does.
+def owner(folder: RunFolder) -> Owner | None:
+    """Returns the process that writes to a folder, or None where nobody does.
 
     A process that was killed leaves its name behind, so its lock is looked at too: shared and for an instant, and only
     where a name lies there and its process is not known to be dead. A run that starts is not in the way of that.
     """
-    said = folder.run.read_if_there(OWNER)
+    said = folder.read_if_there(OWNER)
     if said is None:
         return None
     here = said["machine"] == socket.gethostname()
@@ -52,7 +51,7 @@ def _alive(process: int) -> bool:
     return True
 
 
-def _locked(folder: StudyFolder) -> bool:
+def _locked(folder: RunFolder) -> bool:
     try:
         with (folder.path / LOCK).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_study.config import TrainConfig
-from peft_study.data.atomic import output_error
 from peft_study.errors import ConfigError, OutputError
 from peft_study.evaluate.statistics import Estimate, mean_loss
 from peft_study.study.capacity import settle
@@ -66,6 +66,14 @@ def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest)
         Interrupted: when asked to stop.
     """
     config = _settings(study, trial)
+    with _new_folder(study, trial) as folder:
+        return _rerun(study, trial, config, folder, watcher, stop)
+
+
+def _rerun(
+    study: Study, trial: TrialRecord, config: TrainConfig, folder: RunFolder, watcher: Watcher, stop: StopRequest
+) -> Rerun:
+    """Trains once the new run's folder is locked; arguments as of `rerun`."""
     session = open_session(study.config.model, study.config.data, study.config.training, watcher.say, test=True)
     refuse_other_inputs(describe(session), study.folder.run)
     record = {**environment(), **describe(session)}
@@ -73,7 +81,8 @@ def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest)
     for note in (*session.notes, *notes):
         watcher.say(note)
     settle(session, study.folder.run, [], trials=1, wanted="auto")
-    folder = _claim(study, trial, config)
+    own = config.model_copy(update={"output": folder.path})
+    folder.claim(own, config.model_dump(mode="json"), overwrite=False, remedy="")
     try:
         folder.write_record(record)
         sums, outcome = _train(study, trial, config, session, folder, watcher, stop)
@@ -140,22 +149,18 @@ def _settings(study: Study, trial: TrialRecord) -> TrainConfig:
     return config
 
 
-def _claim(study: Study, trial: TrialRecord, config: TrainConfig) -> RunFolder:
-    """Makes reruns/NAME, or NAME-2, ...: the first that is not there."""
-    number = 1
-    while True:
-        path = study.folder.path / "reruns" / (trial.name if number == 1 else f"{trial.name}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-            continue
-        except OSError as error:
-            raise output_error(error, path) from error
-        folder = RunFolder(path)
-        own = config.model_copy(update={"output": path})
-        folder.claim(own, config.model_dump(mode="json"), overwrite=False, remedy="")
-        return folder
+@contextlib.contextmanager
+def _new_folder(study: Study, trial: TrialRecord) -> Iterator[RunFolder]:
+    """Makes and locks reruns/NAME, or NAME-2, ...: the first that is not there; it goes again where nothing came of it.
+
+    So a study's folder that cannot be written is refused before model and data are loaded.
+    """
+    reruns, number = study.folder.path / "reruns", 1
+    while (path := reruns / (trial.name if number == 1 else f"{trial.name}-{number}")).exists():
+        number += 1
+    folder = RunFolder(path)
+    with folder.locked():
+        yield folder
 
 
 def _train(

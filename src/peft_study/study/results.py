@@ -14,7 +14,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
-from peft_study.data.atomic import AtomicFiles
+from peft_study.data.atomic import AtomicFiles, finite, json_text
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.study import metrics, ranges
 from peft_study.study.examples import Examples
@@ -153,6 +153,7 @@ def row_of(trial: TrialRecord, known: Known, examples: Examples, folder: StudyFo
     """Returns one trial's numbers; arguments as of `collect`."""
     last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
     curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
+    curve = [r for r in curve if r["loss"] is not None]
     best = min(curve, key=lambda r: r["loss"], default=None) if trial.status != "failed" else None
     test = known.test.get(trial.name) if trial.kind != "reference" else known.test.get("none")
     return Row(
@@ -232,7 +233,7 @@ def write_rows(results: Results, folder: StudyFolder) -> None:
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """Returns a trial as plain columns; losses in nats a token, `settings` as JSON."""
+    """Returns a trial as plain columns; losses in nats a token, without an interval None, `settings` as JSON."""
     trial = row.trial
     own = {name: row.settings.get(name) for name in ("learning_rate", "warmup_ratio", "weight_decay")}
     return {
@@ -257,7 +258,7 @@ def flat(row: Row) -> dict[str, Any]:
         "virtual_tokens": trial.facts.get("virtual_tokens"),
         "seconds": trial.facts.get("seconds"),
         "trainable": trial.facts.get("trainable"),
-        "settings": json.dumps(row.settings),
+        "settings": json_text(row.settings),
     }
 
 
@@ -268,11 +269,8 @@ def columns() -> tuple[str, ...]:
 
 
 def _numbers(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    return {
-        name: None if estimate is None else estimate.value,
-        f"{name}_low": None if estimate is None else estimate.low,
-        f"{name}_high": None if estimate is None else estimate.high,
-    }
+    ends = (None, None, None) if estimate is None else finite((estimate.value, estimate.low, estimate.high))
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
 
 
 def _method_columns() -> tuple[str, ...]:

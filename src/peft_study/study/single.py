@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ class Finished:
         before: held-out loss before step 1.
         after: the same after the last step, and
         minus_base: how far it is above the untouched base's, paired by example; None where the run diverged.
+        examples: held out.
         diverged: the reason, where it ended early.
     """
 
@@ -37,7 +40,22 @@ class Finished:
     before: Estimate
     after: Estimate | None
     minus_base: Estimate | None
+    examples: int
     diverged: str | None
+
+    @property
+    def worse(self) -> str | None:
+        """What is wrong with a run that ended above the untouched base, its whole interval; None of any other."""
+        if self.minus_base is None or self.after is None or not self.minus_base.low > 0:
+            return None
+        if self.after.value < self.before.value:
+            mend = "it began higher still: start from a text (--prefix_init text, --prompt_init text), or train longer"
+        else:
+            mend = "lower --learning_rate"
+        return (
+            f"ended {self.minus_base.value:.3g} nats a token above the untouched base: "
+            f"this setting made the model worse; {mend}"
+        )
 
 
 def with_rate(training: TrainingConfig, rate: float | None) -> TrainingConfig:
@@ -75,24 +93,66 @@ def train(
         processes: that train together; all call this with the same arguments, one of them writes.
 
     Raises:
-        OutputError: when the output folder holds another run, or a finished one.
+        OutputError: when the output folder holds another run, or a finished one, or another process writes to it.
         Interrupted: when asked to stop; a checkpoint was written.
     """
     config = resolve(config)
-    own = identity(config)
     folder = RunFolder(config.output)
-    remedy = "replace it with --overwrite_output_dir, or give another --output_dir"
     # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
-    resume = _checkpoint(resume_from, own) if resume_from else None
+    resume = _checkpoint(resume_from, identity(config)) if resume_from else None
     if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
         raise OutputError(
             "would be deleted with the output folder",
             where=str(resume.folder),
             remedy="leave out --overwrite_output_dir",
         )
-    begun = folder.check(config, overwrite=overwrite, remedy=remedy)
+    _begun(folder, config, overwrite=overwrite)
+    with _locked(folder, processes):
+        begun = _begun(folder, config, overwrite=overwrite)
+        return _train(config, given, folder, watcher, stop, processes, resume, begun=begun, overwrite=overwrite)
+
+
+_REMEDY = "replace it with --overwrite_output_dir, or give another --output_dir"
+
+
+def _begun(folder: RunFolder, config: TrainConfig, *, overwrite: bool) -> bool:
+    """Returns True where an unfinished run of these settings lies in the folder."""
+    begun = folder.check(config, overwrite=overwrite, remedy=_REMEDY)
     if begun and (folder.status() or ("", ""))[0] == "finished":
-        raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=remedy)
+        raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=_REMEDY)
+    return begun
+
+
+@contextlib.contextmanager
+def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
+    """Locks the folder in the process that writes; where that is refused, all processes raise."""
+    with contextlib.ExitStack() as held:
+        refusal = None
+        if processes.writes:
+            try:
+                held.enter_context(folder.locked())
+            except OutputError as error:
+                refusal = error
+        if processes.of_first([float(refusal is not None)])[0]:
+            raise refusal or OutputError(
+                "the first process may not write to it", where=str(folder.path), remedy="its own message says why"
+            )
+        yield
+
+
+def _train(
+    config: TrainConfig,
+    given: Any,
+    folder: RunFolder,
+    watcher: Watcher,
+    stop: StopRequest,
+    processes: Processes,
+    resume: checkpoint.Found | None,
+    *,
+    begun: bool,
+    overwrite: bool,
+) -> Finished:
+    """Runs a setting once its folder is locked; arguments as of `train`, and whether a run there is gone on with."""
     session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
     check_methods(session, [config.method], config.training.seed)
     before = [] if overwrite else [folder]
@@ -104,7 +164,7 @@ def train(
     processes.wait()  # none must look at the folder after the first has claimed it
     if not processes.writes:
         return _run(config, folder, session, watcher, stop, resume)
-    folder.claim(config, given, overwrite=overwrite, remedy=remedy)
+    folder.claim(config, given, overwrite=overwrite, remedy=_REMEDY)
     folder.set_status("running")
     try:
         folder.write_record({**environment(), **describe(session)})
@@ -112,7 +172,7 @@ def train(
     except BaseException as error:
         folder.end(error)
         raise
-    folder.set_status("diverged" if finished.diverged else "finished", finished.diverged)
+    folder.set_status("diverged" if finished.diverged else "finished", finished.diverged or finished.worse)
     return finished
 
 
@@ -142,6 +202,7 @@ def _run(
         mean_loss(outcome.start_N, counts_N),
         None if end_N is None else mean_loss(end_N, counts_N),
         None if end_N is None else difference(end_N, base_N, counts_N),
+        len(counts_N),
         outcome.reason,
     )
 

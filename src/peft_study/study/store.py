@@ -11,6 +11,7 @@ RUN/
     checkpoints/step_N/   while it runs
     adapter/              in PEFT's format
     status.json           running, finished, diverged, failed or interrupted, with the reason
+    lock, owner.json      held by the process that writes, and which that is
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from peft_study.data.atomic import atomic_writer, made_folder, output_error
+from peft_study.data.atomic import atomic_writer, json_text, made_folder, output_error
 from peft_study.errors import OutputError, PeftStudyError
 from peft_study.study.stop import Interrupted
 
@@ -35,7 +40,7 @@ _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "co
 FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints", "storage")
 """Settings that change no number."""
 LOCK, OWNER = "lock", "owner.json"
-"""Files of the process that writes to a study's folder."""
+"""Files of the process that writes to the folder of a run or a study."""
 _VERSION = {"version": SCHEMA_VERSION}
 
 
@@ -96,10 +101,14 @@ class RunFolder:
         Raises:
             OutputError: when the folder holds another run or other files.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise OutputError("is a file", where=str(self.path), remedy="give a folder")
-        found = self.identity()
-        if found is None and self.path.exists() and not all(_of_a_start(p.name) for p in self.path.iterdir()):
+        try:
+            names = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+            found = self.identity()
+        except NotADirectoryError as error:
+            raise OutputError("is a file", where=str(self.path), remedy="give a folder") from error
+        except OSError as error:
+            raise output_error(error, self.path) from error
+        if found is None and not all(map(_of_a_start, names)):
             raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
         if found is None or overwrite:
             return False
@@ -138,11 +147,8 @@ class RunFolder:
         """
         if self.check(config, overwrite=overwrite, remedy=remedy):
             return True
-        try:
-            if self.identity() is not None:
-                shutil.rmtree(self.path)
-        except OSError as error:
-            raise output_error(error, self.path) from error
+        if self.identity() is not None:
+            self._clear()
         with made_folder(self.path):
             try:
                 self.write(_GIVEN, given)
@@ -153,6 +159,60 @@ class RunFolder:
                     (self.path / name).unlink(missing_ok=True)
                 raise
         return False
+
+    def _clear(self) -> None:
+        """Deletes the run or study that lies here; the lock stays.
+
+        Raises:
+            OutputError: when another process writes to a run inside it, such as a rerun, or it cannot be deleted.
+        """
+        # a kill in between must leave either a run to be replaced, or a folder that a start may take
+        order = {"checkpoints": 0, _GIVEN: 2, _RESOLVED: 2, _STATUS: 3}
+        try:
+            for lock in list(self.path.rglob(LOCK)):
+                if lock.parent != self.path and lock.is_file():
+                    with RunFolder(lock.parent).locked():
+                        pass
+            for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
+                if path.name in (LOCK, OWNER):
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+        except OSError as error:
+            raise output_error(error, self.path) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other writers out of the folder inside the block; it is made, and goes again where nothing came of it.
+
+        The lock ends with the process, however that ends; processes that it forks meanwhile do not hold it.
+
+        Raises:
+            OutputError: when another process is writing to the folder, or nothing can be written there.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        with made_folder(self.path):
+            try:
+                lock.acquire()
+            except Timeout:
+                owner = self.read_if_there(OWNER) or {}
+                raise OutputError(
+                    f"process {owner.get('process', '?')} on {owner.get('machine', '?')} is writing to it",
+                    where=str(self.path),
+                    remedy="wait for it, stop it, or give another folder",
+                ) from None
+            except OSError as error:
+                raise output_error(error, self.path) from error
+            try:
+                self.write(OWNER, {"process": os.getpid(), "machine": socket.gethostname()})
+                yield
+            finally:
+                (self.path / OWNER).unlink(missing_ok=True)
+                if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing came of it: leave no trace
+                    (self.path / LOCK).unlink(missing_ok=True)
+                lock.release()
 
     def end(self, error: BaseException) -> None:
         """Notes that the run was interrupted or failed; where even that cannot be written, the error itself counts."""
@@ -176,13 +236,13 @@ class RunFolder:
 
     def write(self, name: str, values: Any) -> None:
         """Writes a JSON file into the folder, whole or not at all."""
-        text = json.dumps(values, indent=2, ensure_ascii=False, default=str) + "\n"
+        text = json_text(values, indent=2, ensure_ascii=False, default=str) + "\n"
         with atomic_writer(self.path / name) as file:
             file.write(text)
 
     def read(self, name: str) -> Any:
         """Returns a JSON file of the folder; it must be there."""
-        return json.loads((self.path / name).read_text())
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def read_if_there(self, name: str) -> Any:
         """Returns a JSON file of the folder, or None where there is none."""

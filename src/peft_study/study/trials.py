@@ -119,7 +119,7 @@ class Known:
             self.fresh.pop(e["method"], None)
 
     def _measured(self, e: Event) -> None:
-        self.trials[e["name"]].sums[e["step"]] = np.array(e["sums"])
+        self.trials[e["name"]].sums[e["step"]] = np.array(e["sums"], dtype=np.float64)
 
     def _audited(self, e: Event) -> None:
         self.trials[e["name"]].audited = e["reason"]
@@ -149,7 +149,7 @@ class Known:
         self.concluded, self.winner = True, None if e["winner"] is None else (e["winner"][0], e["winner"][1])
 
     def _opened(self, e: Event) -> None:
-        self.test = {name: np.array(sums) for name, sums in e["sums"].items()}
+        self.test = {name: np.array(sums, dtype=np.float64) for name, sums in e["sums"].items()}
 
     def _continued(self, e: Event) -> None:
         """The file changed: what the end of the search decided, and the ranges of changed spaces, are open again."""
