@@ -10,6 +10,8 @@ from typer.exceptions import TyperException
 from peft_study.cli import adapters, data, run, study_commands, study_file
 from peft_study.errors import PeftStudyError, UserError
 
+_STOPPED = 130
+
 app = typer.Typer(
     help="Choose and tune parameter-efficient fine-tuning: every method trained fairly on one frozen base.",
     no_args_is_help=True,
@@ -33,10 +35,12 @@ def main() -> None:
     except TyperException as error:
         _fail(error.format_message(), 2)
     except PeftStudyError as error:
-        _fail(str(error), 130)
+        _fail(str(error), _STOPPED)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+        _fail("stopped", _STOPPED)
     else:
+        if code == _STOPPED:  # what typer makes of Ctrl-C in a command
+            _fail("stopped", _STOPPED)
         sys.exit(code if isinstance(code, int) else 0)
 
 

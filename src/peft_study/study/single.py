@@ -149,6 +149,7 @@ def _run(
 def _to_the_end(
     slots: Slots, job: Job, session: Session, stop: StopRequest, resume: checkpoint.Found | None
 ) -> Outcome:
+    stop.heeded = True
     try:
         news = slots.resume(resume, {job.name: job}) if resume else slots.advance(Orders(enter=[job]))
         while True:
