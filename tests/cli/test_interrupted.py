@@ -60,7 +60,7 @@ def reads(process: int, data: Path) -> bool:
     """Returns whether a process has the file open, which it was not given by its parent."""
     try:
         links = list(Path(f"/proc/{process}/fd").iterdir())
-        return any(os.readlink(link) == str(data) for link in links)
+        return any(link.readlink() == data for link in links)
     except OSError:
         return False
 
