@@ -147,7 +147,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 def load_base(
     name: str,
     *,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
     revision: str | None = None,
     placement: Placement | None = None,
     quantization: str | None = None,
@@ -155,12 +155,20 @@ def load_base(
 ) -> Base:
     """Loads the model, freezes it, registers segment attention and proves packing and head.
 
+    Args:
+        name: folder, hub id or embedded name.
+        tokenizer: what `load_tokenizer` returned; None: the model's own is loaded.
+        revision: git revision on the hub.
+        placement: device and precision.
+        quantization: nf4 for a 4-bit base.
+        trust_remote_code: run code that ships with the model.
+
     Raises:
         ModelError: when the folder or hub id cannot be loaded, or is no causal language model.
     """
     placement = placement or choose()
     path = resolve_model(name)
-    words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
+    words = tokenizer or load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": placement.dtype}
     if quantization == "nf4":
         options |= _nf4(placement)
