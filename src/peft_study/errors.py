@@ -17,6 +17,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 
 class PeftStudyError(Exception):
@@ -41,6 +42,11 @@ class UserError(PeftStudyError):
     def __str__(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         return text if self.remedy is None else f"{text}; {self.remedy}"
+
+    def within(self, place: str) -> Self:
+        """Returns the same error with a place before its own: the setting that names a file, the file of a setting."""
+        where = place if self.where is None else f"{place}, {self.where}"
+        return type(self)(self.what, where=where, remedy=self.remedy)
 
 
 class ConfigError(UserError):

@@ -247,7 +247,7 @@ def _pickle_only(folder: Path) -> None:
 
 MODELS = {
     "no tokenizer": (_without_tokenizer, ("tokenizer",)),
-    "no chat template": (_without_template, ("no chat template", "--chat-template tulu")),
+    "no chat template": (_without_template, ("no chat template", "chat_template", "give tulu")),
     "torn weights": (_torn, ("no causal language model",)),
     "garbled weights": (_garbled, ("no causal language model",)),
     "no config": (_without_config, ("config.json",)),

@@ -299,30 +299,38 @@ MISTAKES: dict[str, tuple[dict[str, Sequence[Row]], dict[str, Any], str]] = {
     "all held out": (
         {},
         {"held_out": 60, "with_test": False},
-        "held_out: 60 rows would be held out, but there are 60; hold out fewer",
+        "data.held_out: 60 rows would be held out, but there are 60; hold out fewer",
     ),
     "both are too many": (
         {},
         {"held_out": 30},
-        "held_out: 30 rows and 30 for the test would be held out, but there are 60; hold out fewer",
+        "data.held_out: 30 rows and 30 for the test would be held out, but there are 60; hold out fewer",
     ),
     "test is too many": (
         {},
         {"held_out": 10, "test": 50},
-        "test: 10 rows and 50 for the test would be held out, but there are 60; hold out fewer",
+        "data.test: 10 rows and 50 for the test would be held out, but there are 60; hold out fewer",
     ),
     "test beside a file is too many": (
         {"held": [Row("x", 100, 100), Row("a", 0, 0)]},
         {"held_out": "held", "test": 59},
-        "test: 59 rows would be held out, but there are 59; hold out fewer",
+        "data.test: 59 rows would be held out, but there are 59; hold out fewer",
     ),
     "none of a source": (
         {},
         {"train": ({"path": "train", "take": 0.001},)},
         "train: a share of 0.001 of 60 rows is none; take a larger share",
     ),
-    "none": ({}, {"held_out": 0.001}, "held_out: of 60 rows none would be held out; give a number of rows, or a file"),
-    "none to test": ({}, {"test": 0.001}, "test: of 60 rows none would be held out; give a number of rows, or a file"),
+    "none": (
+        {},
+        {"held_out": 0.001},
+        "data.held_out: of 60 rows none would be held out; give a number of rows, or a file",
+    ),
+    "none to test": (
+        {},
+        {"test": 0.001},
+        "data.test: of 60 rows none would be held out; give a number of rows, or a file",
+    ),
     "one text": (
         {"train": [Row("a", 1, 1)] * 9},
         {"held_out": 1, "with_test": False},
@@ -331,29 +339,29 @@ MISTAKES: dict[str, tuple[dict[str, Sequence[Row]], dict[str, Any], str]] = {
     "too many repeat": (
         {"train": [*[Row("a", 1, 1)] * 9, Row("a", 2, 2), Row("a", 3, 3)]},
         {"held_out": 2, "test": 2},
-        "test: 2 rows leave nothing to train on: only 2 rows say what no held-out row says; hold out fewer",
+        "data.test: 2 rows leave nothing to train on: only 2 rows say what no held-out row says; hold out fewer",
     ),
     "file holds all": (
         {"held": different(a=70)},
         {"held_out": "held", "with_test": False},
-        "held_out: every row of train is also in held; give a file of other rows, or a number of rows to draw",
+        "data.held_out: every row of train is also in held; give a file of other rows, or a number of rows to draw",
     ),
     "files hold all": (
         {"held": different(a=30), "test": different(a=70)},
         {"held_out": "held", "test": "test"},
-        "held_out and test: every row of train is also in held or test; "
+        "data.held_out and data.test: every row of train is also in held or test; "
         "give a file of other rows, or a number of rows to draw",
     ),
     "test file is held out": (
         {"held": different(a=5), "test": different(b=3)},
         {"held_out": "held", "test": "test"},
-        "test: every row of test is also in held; "
+        "data.test: every row of test is also in held; "
         "give a file of other rows, or leave it out to divide the one of held_out",
     ),
     "file of one text": (
         {"held": [Row("x", 100, 100), Row("x", 100, 101)]},
         {"held_out": "held"},
-        "held_out: held says one thing only, and cannot be divided into held-out and test rows; "
+        "data.held_out: held says one thing only, and cannot be divided into held-out and test rows; "
         "give more rows, or a `test` of its own",
     ),
 }
@@ -479,7 +487,7 @@ def test_files_that_cannot_be_used(opened: Callable[..., Session], tmp_path: Pat
         with pytest.raises(UserError) as raised:
             opened(**{field: str(path)})
         line = str(raised.value)
-        assert line.startswith(f"{field}, "), line
+        assert line.startswith(f"data.{field}, "), line
         assert line.count(path.name) == 1, line
         for word in words:
             assert word in line, line

@@ -15,6 +15,8 @@ from peft_study.errors import ConfigError, PeftStudyError, UserError
 _PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 """What the system says of a path that cannot be used."""
 
+_STOPPED = 130
+
 app = typer.Typer(
     help="Choose and tune parameter-efficient fine-tuning: every method trained fairly on one frozen base.",
     no_args_is_help=True,
@@ -39,14 +41,16 @@ def main() -> None:
     except TyperException as error:
         _fail(error.format_message(), 2)
     except PeftStudyError as error:
-        _fail(str(error), 130)
+        _fail(str(error), _STOPPED)
     except OSError as error:  # met while looking whether a path that the user gave is there
         if error.errno not in _PATHS or error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}; give another path", 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped", 130)
+        _fail("stopped", _STOPPED)
     else:
+        if code == _STOPPED:  # what typer makes of Ctrl-C in a command
+            _fail("stopped", _STOPPED)
         sys.exit(code if isinstance(code, int) else 0)
 
 

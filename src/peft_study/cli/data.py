@@ -158,11 +158,15 @@ def stats(
     from peft_study.data.chat import ChatEncoder
     from peft_study.data.formats import parse_mapping
     from peft_study.data.stats import compute_stats, plot_stats, render_stats
+    from peft_study.errors import TemplateError
     from peft_study.model.load import load_tokenizer
 
     if plot is not None:
         refuse_unwritable(plot)
-    encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
+    try:
+        encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
+    except TemplateError as error:
+        raise error.within("--chat-template") from error
     with progress("counting") as on_progress:
         measured = compute_stats(
             sources,
@@ -174,6 +178,8 @@ def stats(
             on_progress=on_progress,
         )
     Console().print(render_stats(measured))
+    if encoder.bos_warning:
+        typer.echo(encoder.bos_warning)
     if plot is not None:
         plot_stats(measured, plot)
         typer.echo(f"histogram -> {plot}")

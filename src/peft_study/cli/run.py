@@ -65,7 +65,9 @@ def run(
     from peft_study.cli.yaml_file import load_yaml
     from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
+    from peft_study.errors import UserError
     from peft_study.study.conduct import run_study
+    from peft_study.study.estimate import estimate
     from peft_study.study.stop import StopRequest
 
     quiet_libraries()
@@ -76,13 +78,14 @@ def run(
     for assignment in settings or ():
         file.assign(assignment)
     config = validate(StudyConfig, file.values, where=str(study), place=file.place)
-    if dry_run:
-        from peft_study.study.estimate import estimate
-
-        show_estimate(estimate(config, typer.echo))
-        return
-    with StopRequest().listening() as stop, StudyDisplay() as display:
-        finished = run_study(config, file.values, display, stop, overwrite=overwrite, go_on=go_on)
+    try:
+        if dry_run:
+            show_estimate(estimate(config, typer.echo))
+            return
+        with StopRequest().listening() as stop, StudyDisplay() as display:
+            finished = run_study(config, file.values, display, stop, overwrite=overwrite, go_on=go_on)
+    except UserError as error:
+        raise file.pointed(error) from None
     display.conclude(finished)
 
 
@@ -101,9 +104,10 @@ def finetune(context: typer.Context) -> None:
     import os
 
     from peft_study.cli.display import RunDisplay, quiet_libraries
-    from peft_study.compat.finetune import said, to_run
+    from peft_study.compat.finetune import pointed, said, to_run
     from peft_study.compat.parsing import parse, usage
     from peft_study.engine.processes import joined
+    from peft_study.errors import UserError
     from peft_study.study.single import train
     from peft_study.study.stop import StopRequest
 
@@ -123,15 +127,18 @@ def finetune(context: typer.Context) -> None:
             display.warn(warning)
         for note in planned.notes:
             display.say(note)
-        finished = train(
-            planned.config,
-            said(command),
-            display,
-            stop,
-            overwrite=planned.overwrite,
-            resume_from=planned.resume_from,
-            processes=processes,
-        )
+        try:
+            finished = train(
+                planned.config,
+                said(command),
+                display,
+                stop,
+                overwrite=planned.overwrite,
+                resume_from=planned.resume_from,
+                processes=processes,
+            )
+        except UserError as error:
+            raise pointed(error, command) from None
         display.conclude(finished)
     if finished.diverged or finished.worse:
         raise typer.Exit(1)

@@ -34,7 +34,7 @@ def init(
     from peft_study.cli.data import progress
     from peft_study.cli.display import quiet_libraries
     from peft_study.data.atomic import refuse_existing, refuse_unwritable
-    from peft_study.study.template import look, write_study_file
+    from peft_study.study.template import WHY_BOS, look, write_study_file
 
     quiet_libraries()
     refuse_existing(output, overwrite=overwrite)
@@ -43,6 +43,8 @@ def init(
         start = look(model, data, split=split, on_progress=on_progress)
     write_study_file(output, start)
     typer.echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
+    if start.add_bos:
+        typer.echo(f"add_bos: true, since {WHY_BOS}")
     typer.echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from peft_study.config import Location
+from peft_study.config import DataConfig, Location
 from peft_study.data.atomic import read_text
-from peft_study.errors import ConfigError
+from peft_study.errors import ConfigError, UserError
 
 _Path = tuple[str, ...]
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
@@ -111,6 +111,13 @@ class SettingsFile:
         if made and depth < len(path):
             return made[0]
         return None if line is None else f"{self.path}, line {line}"
+
+    def pointed(self, error: UserError) -> UserError:
+        """Returns an error about a setting (``data.held_out``, ``methods.lora``) with the place it was written at."""
+        section, _, name = (error.where or "").partition(",")[0].partition(".")
+        known = {"data": DataConfig.model_fields, "methods": self.values.get("methods", ())}
+        place = self.place((section, name)) if name in known.get(section, ()) else None
+        return error if place is None else error.within(place)
 
     def _line(self, path: _Path) -> tuple[int | None, int]:
         """Returns the line of a setting or of the innermost section around it, and how many parts lead there."""

@@ -24,7 +24,7 @@ from peft_study.compat.checks import check, method_of, trackers
 from peft_study.compat.parsing import Command
 from peft_study.config import METHODS, TrainConfig, validate
 from peft_study.data.formats import parse_mapping
-from peft_study.errors import ConfigError
+from peft_study.errors import ConfigError, UserError
 
 _PLAIN_METHOD_ARGUMENTS = {
     "lora": ("lora_rank", "lora_alpha", "lora_dropout"),
@@ -99,6 +99,16 @@ def said(command: Command) -> dict[str, Any]:
     """Returns the arguments that were given, for the run's record; the launcher's may hold secrets and stay out."""
     both = {**dataclasses.asdict(command.arguments), **dataclasses.asdict(command.extra)}
     return {name: value for name, value in both.items() if name in command.given}
+
+
+def pointed(error: UserError, command: Command) -> UserError:
+    """Returns an error about a setting (``data.held_out``) with the argument that gave it instead."""
+    template = "chat_template_name" if command.extra.chat_template is None else "chat_template"
+    arguments = {"data.chat_template": template, "data.held_out": "held_out"}
+    setting, comma, rest = (error.where or "").partition(",")
+    if setting not in arguments:
+        return error
+    return type(error)(error.what, where=f"--{arguments[setting]}{comma}{rest}", remedy=error.remedy)
 
 
 def _model(command: Command) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def _nothing_supervised(writer: TokenWriter, encoder: ChatEncoder) -> DataError:
     if writer.shortest_first is None:
         return DataError(
             f"chat template {encoder.template_name!r} leaves nothing to learn in any of {writer.rows_seen} rows",
-            remedy="choose another --chat-template",
+            remedy="choose another chat template",
         )
     return DataError(
         f"max_length {encoder.max_length} is so short that nothing is supervised in any of {writer.rows_seen} rows",

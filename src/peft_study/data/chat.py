@@ -50,6 +50,8 @@ class ChatEncoder:
         template_name: what messages call the template.
         template_text: its source.
         clock: the frozen clock.
+        missing_bos: the BOS token, as text, where the tokenizer puts it before a text by itself and examples do not
+            begin with it: the model then reads what it never saw in training. None: nothing is missing.
         fingerprint: sha256 over everything that decides the tokens: tokenizer, template, clock, length, bos.
 
     Raises:
@@ -89,6 +91,7 @@ class ChatEncoder:
                 remedy="use a tokenizer that transformers loads as PreTrainedTokenizerFast",
             )
         self.fingerprint = self._fingerprint()
+        self.missing_bos = self._missing_bos(tokenizer)
 
     def _build(self) -> None:
         self._backend: Tokenizer = Tokenizer.from_str(self._backend_json)
@@ -109,6 +112,27 @@ class ChatEncoder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._build()
+
+    def _missing_bos(self, tokenizer: Any) -> str | None:
+        bos = tokenizer.bos_token_id
+        if self._bos_id is not None or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+            return None
+        try:
+            text = self._renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except TemplateError:
+            return None  # a template that refuses even this is heard of with the first row
+        return None if self._encode_text(text).ids[:1] == [bos] else str(tokenizer.bos_token)
+
+    @property
+    def bos_warning(self) -> str | None:
+        """What to tell the user where BOS is missing, in one line; None where it is not."""
+        if self.missing_bos is None:
+            return None
+        return (
+            f"warning: no example begins with BOS ({self.missing_bos!r}), which the tokenizer puts before a text by "
+            f"itself and chat template {self.template_name!r} does not write; "
+            "set data.add_bos: true (in finetune: --add_bos)"
+        )
 
     def _fingerprint(self) -> str:
         parts = {
@@ -164,11 +188,11 @@ class ChatEncoder:
         encoding = self._encode_text(text)
         tokens_L = np.array(encoding.ids, dtype=np.int32)
         supervised_L = _covered(np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2), spans)
-        if self._bos_id is not None and (not len(tokens_L) or tokens_L[0] != self._bos_id):
-            tokens_L = np.concatenate([np.array([self._bos_id], dtype=np.int32), tokens_L])
-            supervised_L = np.concatenate([np.zeros(1, dtype=np.bool_), supervised_L])
-        supervised_L[:1] = False
-        return Example(tokens_L, supervised_L)
+        example = Example(tokens_L, supervised_L)
+        if self._bos_id is not None:
+            example = behind_bos(example, self._bos_id)
+        example.supervised_L[:1] = False
+        return example
 
     def prompt_tokens(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Returns the tokens that a model continues with its answer: rendered and tokenised as in training.
@@ -183,6 +207,14 @@ class ChatEncoder:
 
     def _encode_text(self, text: str) -> Any:
         return self._backend.encode(text, add_special_tokens=False)
+
+
+def behind_bos(example: Example, bos: int) -> Example:
+    """Returns the example with that token first; the example itself where it begins with it."""
+    if example.tokens_L[:1].tolist() == [bos]:
+        return example
+    tokens_L = np.concatenate([np.array([bos], dtype=np.int32), example.tokens_L])
+    return Example(tokens_L, np.concatenate([np.zeros(1, dtype=np.bool_), example.supervised_L]))
 
 
 def _bare_backend(tokenizer: Any) -> Tokenizer:

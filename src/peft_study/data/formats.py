@@ -13,10 +13,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from peft_study.data.conversation import Conversation, Message
-from peft_study.data.readers import RawRow
+from peft_study.data.readers import RawRow, read_file
 from peft_study.data.sources import Source, open_sources
 from peft_study.data.turns import check_conversation, text_of, tools_of, turns_of
 from peft_study.errors import ConfigError, DataError, nearest
@@ -45,7 +46,7 @@ _PAIR_COLUMNS = {
 }
 _CONTEXT_COLUMNS = ("input", "context")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
-_NAME_COLUMNS = "name the columns with --map messages=COL or --map prompt=COL,response=COL"
+_NAME_COLUMNS = "name the columns with --map messages=COL or --map prompt=COL,response=COL (in a study: data.mapping)"
 
 
 def parse_mapping(text: str | None) -> dict[str, str] | None:
@@ -235,6 +236,29 @@ def read_conversations(
             assert row.error is not None
             raise row.error
         yield row.conversation
+
+
+def first_conversations(
+    sources: Sequence[str], split: str | None = None, mapping: Mapping[str, str] | None = None
+) -> Iterator[Conversation]:
+    """Yields the first conversation of every file; of data on the hub none, which is only looked up.
+
+    Raises:
+        DataError: as `read_conversations`.
+    """
+    for source in open_sources(sources, split):
+        heads = [raw for file in source.files for raw in islice(read_file(file, _unheard), 1)]
+        # one shard may have no rows; where none has any, `rows` says so
+        for raw in heads or (source.rows(_unheard) if source.files else ()):
+            if raw.broken:
+                raise raw.broken
+            yield to_conversation(
+                raw.values, row_id=raw.where, default_source=source.name, where=raw.where, mapping=mapping
+            )
+
+
+def _unheard(_share: float) -> None:
+    pass
 
 
 class _Share:

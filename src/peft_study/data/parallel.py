@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -109,11 +110,15 @@ def encode_rows(
         for chunk in chunks:
             yield encode_chunk(chunk, encoder)
     else:
+        others = set(multiprocessing.active_children())
         with ProcessPoolExecutor(count, _context(), _start_worker, (encoder,)) as pool:
             try:
                 yield from _in_order(chunks, pool, limit=3 * count)
-            finally:
+            except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                for worker in set(multiprocessing.active_children()) - others:
+                    worker.terminate()  # several chunks are under way, which nobody wants any more
+                raise
     if rows.failure is not None:
         raise rows.failure
 
@@ -173,6 +178,9 @@ _worker_encoder: ChatEncoder | None = None
 
 def _start_worker(encoder: ChatEncoder) -> None:
     global _worker_encoder
+    # Ctrl-C reaches the whole group: the parent alone answers it, and stops these. Its own handlers came with the fork.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker_encoder = encoder
 
 

@@ -140,7 +140,7 @@ class Renderer:
         except _TEMPLATE_FAULTS as error:
             raise TemplateError(
                 f"chat template {self.name!r} refuses the conversation: {error}",
-                remedy="change the row, or choose another --chat-template",
+                remedy="change the row, or choose another chat template",
             ) from error
 
 

@@ -25,6 +25,7 @@ _SPLIT_WORDS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
 }  # fmt: skip
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_CHOOSE_SPLIT = "choose one (--split NAME, in a study data.split), or give its files"
 _AGAIN = "download or copy it again"
 
 Splits = dict[str, list[Path]]
@@ -91,7 +92,7 @@ def _choose(spec: str, splits: Splits, wanted: str | None) -> tuple[str, list[Pa
     if wanted is None:
         if len(splits) > 1:
             names = ", ".join(sorted(splits))
-            raise DataError(f"has several splits: {names}", where=spec, remedy="choose one with --split NAME")
+            raise DataError(f"has several splits: {names}", where=spec, remedy=_CHOOSE_SPLIT)
         return next(iter(splits.items()))
     if wanted not in splits:
         remedy = nearest(wanted, splits) if len(splits) > 1 else f"its only split is {next(iter(splits))!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from peft_study.data import skills
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Conversation
-from peft_study.data.formats import read_conversations
+from peft_study.data.formats import first_conversations, read_conversations
 
 ROWS_READ = 100_000
 """Rows after which a survey stops reading."""
@@ -85,6 +85,23 @@ def survey(
             on_progress(rows)
     lengths = sorted(len(encoder.encode_whole(conversation)) for conversation in drawn)
     return Survey(rows, whole, np.array(lengths, dtype=np.int64))
+
+
+def check_heads(
+    sources: Sequence[str],
+    encoder: ChatEncoder,
+    *,
+    split: str | None = None,
+    mapping: Mapping[str, str] | None = None,
+) -> None:
+    """Reads and encodes the first row of every file, so that a mistake is told before anything that takes minutes.
+
+    Raises:
+        DataError: a source is not there, holds no rows, or one of those rows cannot be used.
+        TemplateError: the template refuses one of them.
+    """
+    for conversation in first_conversations([s for s in sources if s != skills.EMBEDDED_NAME], split, mapping):
+        encoder.encode_whole(conversation)
 
 
 def _conversations(source: str, split: str | None) -> Iterator[Conversation]:

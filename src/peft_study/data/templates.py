@@ -62,7 +62,7 @@ class Template(NamedTuple):
 
 
 def resolve_template(template: str | None, own: str | Mapping[str, str] | None) -> Template:
-    """Finds the template meant by ``--chat-template``.
+    """Finds the template that a user means.
 
     Args:
         template: None for the tokenizer's own; a name of ``NAMED_TEMPLATES``, or of the tokenizer's own set where it
@@ -79,7 +79,7 @@ def resolve_template(template: str | None, own: str | Mapping[str, str] | None) 
             several = f"; it has {', '.join(sorted(variants))}" if variants else ""
             raise TemplateError(
                 f"the tokenizer has no chat template of its own{several}",
-                remedy="pass --chat-template tulu, another name, or a Jinja file",
+                remedy="give tulu, another built-in name, or a Jinja file",
             )
         return Template("the tokenizer's own", text, variants.get("tool_use", text))
     if template in NAMED_TEMPLATES:

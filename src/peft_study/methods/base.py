@@ -30,9 +30,10 @@ class Material:
 
     Attributes:
         encode: text to token ids, without special tokens.
-        opening: token ids of training examples as rendered, one after another; long enough for any prefix.
-        counts_V: how often each token id occurs in the training examples.
-        bos: id of the token that opens a text, where the model has one.
+        opening: token ids of training examples, drawn at random, one after another; long enough for any prefix.
+        counts_V: how often each token id occurs in such examples.
+        bos: id of the BOS token where training examples begin with it, else None. Virtual tokens made of a text do as
+            the examples do: a BOS that these lack is worth more to some models than all that is trained.
         special: ids that are no words of the vocabulary.
     """
 
@@ -43,7 +44,7 @@ class Material:
     special: frozenset[int]
 
     def text_tokens(self, text: str | None, count: int) -> list[int]:
-        """Returns exactly `count` ids: BOS where there is one, then the text, then the data; nothing is repeated."""
+        """Returns `count` ids: BOS where examples begin with it, then the text, then the data; nothing is repeated."""
         ids = self.encode(text) if text else []
         opening = list(self.opening)
         if self.bos is not None:

@@ -172,7 +172,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
 def load_base(
     name: str,
     *,
-    tokenizer: str | None = None,
+    tokenizer: Any = None,
     revision: str | None = None,
     placement: Placement | None = None,
     quantization: str | None = None,
@@ -180,16 +180,24 @@ def load_base(
 ) -> Base:
     """Loads the model, freezes it, registers segment attention and proves packing and head.
 
+    Args:
+        name: folder, hub id or embedded name.
+        tokenizer: what `load_tokenizer` returned; None: the model's own is loaded.
+        revision: git revision on the hub.
+        placement: device and precision.
+        quantization: nf4 for a 4-bit base.
+        trust_remote_code: run code that ships with the model.
+
     Raises:
         ModelError: when the folder or hub id cannot be loaded, or is no causal language model.
     """
     placement = placement or choose()
     path = resolve_model(name)
-    words = load_tokenizer(tokenizer or name, revision=revision, trust_remote_code=trust_remote_code)
+    words = tokenizer or load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     model = place_model(path, name, placement, quantization=quantization, **options)
     base = wrap(model, words, placement, path=path, quantization=quantization)
-    base.name, base.revision, base.tokenizer_name = name, revision, tokenizer
+    base.name, base.revision = name, revision
     return base
 
 

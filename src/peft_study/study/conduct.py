@@ -174,6 +174,7 @@ class _Study:
             self._folder.take_over(self._config, given)
         for worker, report in reports:
             self._take(worker, report)
+        stop.heeded = True
         while not self._agenda.finished:
             stopping = stop.asked
             if stopping and crew.quiet:

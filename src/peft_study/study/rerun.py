@@ -180,6 +180,7 @@ def _train(
     sums: dict[int, Losses] = {}
     orders = Orders(enter=[job])
     last = max(trial.sums, default=0)
+    stop.heeded = True
     try:
         while True:
             news, orders = slots.advance(orders), Orders()

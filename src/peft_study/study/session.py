@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from peft_study.config import DataConfig, MethodConfig, ModelConfig, TrainingConfig
-from peft_study.data.chat import ChatEncoder
+from peft_study.data.chat import ChatEncoder, behind_bos
+from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses, Losses
 from peft_study.engine.processes import ALONE, Processes
-from peft_study.errors import OutputError
+from peft_study.errors import OutputError, TemplateError
 from peft_study.methods.base import Material
+from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create
-from peft_study.model.load import Base, load_base
+from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
 from peft_study.places import cache_root
 from peft_study.study.rows import Rows
-from peft_study.study.split import make_split
+from peft_study.study.split import check_files, make_split
 from peft_study.study.store import RunFolder
 
 Say = Callable[[str], None]
+_MATERIAL_ROWS = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +87,24 @@ def open_session(
         processes.wait()
     placement = choose(model.device, model.dtype)
     notes = [placement.note] if placement.note else []
+    tokenizer, encoder = _check(model, data, test=test)
+    if encoder.bos_warning:
+        notes.append(encoder.bos_warning)
     precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
     say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
     base = load_base(
         model.name,
-        tokenizer=model.tokenizer,
+        tokenizer=tokenizer,
         revision=model.revision,
         placement=placement,
         quantization=model.quantization,
         trust_remote_code=model.trust_remote_code,
     )
+    base.tokenizer_name = model.tokenizer
     if not base.proof.segmented:
         notes.append(f"{model.name}: its attention is not one known here; it is run as it is, one example a row")
     elif not base.proof.packs:
         notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
-    encoder = ChatEncoder(base.tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
     say("reading and tokenising the data")
     rows = make_split(data, encoder, training.data_seed, test=test)
     notes += rows.notes
@@ -118,13 +124,27 @@ def open_session(
         rows.train,
         rows.held_out,
         rows.test,
-        _material(base, rows.train),
+        _material(base, rows.train, training.data_seed),
         _base_losses(engine, rows.train),
         _base_losses(engine, rows.held_out),
         None if rows.test is None else _base_losses(engine, rows.test),
         tuple(notes),
         processes,
     )
+
+
+def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, ChatEncoder]:
+    """Returns tokenizer and encoder; what is wrong with template, files or paths is told before the model is loaded."""
+    resolve_model(model.name)
+    tokenizer = load_tokenizer(
+        model.tokenizer or model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    try:
+        encoder = ChatEncoder(tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
+    except TemplateError as error:
+        raise error.within("data.chat_template") from error
+    check_files(data, encoder, test=test)
+    return tokenizer, encoder
 
 
 def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) -> None:
@@ -170,7 +190,8 @@ def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) ->
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
     precision = base.quantization or base.placement.dtype_name
-    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{precision}.npy"
+    # a device rounds in its own way: the losses of another would not be those that a trial here is compared with
+    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{base.device.type}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
 
     def measure(indices: Sequence[int]) -> Losses:
@@ -179,20 +200,37 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     return BaseLosses(measure, len(rows), path, processes=engine.processes)
 
 
-def _material(base: Base, train: Rows) -> Material:
-    """Gathers what initialisations draw on from the first 2,000 training rows."""
+def bos_losses(session: Session) -> str:
+    """Returns a line that says the untouched base's held-out loss as it is, and with BOS before every example."""
+    bos, rows = session.base.tokenizer.bos_token_id, session.held_out
+    as_they_are = session.base_held_out.of(range(len(rows))).sum() / rows.counts().sum()
+    behind, most = [behind_bos(rows[i], bos) for i in range(len(rows))], session.encoder.max_length
+    cut = [Example(example.tokens_L[:most], example.supervised_L[:most]) for example in behind]
+    examples = [example for example in cut if example.supervised_L.any()]
+    sums_N = session.engine.losses([NoAdapter()], examples, range(len(examples)))[0]
+    with_bos = sums_N.sum() / sum(int(example.supervised_L.sum()) for example in examples)
+    return f"the untouched base's held-out loss is {as_they_are:.3f} so, and {with_bos:.3f} with BOS"
+
+
+def _material(base: Base, train: Rows, seed: int) -> Material:
+    """Gathers what initialisations draw on from up to 2,000 training rows, drawn at random.
+
+    The rows of a mixture often lie ordered by where they came from, so the first ones would stand for one source.
+    """
     tokenizer = base.tokenizer
     size = base.model.config.get_text_config().vocab_size
     counts_V, opening = np.zeros(size, dtype=np.int64), list[int]()
-    for example in islice((train[i] for i in range(len(train))), 2000):
+    for row in np.random.default_rng(key(seed, "material")).permutation(len(train))[:_MATERIAL_ROWS].tolist():
+        example = train[row]
         counts_V += np.bincount(example.tokens_L, minlength=size)[:size]
         if len(opening) < 4096:
             opening += [int(t) for t in example.tokens_L]
+    bos = tokenizer.bos_token_id
     return Material(
         encode=lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
         opening=opening,
         counts_V=counts_V,
-        bos=tokenizer.bos_token_id,
+        bos=bos if bos is not None and opening[:1] == [bos] else None,
         special=frozenset(i for i in tokenizer.all_special_ids if i < size),
     )
 

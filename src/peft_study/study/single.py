@@ -16,7 +16,7 @@ from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.study.capacity import settle
 from peft_study.study.record import environment
-from peft_study.study.session import Session, check_methods, describe, open_session, refuse_other_inputs
+from peft_study.study.session import Session, bos_losses, check_methods, describe, open_session, refuse_other_inputs
 from peft_study.study.slots import Ended, Orders, Slots
 from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.store import RunFolder, identity
@@ -192,6 +192,8 @@ def _run(
         job = replace(job, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
     settle(session, folder, [], trials=1, wanted=1)
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config))
+    if session.encoder.missing_bos:
+        watcher.say(bos_losses(session))
     outcome = _to_the_end(slots, job, session, stop, resume)
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
@@ -210,6 +212,7 @@ def _run(
 def _to_the_end(
     slots: Slots, job: Job, session: Session, stop: StopRequest, resume: checkpoint.Found | None
 ) -> Outcome:
+    stop.heeded = True
     try:
         news = slots.resume(resume, {job.name: job}) if resume else slots.advance(Orders(enter=[job]))
         while True:

@@ -22,6 +22,7 @@ from peft_study.config import DataConfig, Source
 from peft_study.data import skills
 from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
+from peft_study.data.survey import check_heads
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.dropout import key
 from peft_study.places import cache_root
@@ -85,6 +86,21 @@ def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool 
     return Split(rest.rows(), held_out.rows(), None if opened is None else opened.rows(), tuple(notes))
 
 
+def check_files(data: DataConfig, encoder: ChatEncoder, *, test: bool) -> None:
+    """Reads the first row of every file of the data, as `make_split` will.
+
+    Raises:
+        UserError: a file is not there, or that row cannot be used.
+    """
+    check_heads([source.path for source in data.train], encoder, split=data.split, mapping=data.mapping)
+    for field in ("held_out", "test") if test else ("held_out",):
+        if isinstance(path := getattr(data, field), str):
+            try:
+                check_heads([path], encoder, split=data.split, mapping=data.mapping)
+            except UserError as error:
+                raise _in_file(error, field, path) from error
+
+
 def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> Pool:
     """Returns the rows of all sources, as many as are to be used."""
     pool = Pool([], [], [])
@@ -115,7 +131,7 @@ def _files(
     if not len(apart):
         raise ConfigError(
             f"every row of {data.test} is also in {data.held_out}",
-            where="test",
+            where="data.test",
             remedy="give a file of other rows, or leave it out to divide the one of held_out",
         )
     if len(apart) < len(opened):
@@ -129,7 +145,7 @@ def _halves(path: str, pool: Pool, stratify: bool, seed: int, notes: list[str]) 
     if len(distinct) < 2:
         raise ConfigError(
             f"{path} says one thing only, and cannot be divided into held-out and test rows",
-            where="held_out",
+            where="data.held_out",
             remedy="give more rows, or a `test` of its own",
         )
     if len(distinct) < len(pool):
@@ -147,7 +163,7 @@ def _beside_files(pool: Pool, data: DataConfig, *parts: Pool | None) -> Pool:
         files = {field: path for field in ("held_out", "test") if isinstance(path := getattr(data, field), str)}
         raise ConfigError(
             f"every row of {', '.join(source.path for source in data.train)} is also in {' or '.join(files.values())}",
-            where=" and ".join(files),
+            where=" and ".join(f"data.{field}" for field in files),
             remedy="give a file of other rows, or a number of rows to draw",
         )
     return pool
@@ -168,10 +184,13 @@ def _file(field: str, path: str, data: DataConfig, encoder: ChatEncoder, notes: 
     try:
         tokens = _tokenized(path, data, encoder, notes)
     except UserError as error:
-        place = error.where or ""
-        where = place if path in place else f"{path}, {place}".removesuffix(", ")
-        raise type(error)(error.what, where=f"{field}, {where}", remedy=error.remedy) from error
+        raise _in_file(error, field, path) from error
     return Pool.of(path, tokens, range(len(tokens)))
+
+
+def _in_file(error: UserError, field: str, path: str) -> UserError:
+    """Returns an error of a held-out or test file with the setting that names it."""
+    return (error if path in (error.where or "") else error.within(path)).within(f"data.{field}")
 
 
 def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> TokenizedData:
@@ -227,11 +246,13 @@ def _count(field: str, wanted: float | str | None, available: int) -> int:
         count = round(wanted * available) if wanted < 1 else int(wanted)
     if count == 0:
         raise ConfigError(
-            f"of {available} rows none would be held out", where=field, remedy="give a number of rows, or a file"
+            f"of {available} rows none would be held out",
+            where=f"data.{field}",
+            remedy="give a number of rows, or a file",
         )
     return count
 
 
 def _deciding(data: DataConfig, test_rows: int) -> str:
     """Returns the setting to change where too many rows are drawn."""
-    return "test" if test_rows and data.test is not None else "held_out"
+    return "data.test" if test_rows and data.test is not None else "data.held_out"

@@ -1,4 +1,4 @@
-"""Stopping between two steps: once for a checkpoint and a clean end, twice for at once."""
+"""Stopping between two steps: once for a checkpoint and a clean end, twice (or before the first step) for at once."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ class Interrupted(PeftStudyError):
 
 
 class StopRequest:
-    """Whether somebody asked the run to stop."""
+    """Whether somebody asked the run to stop.
+
+    Attributes:
+        asked: somebody did.
+        heeded: set once steps are taken and `asked` is looked at between them. Until then there is nothing to keep, and
+            a signal stops at once.
+    """
+
+    heeded = False
 
     def __init__(self) -> None:
         self.asked = False
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Listens for SIGINT and SIGTERM inside the block; a second signal stops at once (KeyboardInterrupt)."""
+        """Listens for SIGINT and SIGTERM inside the block; a second one, or one before any step, stops at once.
+
+        Raises:
+            KeyboardInterrupt: then.
+        """
 
         def handle(_number: int, _frame: FrameType | None) -> None:
-            if self.asked:
+            if self.asked or not self.heeded:
                 raise KeyboardInterrupt
             self.asked = True
 

@@ -23,7 +23,7 @@ from peft_study.config.schema import SCHEMA_FILE
 from peft_study.config.space import TRAINING_DIMENSIONS
 from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.survey import Survey, survey
+from peft_study.data.survey import Survey, check_heads, survey
 from peft_study.errors import DataError
 from peft_study.model.load import load_tokenizer
 
@@ -31,6 +31,7 @@ HELD_OUT_MOST = 128
 """Held-out rows at most: evaluations then cost a few percent of a trial."""
 STEPS_MOST = 300
 """Optimizer steps a trial at most: a pass over a large data set, times the trials, would take weeks."""
+WHY_BOS = "the tokenizer puts it first by itself, and the chat template does not write it"
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _WHOLE_SHARE = 0.99
 _DEFAULT_TEMPLATE = "tulu"
@@ -46,6 +47,7 @@ class Start:
         data: sources.
         split: of the sources.
         chat_template: where the tokenizer has none of its own.
+        add_bos: whether BOS is to be put first.
         positions: tokens the tokenizer was made for, or None where it does not say.
         found: what a first look at the data said.
     """
@@ -54,6 +56,7 @@ class Start:
     data: tuple[str, ...]
     split: str | None
     chat_template: str | None
+    add_bos: bool
     positions: int | None
     found: Survey
 
@@ -91,13 +94,18 @@ def look(
     """
     tokenizer = load_tokenizer(model)
     template = None if tokenizer.chat_template else _DEFAULT_TEMPLATE
-    found = survey(data, ChatEncoder(tokenizer, template=template), split=split, on_progress=on_progress)
+    encoder = ChatEncoder(tokenizer, template=template)
+    add_bos = encoder.missing_bos is not None
+    if add_bos:
+        encoder = ChatEncoder(tokenizer, template=template, add_bos=True)
+    check_heads(data, encoder, split=split)
+    found = survey(data, encoder, split=split, on_progress=on_progress)
     if found.rows < 2:
         remedy = "give more data: a comparison needs rows that are held out"
         raise DataError("there is one row", where=", ".join(data), remedy=remedy)
     positions = int(tokenizer.model_max_length)
     # transformers has a number of thirty digits for "not said"
-    return Start(model, tuple(data), split, template, positions if positions < 10**9 else None, found)
+    return Start(model, tuple(data), split, template, add_bos, positions if positions < 10**9 else None, found)
 
 
 def write_study_file(path: Path, start: Start) -> None:
@@ -175,6 +183,7 @@ def _data(start: Start) -> _Chosen:
             start.chat_template,
             "the tokenizer has none of its own" if start.chat_template else None,
         ),
+        "add_bos": (start.add_bos, WHY_BOS if start.add_bos else None),
     }
 
 
