@@ -166,7 +166,8 @@ class StudyDisplay(LiveDisplay):
 def show_estimate(found: StudyEstimate) -> None:
     """Prints what a study is going to take."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title="What it would take (nothing was written)", title_justify="left", box=SIMPLE_HEAD)
+    title = "What it would take (nothing was written)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("method", "range test", "trials", "steps", "million tokens", "minutes", "MB a slot"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for m in found.methods:
