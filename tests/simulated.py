@@ -67,19 +67,31 @@ class World:
     """
 
     def __init__(self, config: StudyConfig, folder: Path, curves: Mapping[str, Curve], *, slots: int = 4) -> None:
-        self.config, self._curves, self._slots = config, curves, slots
+        self.config, self._folder, self._curves, self._slots = config, folder, curves, slots
+        self.journal = Journal(folder / "journal.jsonl")
+        changes = sum(event["event"] == "continued" for event in self.journal.events)
+        suffix = f"/{changes}" if changes else ""
         storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
         search = config.search
         books = {
-            name: Suggestions(storage, name, name, space, config.sampler(name), search.seed)
+            name: Suggestions(storage, f"{name}{suffix}", name, space, config.sampler(name), search.seed)
             for name, space in config.methods.items()
             if space.kind != "none"
         }
-        self.journal = Journal(folder / "journal.jsonl")
         self.agenda = Agenda(config, self.journal, books, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS)
-        self._at: dict[str, int] = {}
+        self._at = dict.fromkeys((trial.name for trial in self.agenda.known.running()), 0)
         self.most = 0
         self.order: list[str] = []
+
+    def changed(self, config: StudyConfig, *methods: str) -> World:
+        """Returns the study under a changed file, as `--continue` goes on with it.
+
+        Args:
+            config: the new one.
+            methods: those whose space changed.
+        """
+        self.journal.append([{"event": "continued", "changes": ["methods: changed"], "methods": list(methods)}])
+        return World(config, self._folder, self._curves, slots=self._slots)
 
     def run(self, *, until: Callable[[World], bool] = lambda _w: False) -> World:
         """Plays until the agenda is finished."""

@@ -148,7 +148,9 @@ def test_a_changed_file_is_named_and_continued_or_replaced_when_asked(
     ran = cli("run", study, "--continue").ok()
     after = dev_losses(tmp_path / "out")
     assert {name: after[name] for name in before} == before, "what had run before was run again"
-    assert set(after) - set(before) >= {"lora-002"}
+    new = {name: row for name, row in rows(tmp_path / "out").items() if name not in before}
+    searched = {name: row["learning_rate"] for name, row in new.items() if row["kind"] == "search"}
+    assert searched == {"lora-002": 3e-3}, "the cell that was added, and no other"
     assert "the study file was changed on the way" in ran.out
     assert cli("run", study).ok()
     # a trial budget of other steps makes no comparable numbers
@@ -172,7 +174,12 @@ def test_a_continued_study_keeps_what_its_trials_were(cli: CommandLine, study: P
     for name, row in before.items():
         assert {key: after[name][key] for key in kept} == {key: row[key] for key in kept}, name
     new = [row for name, row in after.items() if name not in before and row["method"] == "lora"]
-    assert {row["alpha"] for row in new if row["kind"] == "search"} == {8}
+    searched = [row for row in new if row["kind"] == "search"]
+    assert {row["alpha"] for row in searched} == {8}
+    cells = [(row["rank"], row["learning_rate"]) for row in searched]
+    assert sorted(cells) == [(rank, rate) for rank in (2, 4) for rate in (1e-3, 1e-2)], (
+        "of another alpha none was tried"
+    )
     for row in new:
         if row["kind"] == "final":
             assert row["alpha"] == after[f"lora-{row['number']:03d}"]["alpha"]

@@ -116,12 +116,12 @@ def test_all_weights_wait_for_an_empty_engine_and_are_untuned_with_fewer_trials(
     first = world.order.index("full-000")
     assert all(not name.startswith("lora") for name in world.order[first:]), "all others come first"
     known = world.agenda.known
-    assert known.untuned("full", world.agenda.methods)
+    assert known.untuned("full", world.config)
     assert known.winner is not None
     assert known.winner[0] == "lora", "the best of all is not ranked: it had one trial"
     tuned = study(methods={"full": {}, "lora": {}}, budget={"trials": 3})
     known = World(tuned, _made(tmp_path / "tuned"), CURVES).run().agenda.known
-    assert not known.untuned("full", ("full", "lora"))
+    assert not known.untuned("full", tuned)
     assert known.winner is not None
     assert known.winner[0] == "full"
 
@@ -194,6 +194,59 @@ def test_a_range_test_is_made_where_it_is_cheap(tmp_path: Path) -> None:
     short, long = study(search={}), study(search={}, training={"steps": 900})
     assert World(short, _made(tmp_path / "a"), CURVES).agenda.range_rates("lora") == ()
     assert len(World(long, _made(tmp_path / "b"), CURVES).agenda.range_rates("lora")) == 7
+
+
+def test_range_tests_are_made_for_all_methods_or_for_none(tmp_path: Path) -> None:
+    """Prompt tuning has a rate more than LoRA in its range: alone, its test would cost more than a tenth."""
+    methods = {"lora": {}, "prompt_tuning": {}, "prefix_tuning": {"learning_rate": [0.01, 0.1]}, "full": {}}
+    found = {}
+    for steps in (150, 180, 186, 187, 190, 200, 212, 213, 240):
+        agenda = World(
+            study(methods=methods, search={}, training={"steps": steps}), _made(tmp_path / str(steps)), CURVES
+        ).agenda
+        found[steps] = {method: len(agenda.range_rates(method)) for method in methods}
+    assert all(sum(count > 0 for count in tested.values()) in (0, 2) for tested in found.values()), found
+    assert sum(found[150].values()) == 0
+    assert found[240]["lora"] > 0
+    assert found[240]["prefix_tuning"] == found[240]["full"] == 0, "no range to test, and no room beside others"
+    forced = study(methods=methods, search={"range_test": True}, training={"steps": 9})
+    assert World(forced, _made(tmp_path / "forced"), CURVES).agenda.range_rates("lora")
+
+
+def test_a_grid_that_is_tried_to_its_end_is_tuned_and_may_win(tmp_path: Path) -> None:
+    methods = {"lora": {"learning_rate": [1e-4, 1e-3]}, "prompt_tuning": {"tokens": 8}, "full": {"learning_rate": 2e-5}}
+    config = study(methods=methods, budget={"trials": 6})
+    world = World(config, tmp_path, CURVES).run()
+    known = world.agenda.known
+    assert {method: len(searched(world, method)) for method in methods} == {"lora": 2, "prompt_tuning": 6, "full": 1}
+    assert [known.untuned(method, config) for method in methods] == [False, False, True]
+    assert known.winner is not None
+    assert known.winner[0] == "lora"
+    assert known.unequal(config) == (
+        "searched unequally: lora: all 2 settings of its lists, where others have 6 trials; "
+        "full: its only setting, so it is not ranked (untuned)"
+    )
+    assert known.unequal(study(methods=TWO)) == ""
+
+
+def test_a_grid_that_a_deadline_cut_short_is_untuned(tmp_path: Path) -> None:
+    methods = {"prompt_tuning": {"tokens": 8}, "full": {"learning_rate": [1e-5, 2e-5, 4e-5]}}
+    config = study(methods=methods, budget={"trials": 4}, search={"range_test": False, "pruner": "none"})
+    world = World(config, tmp_path, CURVES).run(
+        until=lambda w: any(t.start is not None for t in searched(w, "prompt_tuning"))
+    )
+    world.agenda.time_is_up()
+    world.run()
+    known = world.agenda.known
+    assert (known.deadline, searched(world, "full")) == (True, [])
+    assert known.untuned("full", config)
+
+
+def test_a_time_limit_after_the_last_setting_began_ends_nothing(tmp_path: Path) -> None:
+    world = World(study(budget={"trials": 3}), tmp_path, CURVES).run(until=lambda w: len(w.order) > 3)
+    assert any(trial.status == "running" for trial in searched(world, "lora"))
+    world.agenda.time_is_up()
+    assert not world.agenda.known.deadline
 
 
 def test_when_time_is_up_nothing_new_is_searched_and_the_finals_follow(tmp_path: Path) -> None:

@@ -118,3 +118,13 @@ def test_the_best_step_is_shown_and_the_last_one_counts(study: HandMade) -> None
     assert row.dev is not None
     assert row.dev.value == pytest.approx(1.5)
     assert np.array_equal(study.known.trials["lora-000"].last / COUNTS, np.array(row.trial.last) / COUNTS)
+
+
+def test_an_old_finalist_outside_the_present_range_lies_at_no_edge(tmp_path: Path) -> None:
+    """A list became a range on the way: a value of the list may have no logarithm."""
+    made = HandMade(tmp_path / "s", {"lora": {**RATE, "weight_decay": {"low": 1e-4, "high": 0.1, "log": True}}})
+    for decay in (0.0, 0.3, 1e-4):
+        made.trial("lora", 1e-3, 0.5, weight_decay=decay)
+    made.chosen(lora=[0, 1, 2])
+    found = {f.number: f.edges for f in made.results().finalists}
+    assert found == {0: {}, 1: {}, 2: {"weight_decay": "low"}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -37,6 +38,7 @@ class StudyDisplay(LiveDisplay):
         super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
         self._config: StudyConfig | None = None
         self._known: Known | None = None
+        self._due: dict[str, int] = {}
         self._slots = 0
         self._paces: dict[str, Pace] = {}
         self._tokens: list[tuple[float, int]] = []
@@ -50,10 +52,12 @@ class StudyDisplay(LiveDisplay):
         """Says what is going to happen, or what is left of it."""
         self._config, self._known, self._slots = config, known, slots
         self._started = time.monotonic()
-        searched = {m: config.trials(m) for m, space in config.methods.items() if space.kind != "none"}
-        trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in searched.items())
-        finals = config.finals.best * config.finals.seeds * len(searched)
+        self._due = {method: known.due(method, config) for method in config.searched}
+        trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in self._due.items())
+        finals = config.finals.best * config.finals.seeds * len(self._due)
         self.say(f"{trials or 'no'} trials ({config.search.sampler}), then up to {finals} finals, on {slots} slots")
+        if unequal := known.unequal(config):
+            self.say(unequal)
         self._done_before = sum(t.status != "running" for t in known.trials.values())
         if known.trials:
             self.say(f"goes on: {self._done_before} trials have ended")
@@ -124,14 +128,19 @@ class StudyDisplay(LiveDisplay):
         config, known = self._config, self._known
         assert config is not None
         assert known is not None
-        done = sum(t.status != "running" for t in known.trials.values())
-        here = done - self._done_before
-        methods = [m for m, space in config.methods.items() if space.kind != "none"]
-        planned = sum(config.trials(m) + config.finals.best * config.finals.seeds for m in methods) + 1
-        if here < 2 or done >= planned:
+        here = sum(t.status != "running" for t in known.trials.values()) - self._done_before
+        left = sum(1 for _ in known.running())
+        for method in config.searched:
+            begun, planned = known.finals(method, config)
+            left += self._to_come(method) + planned - len(begun)
+        if here < 2 or left == 0:
             return ""
-        seconds = (time.monotonic() - self._started) / here * (planned - done)
+        seconds = (time.monotonic() - self._started) / here * left
         return f"; about {seconds / 60:.0f} min left"
+
+    def _to_come(self, method: str) -> int:
+        assert self._known is not None
+        return 0 if self._known.deadline else self._due[method] - len(self._known.present(method))
 
     def _view(self) -> Group:
         """Returns methods x trials, what is in the slots, speed and time left."""
@@ -139,16 +148,15 @@ class StudyDisplay(LiveDisplay):
         assert config is not None
         assert known is not None
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("method", "to come", *STATES, "best dev loss"):
+        for name in ("method", "to come", *STATES, "finals", "best dev loss"):
             table.add_column(name, justify="left" if name == "method" else "right")
-        for method, space in config.methods.items():
-            if space.kind == "none":
-                continue
-            trials = [t for t in known.trials.values() if t.method == method]
-            to_come = config.trials(method) - len(known.of(method, "search"))
-            counts = [str(sum(t.status == state for t in trials)) for state in STATES]
+        for method in config.searched:
+            states: Counter[str] = Counter(t.status for t in known.of(method, "search"))
+            counts = [str(states[state]) for state in STATES]
+            begun, planned = known.finals(method, config)
+            finals = f"{sum(t.status == 'finished' for t in begun)}/{planned}"
             best = f"{self._best[method]:.4f}" if method in self._best else "-"
-            table.add_row(method.replace("_", " "), str(max(0, to_come)), *counts, best)
+            table.add_row(method.replace("_", " "), str(self._to_come(method)), *counts, finals, best)
         slots = [f"{n} {p.step}/{p.total} loss {p.loss:.3f}" for n, p in self._paces.items()]
         shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
         foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
@@ -158,12 +166,14 @@ class StudyDisplay(LiveDisplay):
 def show_estimate(found: StudyEstimate) -> None:
     """Prints what a study is going to take."""
     console = Console(highlight=False, soft_wrap=True)
-    table = Table(title="What it would take (nothing was written)", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("method", "trials", "steps", "million tokens", "minutes", "MB a slot"):
+    title = "What it would take (nothing was written)"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("method", "range test", "trials", "steps", "million tokens", "minutes", "MB a slot"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for m in found.methods:
         table.add_row(
             m.method,
+            f"{m.range_rates} x {m.range_steps}" if m.range_rates else "-",
             str(m.trials),
             str(m.steps),
             f"{m.expected_tokens / 1e6:.3g} - {m.tokens / 1e6:.3g}",
@@ -172,10 +182,11 @@ def show_estimate(found: StudyEstimate) -> None:
         )
     console.print(table)
     least, most = (sum(getattr(m, n) for m in found.methods) / 60 for n in ("expected_seconds", "seconds"))
+    tests = " and range tests too" if any(m.range_rates for m in found.methods) else ""
     free = "" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB of memory are free beside the base"
     console.print(
         f"{found.train_rows:,} training rows, {found.dev_rows} dev, {found.test_rows} test; "
-        f"together {least:.3g} to {most:.3g} minutes of training, finals included{free}"
+        f"together {least:.3g} to {most:.3g} minutes of training, finals included{tests}{free}"
     )
     console.print("from measured steps of each method alone; the first number is with all the pruning its rule allows,")
     console.print("and held-out losses come on top. Side by side in full rows trials take less.")

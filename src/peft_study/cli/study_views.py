@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -60,13 +59,14 @@ def show_standing(study: Study, found: Standing) -> None:
 
 def _methods_table(methods: Sequence[MethodStanding]) -> Table:
     states = [state for state in _COUNTED if any(m.counts.get(state) for m in methods)]
-    table = _table(
-        ["method", "to come", *states, "finals", "best of its search"], left=("method", "best of its search")
-    )
+    tests = ["range test"] if any(m.range_tests[1] for m in methods) else []
+    names = ["method", *tests, "to come", *states, "finals", "best of its search"]
+    table = _table(names, left=("method", "best of its search"))
     for m in methods:
         best = "-" if m.best is None else f"{m.best.name}: {m.best.dev.value:.3f} ({_above(m.best.minus_base)})"
         counts = [str(m.counts.get(state, 0)) for state in states]
-        table.add_row(m.method, str(m.to_come), *counts, f"{m.finals[0]}/{m.finals[1]}", best)
+        tested = [f"{m.range_tests[0]}/{m.range_tests[1]}"] if tests else []
+        table.add_row(m.method, *tested, str(m.to_come), *counts, f"{m.finals[0]}/{m.finals[1]}", best)
     table.caption = "best: dev loss, nats a token, one seed (against the untouched base, 95 % over examples)"
     table.caption_justify = "left"
     return table
@@ -111,11 +111,9 @@ def print_json(rows: Iterable[Row]) -> None:
 
 def print_csv(rows: Iterable[Row]) -> None:
     """Prints every column of every trial as in results.csv."""
-    from peft_study.study.results import columns, flat
+    from peft_study.study.results import write_csv
 
-    writer = csv.DictWriter(sys.stdout, columns(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat(row) for row in rows)
+    write_csv(rows, sys.stdout)
 
 
 def show_details(study: Study, found: Details) -> None:

@@ -34,7 +34,16 @@ from peft_study.config.run import (
     TrainingConfig,
 )
 from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range, setting_of
-from peft_study.config.study import BudgetConfig, FinalsConfig, Pruner, Sampler, SearchConfig, StudyConfig, grid_size
+from peft_study.config.study import (
+    BudgetConfig,
+    FinalsConfig,
+    Pruner,
+    Sampler,
+    SearchConfig,
+    StudyConfig,
+    cells,
+    grid_size,
+)
 
 __all__ = [
     "DEFAULT_SPACES",
@@ -70,6 +79,7 @@ __all__ = [
     "StudyConfig",
     "TrainConfig",
     "TrainingConfig",
+    "cells",
     "grid_size",
     "setting_of",
     "validate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,6 +151,11 @@ class StudyConfig(Strict):
             }
         )
 
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Returns the methods that train something, in the order of the file."""
+        return tuple(name for name, space in self.methods.items() if space.kind != "none")
+
     def trials(self, name: str) -> int:
         """Returns how many trials a method of a filled study gets: its budget, or all settings if they are fewer."""
         assert self.budget.trials is not None
@@ -178,6 +184,13 @@ def grid_size(space: MethodSpace) -> int | None:
     dimensions = space.dimensions().values()
     sizes = [len(dimension.choices) for dimension in dimensions if isinstance(dimension, Choices)]
     return math.prod(sizes) if len(sizes) == len(dimensions) else None
+
+
+def cells(space: MethodSpace) -> list[dict[str, Any]]:
+    """Returns the values of every setting of a filled space of lists."""
+    dimensions = space.dimensions()
+    choices = [dimension.choices for dimension in dimensions.values() if isinstance(dimension, Choices)]
+    return [dict(zip(dimensions, values, strict=True)) for values in itertools.product(*choices)]
 
 
 def _with_method(name: str, body: Any) -> Any:

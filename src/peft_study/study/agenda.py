@@ -29,10 +29,7 @@ from peft_study.study.journal import Event, Journal
 from peft_study.study.pruning import pruner, rungs
 from peft_study.study.sampling import Suggestions
 from peft_study.study.slots import Ended, Measured, News
-from peft_study.study.trials import Known, TrialRecord
-
-RANGE_TEST_SHARE = 0.1
-"""Share of the search's steps that an automatic range test may cost."""
+from peft_study.study.trials import Known, TrialRecord, final_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +67,13 @@ class Agenda:
         self.known = Known()
         for event in journal.events:
             self.known.apply(event)
-        self.methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
+        self.methods = config.searched
+        self._tests = {
+            method: {rate: config.methods[method].flat(self._at(method, rate)) for rate in rates}
+            for method, rates in ranges.planned(config, steps(config.training)).items()
+        }
+        # a grid gives out what was not tried: what is due does not change while the file stays the same
+        self._due = {method: self.known.due(method, config) for method in self.methods}
         for method, book in suggestions.items():
             book.adopt(self.known.of(method, "search"), counts_N)
         for trial in self.known.trials.values():
@@ -124,8 +127,7 @@ class Agenda:
 
     def time_is_up(self) -> None:
         """No further settings are searched; what runs is run to its end, and the finals follow."""
-        over = all(self.searched(method) for method in self.methods)
-        if not self.known.deadline and not over:
+        if not self.known.deadline and any(self._to_come(method) > 0 for method in self.methods):
             self._add({"event": "deadline"})
 
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
@@ -140,7 +142,7 @@ class Agenda:
             return Setting(method, training.model_copy(update={"steps": 1}), (), False)
         if trial.seed is not None:
             training = training.model_copy(update={"seed": trial.seed, "data_seed": trial.seed})
-        steps = config.search.range_steps if trial.kind == "range_test" else self._steps(training)
+        steps = trial.steps or self._steps(training)
         training = training.model_copy(update={"steps": steps})
         judged = self._rungs(trial.method, steps) if trial.kind == "search" else ()
         keep = trial.kind == "final" or (trial.kind == "search" and not is_exclusive(method.method))
@@ -158,36 +160,43 @@ class Agenda:
         if self.known.deadline:
             return None
         for method in methods:
-            asked = self.known.of(method, "range_test")
-            there = {trial.values["learning_rate"] for trial in asked}
+            if method in self.known.tested or not self._to_come(method):
+                continue
+            there = self._range_trials(method)
             missing = [rate for rate in self.range_rates(method) if rate not in there]
-            if missing and method not in self.known.tested:
-                values = {**ranges.central(self._config.methods[method]), "learning_rate": missing[0]}
-                return self._ask(f"{method}-range-{len(asked)}", method, "range_test", len(asked), None, values)
+            if missing:
+                number = len(self.known.of(method, "range_test"))
+                return self._ask(
+                    f"{method}-range-{number}", method, "range_test", number, None, self._at(method, missing[0])
+                )
+            self._close_range_test(method)  # where nothing is missing, the trials of before a change may be all
         return None
 
     def range_rates(self, method: str) -> tuple[float, ...]:
         """Returns the rates of a method's range test; none where there is no test."""
-        space, search = self._config.methods[method], self._config.search
-        if search.range_test is False or is_exclusive(space.kind):
-            return ()
-        rates = ranges.test_rates(space)
-        cost = len(rates) * search.range_steps
-        total = self._config.trials(method) * self._steps(space.training(ranges.central(space), self._config.training))
-        return rates if search.range_test is True or cost <= RANGE_TEST_SHARE * total else ()
+        return tuple(self._tests.get(method, ()))
+
+    def _at(self, method: str, rate: float) -> dict[str, Any]:
+        return {**ranges.central(self._config.methods[method]), "learning_rate": rate}
+
+    def _range_trials(self, method: str) -> dict[float, TrialRecord]:
+        """Returns a method's range test by rate: the trials with its very settings, be they of an earlier space."""
+        asked = [t for t in self.known.of(method, "range_test") if t.steps == self._config.search.range_steps]
+        tests = self._tests.get(method, {})
+        return {rate: trial for rate, settings in tests.items() for trial in asked if trial.settings == settings}
+
+    def _to_come(self, method: str) -> int:
+        return self._due[method] - len(self.known.present(method))
 
     def _next_search(self, methods: Sequence[str]) -> TrialRecord | None:
         if self.known.deadline:
             return None
         open_methods = [
-            m
-            for m in methods
-            if len(self.known.of(m, "search")) < self._config.trials(m)
-            and (m in self.known.tested or not self.range_rates(m))
+            m for m in methods if self._to_come(m) > 0 and (m in self.known.tested or not self.range_rates(m))
         ]
         if not open_methods:
             return None
-        method = min(open_methods, key=lambda m: len(self.known.of(m, "search")))
+        method = min(open_methods, key=lambda m: len(self.known.present(m)))
         number = len(self.known.of(method, "search"))
         bounds = self._bounds(method)
         values = self._suggestions[method].ask(number, bounds)
@@ -220,7 +229,7 @@ class Agenda:
     def searched(self, method: str) -> bool:
         """True where the search of a method is over."""
         trials = self.known.of(method, "search")
-        enough = self.known.deadline or len(trials) >= self._config.trials(method)
+        enough = self.known.deadline or self._to_come(method) <= 0
         return enough and all(t.status != "running" for t in (*trials, *self.known.of(method, "range_test")))
 
     def _choose_finalists(self, method: str) -> None:
@@ -245,7 +254,8 @@ class Agenda:
         settings: Mapping[str, Any],
     ) -> TrialRecord:
         event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number, "seed": seed}
-        self._add({**event, "values": values, "settings": settings})
+        steps = self._config.search.range_steps if kind == "range_test" else None
+        self._add({**event, "values": values, "settings": settings, "steps": steps})
         return self.known.trials[name]
 
     # -- what stops, and how it ends --------------------------------------------------------------------------------
@@ -297,8 +307,9 @@ class Agenda:
 
     def _close_range_test(self, method: str) -> None:
         rates = self.range_rates(method)
-        by_rate = {t.values["learning_rate"]: t for t in self.known.of(method, "range_test")}
-        trials = [by_rate[rate] for rate in rates if rate in by_rate]
+        if not rates or method in self.known.tested:  # of a method or space that the file no longer has
+            return
+        trials = list(self._range_trials(method).values())
         if len(trials) == len(rates) and all(t.status != "running" for t in trials):
             bounds, note = ranges.verdict(rates, trials, self._counts_N)
             self._add({"event": "tested", "method": method, "bounds": bounds, "note": note})
@@ -308,7 +319,7 @@ class Agenda:
         means = {
             setting: mean
             for method in self.methods
-            if not self.known.untuned(method, self.methods)
+            if not self.known.untuned(method, self._config)
             for setting, mean in self._finalist_means(method).items()
         }
         winner = min(means, key=lambda s: means[s], default=None)
@@ -340,9 +351,3 @@ class Agenda:
             last = trial.last
             value = None if last is None else loss_value(last, self._counts_N)
             book.tell(trial.number, trial.status, value, {"reason": trial.reason} if trial.reason else {})
-
-
-def final_seeds(config: StudyConfig) -> tuple[int, ...]:
-    """Returns the finals' seeds: none of them is the search's."""
-    first = config.training.seed + 1
-    return tuple(range(first, first + config.finals.seeds))

@@ -16,7 +16,7 @@ from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.methods.registry import is_exclusive
 from peft_study.study import examples
-from peft_study.study.agenda import Agenda, final_seeds
+from peft_study.study.agenda import Agenda
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
@@ -31,7 +31,7 @@ from peft_study.study.slots import Ended, Orders
 from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.team import Team
 from peft_study.study.trial_run import Job
-from peft_study.study.trials import Known, TrialRecord
+from peft_study.study.trials import Known, TrialRecord, final_seeds
 from peft_study.study.worker import Facts, Report
 
 

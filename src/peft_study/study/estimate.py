@@ -10,11 +10,12 @@ from peft_study.engine.memory import available, refuse_all_weights, slot_bytes
 from peft_study.engine.trial import Trial
 from peft_study.errors import ModelError
 from peft_study.methods.registry import create, is_exclusive
+from peft_study.study import ranges
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import check_spaces, largest
 from peft_study.study.pruning import rungs
-from peft_study.study.ranges import central
 from peft_study.study.session import Say, Session, open_session
+from peft_study.study.trials import Known
 
 MEASURED_STEPS = 2
 """Optimizer steps that are timed, after one that is not."""
@@ -27,7 +28,8 @@ class MethodEstimate:
     Attributes:
         method: its name in the study.
         trials, steps: of its search, and optimizer steps of each.
-        tokens: data tokens of search and finals if nothing is stopped early.
+        range_rates, range_steps: of its range test, and optimizer steps of each.
+        tokens: data tokens of range test, search and finals if nothing is stopped early.
         expected_tokens: if pruning stops what its rule may stop at most.
         seconds: of all these tokens, alone in the engine.
         expected_seconds: the same for the expected tokens.
@@ -37,6 +39,8 @@ class MethodEstimate:
     method: str
     trials: int
     steps: int
+    range_rates: int
+    range_steps: int
     tokens: int
     expected_tokens: int
     seconds: float
@@ -90,12 +94,13 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
         if space.kind != "none":
             found.append(_method(config, session, name, say))
     counts = len(session.train), len(session.held_out), len(session.test)
-    return StudyEstimate(tuple(found), available(session.base.device), *counts, session.notes)
+    notes = [*session.notes, *filter(None, [Known().unequal(config)])]
+    return StudyEstimate(tuple(found), available(session.base.device), *counts, tuple(notes))
 
 
 def _method(config: StudyConfig, session: Session, name: str, say: Say) -> MethodEstimate:
     space = config.methods[name]
-    values = central(space)
+    values = ranges.central(space)
     training = space.training(values, config.training)
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
@@ -106,10 +111,13 @@ def _method(config: StudyConfig, session: Session, name: str, say: Say) -> Metho
     tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
     trials, finals = config.trials(name), config.finals.best * config.finals.seeds
     finals = min(finals, trials * config.finals.seeds)
-    most = (trials + finals) * tokens_a_trial
-    least = round((trials * _least_share(config, steps) + finals) * tokens_a_trial)
+    rates, tested = len(ranges.planned(config, steps).get(name, ())), config.search.range_steps
+    tests = rates * tested / steps
+    most = round((tests + trials + finals) * tokens_a_trial)
+    least = round((tests + trials * _least_share(config, steps) + finals) * tokens_a_trial)
     slot = slot_bytes(create(largest(config)[name].method, session.base, session.material, training.seed))
-    return MethodEstimate(name, trials, steps, most, least, most * seconds_a_token, least * seconds_a_token, slot)
+    seconds = most * seconds_a_token, least * seconds_a_token
+    return MethodEstimate(name, trials, steps, rates, tested, most, least, *seconds, slot)
 
 
 def _seconds_a_token(session: Session, trial: Trial) -> float:

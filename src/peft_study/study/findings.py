@@ -79,7 +79,7 @@ def _search(config: StudyConfig, known: Known, examples: Examples, results: Resu
         text += "; even so it is worse than the untouched base"
     elif not best.minus_base.excludes_zero():
         text += "; even so it cannot be told from the untouched base"
-    if known.untuned(method, results.methods):
+    if known.untuned(method, config):
         text += "; untuned: it had fewer trials than the others, so it is not ranked"
     return text + _others(config, examples, method, own, best)
 

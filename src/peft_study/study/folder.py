@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -112,6 +113,13 @@ class StudyFolder:
         lost = [
             change for change in changes if change.split(".", 1)[0].split(":", 1)[0] in _BASIS or _is_budget(change)
         ]
+        other = [change for change in changes if re.match(r"methods\.[^.]+\.method: ", change)]
+        if other:
+            raise OutputError(
+                f"a name would stand for two methods: {'; '.join(other)}",
+                where=str(self.path),
+                remedy="give the new space another name",
+            )
         if lost:
             raise OutputError(
                 f"its trials cannot be compared with new ones: {'; '.join(lost)}",

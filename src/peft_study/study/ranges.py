@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import METHODS, Choices, MethodSpace, Range
+from peft_study.config import METHODS, Choices, MethodSpace, Range, StudyConfig
 from peft_study.evaluate.statistics import difference
+from peft_study.methods.registry import is_exclusive
 from peft_study.study.trials import Known, TrialRecord
 
+TEST_SHARE = 0.1
+"""Share of the search's steps that automatic range tests may cost."""
 EDGE = 0.1
 """A best value in this outer share of a (log) range is at its edge."""
 ENOUGH = 4
@@ -44,6 +47,23 @@ def test_rates(space: MethodSpace) -> tuple[float, ...]:
         return ()
     count = max(3, round(2 * math.log10(rate.high / rate.low)) + 1)
     return tuple(float(f"{r:.3g}") for r in np.geomspace(rate.low, rate.high, count))
+
+
+def planned(config: StudyConfig, steps: int) -> dict[str, tuple[float, ...]]:
+    """Returns the rates of the range tests, by method; a method that is not there has none.
+
+    `auto` is decided once for all methods: that some had a test and others none would be no equal search.
+
+    Args:
+        config: filled.
+        steps: optimizer steps of a trial.
+    """
+    search = config.search
+    tests = {name: test_rates(space) for name, space in config.methods.items() if not is_exclusive(space.kind)}
+    tests = {name: rates for name, rates in tests.items() if rates}
+    cost = search.range_steps * sum(len(rates) for rates in tests.values())
+    cheap = cost <= TEST_SHARE * steps * sum(config.trials(name) for name in tests)
+    return tests if search.range_test is True or (search.range_test == "auto" and cheap) else {}
 
 
 def central(space: MethodSpace) -> dict[str, Any]:
@@ -117,7 +137,7 @@ def at_edge(value: float, bounds: tuple[float, float], *, log: bool) -> str | No
 
 def widened(known: Known, method: str, space: MethodSpace) -> Widened | None:
     """Returns the range of a method that is to be widened now, if there is one."""
-    finished = [t for t in known.of(method, "search") if t.last is not None]
+    finished = [t for t in known.present(method) if t.last is not None]
     if len(finished) < ENOUGH or known.fresh.get(method):
         return None
     best = min(finished, key=value_of)
@@ -167,7 +187,10 @@ def edges(values: dict[str, Any], space: MethodSpace, bounds: dict[str, tuple[fl
         if name not in values:  # of an earlier space
             continue
         if isinstance(dimension, Range):
-            edge = at_edge(values[name], bounds.get(name, (dimension.low, dimension.high)), log=dimension.log)
+            low, high = bounds.get(name, (dimension.low, dimension.high))
+            # a value of an earlier space may lie anywhere, also where there is no logarithm
+            inside = low * (1 - 1e-9) <= values[name] <= high * (1 + 1e-9)
+            edge = at_edge(values[name], (low, high), log=dimension.log) if inside else None
         else:
             numbers = dimension.sorted_numbers
             edge = None

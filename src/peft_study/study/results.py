@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
@@ -125,7 +126,7 @@ def collect(config: StudyConfig, known: Known, examples: Examples, folder: Study
         examples: held out.
         folder: with the trials' metrics.
     """
-    methods = tuple(name for name, space in config.methods.items() if space.kind != "none")
+    methods = config.searched
     rows = tuple(row_of(trial, known, examples, folder) for trial in known.trials.values())
     base_test = mean_loss(known.test["none"], examples.test_counts_N) if known.test else None
     return Results(
@@ -194,7 +195,7 @@ def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: S
                     if test_SN is None or winner_test is None or known.winner == (method, number)
                     else seeds_difference(test_SN, winner_test, counts_N),
                     ranges.edges(setting.values, config.methods[method], known.bounds.get(method, {})),
-                    known.untuned(method, methods),
+                    known.untuned(method, config),
                     known.winner == (method, number),
                 )
             )
@@ -225,11 +226,19 @@ def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruni
 
 def write_rows(results: Results, folder: StudyFolder) -> None:
     """Writes ``results.parquet`` and ``results.csv``: one row a trial, every setting a column."""
-    rows = [flat(row) for row in results.rows]
-    table = pa.Table.from_pylist(rows, schema=_schema())
+    table = pa.Table.from_pylist([flat(row) for row in results.rows], schema=_schema())
+    text = io.StringIO()
+    write_csv(results.rows, text)
     with AtomicFiles() as files:
         pa.parquet.write_table(table, files.open(folder.path / "results.parquet"))
-        pa.csv.write_csv(table, files.open(folder.path / "results.csv"))
+        files.open(folder.path / "results.csv").write(text.getvalue().encode())
+
+
+def write_csv(rows: Iterable[Row], file: TextIO) -> None:
+    """Writes every column of trials, as ``results.csv`` and ``peft-study list --csv`` have them."""
+    writer = csv.DictWriter(file, columns(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat(row) for row in rows)
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import math
 import time
@@ -23,7 +22,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from peft_study.config import Choices, Dimension, MethodSpace
+from peft_study.config import Choices, Dimension, MethodSpace, cells
 from peft_study.errors import ConfigError, OutputError
 from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
@@ -63,6 +62,7 @@ class Suggestions:
         self._storage, self._method, self._space = storage, method, space
         self._sampler, self._seed = sampler, seed
         self._dimensions = space.dimensions()
+        self._tried: dict[int, Mapping[str, Any]] = {}
         self._study = reliably(
             lambda: optuna.create_study(
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_Design(dict)
@@ -77,6 +77,7 @@ class Suggestions:
             trials: in the order of their numbers.
             counts_N: supervised tokens of each held-out example.
         """
+        self._tried = {number: trial.settings for number, trial in enumerate(trials)}
         for trial in trials[len(self._trials) :]:
             params = {n: _label(v) for n, v in trial.values.items() if n in self._dimensions}
             distributions = {n: self._around(n, value) for n, value in params.items()}
@@ -104,12 +105,20 @@ class Suggestions:
     def ask(self, number: int, bounds: Bounds) -> Values:
         """Returns the values of the trial of that number: those in the database, where it was asked for before.
 
+        A grid gives a cell that was not tried, under these settings and fixed values, by a trial of a lower number.
+
         Args:
             number: from 0, without gaps.
             bounds: of dimensions whose range is not the space's own.
         """
-        if number < len(self._trials) and set(self._trials[number].params) >= set(self._dimensions):
-            return self._decoded(self._trials[number].params)
+        if number >= len(self._trials) or not set(self._trials[number].params) >= set(self._dimensions):
+            self._make(number, bounds)
+        values = self._decoded(self._trials[number].params)
+        self._tried[number] = self._space.flat(values)
+        return values
+
+    def _make(self, number: int, bounds: Bounds) -> None:
+        """Has a trial's values chosen, and keeps its row."""
         distributions = {name: self._distribution(name, d, bounds) for name, d in self._dimensions.items()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of experimental settings
@@ -118,7 +127,6 @@ class Suggestions:
         frozen = reliably(lambda: self._storage.get_trial(row))
         self._trials[number:] = [frozen]
         self._steps[number] = set()
-        return self._decoded(frozen.params)
 
     def _suggest(self, number: int, distributions: Mapping[str, BaseDistribution]) -> int:
         """Makes the row of a trial, or fills up one that a kill or a lost connection left half made; returns its id."""
@@ -195,7 +203,8 @@ class Suggestions:
         seed = int(np.random.default_rng(key(self._seed, "sampler", self._method, number)).integers(2**31))
         whole = int(np.random.default_rng(key(self._seed, "design", self._method)).integers(2**31))
         if self._sampler == "grid":
-            return _Design(lambda: _grid_point(space, number, whole))
+            cell = self._untried_cell(number, whole)
+            return _Design(lambda: cell)
         if self._sampler == "random":
             return optuna.samplers.RandomSampler(seed=seed)
         if self._sampler == "quasi_random" or number < STARTUP:
@@ -203,6 +212,14 @@ class Suggestions:
         if self._sampler == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
+
+    def _untried_cell(self, number: int, seed: int) -> Values:
+        """Returns the first cell, in an order that the seed gives, that no trial of a lower number has had."""
+        grid = cells(self._space)
+        tried = [settings for before, settings in self._tried.items() if before < number]
+        order = (grid[index] for index in np.random.default_rng(seed).permutation(len(grid)))
+        cell = next(cell for cell in order if self._space.flat(cell) not in tried)
+        return {name: _label(value) for name, value in cell.items()}
 
 
 class _Design(optuna.samplers.BaseSampler):
@@ -219,13 +236,6 @@ class _Design(optuna.samplers.BaseSampler):
 
     def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
         return self._point()[param_name]
-
-
-def _grid_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:
-    choices = [d.choices for d in space.values() if isinstance(d, CategoricalDistribution)]
-    cells = list(itertools.product(*choices))
-    order = np.random.default_rng(seed).permutation(len(cells))
-    return dict(zip(space, cells[order[number % len(cells)]], strict=True))
 
 
 def _sobol_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
@@ -32,7 +33,8 @@ class MethodStanding:
     Attributes:
         method: name of its space.
         to_come: settings that its search has not begun.
-        counts: trials of all kinds by status.
+        counts: settings of its search by status.
+        range_tests: rates of its range test that have ended, of those that have begun.
         finals: retrained settings with their seeds that have finished, of those that are to come in all.
         best: of its search, so far.
     """
@@ -40,6 +42,7 @@ class MethodStanding:
     method: str
     to_come: int
     counts: dict[str, int]
+    range_tests: tuple[int, int]
     finals: tuple[int, int]
     best: Best | None
 
@@ -90,7 +93,7 @@ def standing(study: Study) -> Standing:
         study.began,
         _elapsed(study, state),
         None if study.examples is None else mean_loss(study.examples.base_N, study.examples.counts_N),
-        tuple(_method(study, name) for name, space in study.config.methods.items() if space.kind != "none"),
+        tuple(_method(study, name) for name in study.config.searched),
         _under_way(study),
         None if winner is None else f"{winner[0]}-{winner[1]:03d}",
         _disk(study),
@@ -121,12 +124,8 @@ def _elapsed(study: Study, state: str) -> timedelta | None:
 
 def _method(study: Study, method: str) -> MethodStanding:
     known, config, examples = study.known, study.config, study.examples
-    trials = [trial for trial in known.trials.values() if trial.method == method]
-    searched = known.of(method, "search")
-    counts: dict[str, int] = {
-        status: sum(t.status == status for t in trials) for status in dict.fromkeys(t.status for t in trials)
-    }
-    settings = len(known.finalists[method]) if method in known.finalists else config.finals.best
+    searched, tests = known.of(method, "search"), known.of(method, "range_test")
+    finals, all_finals = known.finals(method, config)
     done = [trial for trial in searched if trial.last is not None]
     best = None
     if done and examples is not None:
@@ -136,9 +135,10 @@ def _method(study: Study, method: str) -> MethodStanding:
         best = Best(trial.name, mean_loss(trial.last, counts_N), difference(trial.last, examples.base_N, counts_N))
     return MethodStanding(
         method,
-        0 if known.deadline else max(0, config.trials(method) - len(searched)),
-        counts,
-        (sum(t.status == "finished" for t in known.of(method, "final")), settings * config.finals.seeds),
+        0 if known.deadline else known.due(method, config) - len(known.present(method)),
+        dict(Counter(trial.status for trial in searched)),
+        (sum(t.status not in ("running", "interrupted") for t in tests), len(tests)),
+        (sum(t.status == "finished" for t in finals), all_finals),
         best,
     )
 

@@ -5,13 +5,14 @@ asked --> running --measured, measured--> finished | pruned | diverged | failed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from peft_study.config import StudyConfig, cells, grid_size
 from peft_study.study.journal import Event
 
 Losses = npt.NDArray[np.float64]
@@ -31,6 +32,7 @@ class TrialRecord:
         seed: of initialisation, dropout and data order; None: those of the study.
         values: of the searched dimensions.
         settings: all of them, the method's and the optimizer's: the study file may change, a trial does not.
+        steps: optimizer steps of a rate of the range test; None: those of the budget.
         status, reason: how it stands; interrupted only for who looks at a study that nobody runs (study/inspect.py).
         sums: summed held-out losses of each example in nats, by optimizer step.
         audited: why it would have been pruned, where it ran on all the same to see whether that was right.
@@ -44,6 +46,7 @@ class TrialRecord:
     seed: int | None
     values: dict[str, Any]
     settings: dict[str, Any]
+    steps: int | None = None
     status: State = "running"
     reason: str | None = None
     sums: dict[int, Losses] = field(default_factory=dict)
@@ -77,6 +80,7 @@ class Known:
         concluded: the winner was looked for.
         test: name -> losses of the test part, once it was opened.
         continued: how the study file changed on the way.
+        earlier: by method: searched settings of before the last change of its space.
     """
 
     trials: dict[str, TrialRecord] = field(default_factory=dict)
@@ -90,6 +94,7 @@ class Known:
     concluded: bool = False
     test: dict[str, Losses] = field(default_factory=dict)
     continued: list[Event] = field(default_factory=list)
+    earlier: dict[str, int] = field(default_factory=dict)
 
     def of(self, method: str, kind: Kind) -> list[TrialRecord]:
         """Returns a method's trials of a kind."""
@@ -103,10 +108,78 @@ class Known:
         """Returns the trial of the search that first had a setting."""
         return next(t for t in self.of(method, "search") if t.number == number)
 
-    def untuned(self, method: str, methods: Sequence[str]) -> bool:
-        """True where a method had fewer trials than the others, by more than the one that a time limit may cost."""
-        counts = {m: len(self.of(m, "search")) for m in methods}
+    def present(self, method: str) -> list[TrialRecord]:
+        """Returns a method's searched settings since its space last changed: those that its budget counts."""
+        return self.of(method, "search")[self.earlier.get(method, 0) :]
+
+    def due(self, method: str, config: StudyConfig) -> int:
+        """Returns how many settings a method gets in its present space, begun or to come, if time allows.
+
+        Args:
+            method: of the file.
+            config: filled.
+        """
+        assert config.budget.trials is not None
+        begun, untried = len(self.present(method)), self._untried(method, config)
+        left = config.budget.trials - begun
+        return begun + max(0, left if untried is None else min(left, untried))
+
+    def finals(self, method: str, config: StudyConfig) -> tuple[list[TrialRecord], int]:
+        """Returns the finals of a method's present finalists that have begun, and how many there will be."""
+        numbers = self.finalists.get(method)
+        found = [t for t in self.of(method, "final") if t.number in (numbers or ()) and t.seed in final_seeds(config)]
+        return found, (config.finals.best if numbers is None else len(numbers)) * config.finals.seeds
+
+    def untuned(self, method: str, config: StudyConfig) -> bool:
+        """True where a method had fewer trials than the others, by more than the one that a time limit may cost.
+
+        A grid of which every cell was tried is tuned, however small; a single setting is no search.
+        """
+        if config.methods[method].dimensions() and self._untried(method, config) == 0:
+            return False
+        counts = {m: self._count(m, config) for m in config.searched}
         return counts[method] < max(counts.values()) - bool(self.deadline)
+
+    def unequal(self, config: StudyConfig) -> str:
+        """Returns in words which methods are not searched with as many settings as the others; "" where all are."""
+        trials = {method: config.trials(method) for method in config.searched}
+        said = []
+        for method, count in trials.items():
+            title = method.replace("_", " ")
+            if count < max(trials.values()):
+                said.append(
+                    f"{title}: all {count} settings of its lists, where others have {max(trials.values())} trials"
+                    if config.methods[method].dimensions()
+                    else f"{title}: its only setting, so it is not ranked (untuned)"
+                )
+            other = self._other(method, config)
+            if other:
+                trial = "1 trial" if other == 1 else f"{other} trials"
+                said.append(f"{title}: {trial} of an earlier space beside those of the present one")
+        return f"searched unequally: {'; '.join(said)}" if said else ""
+
+    def _untried(self, method: str, config: StudyConfig) -> int | None:
+        """Returns how many cells of a method's grid were not tried; None where it is no grid.
+
+        A cell is all its settings: under another fixed value it is another one.
+        """
+        if config.sampler(method) != "grid":
+            return None
+        space, tried = config.methods[method], [t.settings for t in self.of(method, "search")]
+        return sum(space.flat(cell) not in tried for cell in cells(space)) if tried else grid_size(space)
+
+    def _count(self, method: str, config: StudyConfig) -> int:
+        """Returns the settings of its present space that a method has had, the budget at most."""
+        assert config.budget.trials is not None
+        size, untried = grid_size(config.methods[method]), self._untried(method, config)
+        found = len(self.present(method)) if size is None or untried is None else size - untried
+        return min(found, config.budget.trials)
+
+    def _other(self, method: str, config: StudyConfig) -> int:
+        """Returns how many settings of before the last change do not count as cells of the present grid."""
+        space, before = config.methods[method], self.of(method, "search")[: self.earlier.get(method, 0)]
+        again = [space.flat(cell) for cell in cells(space)] if before and config.sampler(method) == "grid" else []
+        return sum(trial.settings not in again for trial in before)
 
     def apply(self, event: Event) -> None:
         """Adds what one event says."""
@@ -114,7 +187,7 @@ class Known:
 
     def _asked(self, e: Event) -> None:
         fields = ("name", "method", "kind", "number", "seed", "values", "settings")
-        self.trials[e["name"]] = TrialRecord(**{field: e[field] for field in fields})
+        self.trials[e["name"]] = TrialRecord(**{field: e[field] for field in fields}, steps=e.get("steps"))
         if e["kind"] == "search":
             self.fresh.pop(e["method"], None)
 
@@ -158,6 +231,13 @@ class Known:
             for kept in (self.bounds, self.fresh, self.notes):
                 kept.pop(method, None)
             self.tested.discard(method)
+            self.earlier[method] = len(self.of(method, "search"))
         self.finalists.clear()
         self.winner, self.concluded, self.deadline = None, False, False
         self.test = {}
+
+
+def final_seeds(config: StudyConfig) -> tuple[int, ...]:
+    """Returns the finals' seeds: none of them is the search's."""
+    first = config.training.seed + 1
+    return tuple(range(first, first + config.finals.seeds))
