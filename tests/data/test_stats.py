@@ -101,8 +101,8 @@ def test_picture(source: str, model: str, tmp_path: Path) -> None:
     picture = (tmp_path / "lengths.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5000
-    with pytest.raises(OutputError):
-        plot_stats(stats(source, model, None), tmp_path / "absent" / "lengths.png")
+    with pytest.raises(OutputError):  # a file stands in the folder's place
+        plot_stats(stats(source, model, None), tmp_path / "lengths.png" / "lengths.png")
 
 
 def test_rows_of_one_length_can_be_drawn(tmp_path: Path, model: str, source: str) -> None:
