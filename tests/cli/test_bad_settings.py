@@ -198,7 +198,7 @@ def test_yaml_that_cannot_be_read(cli: CommandLine, tmp_path: Path, command: str
 
 
 def test_yaml_that_is_not_there(cli: CommandLine, tmp_path: Path) -> None:
-    _holds(cli("run", tmp_path / "no.yaml").error(), ("no.yaml", "No such file", "give a YAML file"))
+    _holds(cli("run", tmp_path / "no.yaml").error(), ("no.yaml", "No such file", "check the path"))
     _holds(cli("finetune", tmp_path / "no.yaml").error(), ("no.yaml",))
     (tmp_path / "latin.yaml").write_bytes("a: für\n".encode("latin-1"))
     _holds(cli("run", tmp_path / "latin.yaml").error(), ("latin.yaml", "not UTF-8"))

@@ -179,7 +179,7 @@ def test_an_empty_path_is_not_the_current_folder(
     monkeypatch.chdir(tmp_path)
     before = listing(tmp_path)
     line = cli(*(word.format(data=tiny_data, study=study) for word in words)).error()
-    assert "empty" in line, line
+    assert "is empty" in line, line
     assert listing(tmp_path) == before
 
 

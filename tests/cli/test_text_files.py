@@ -45,7 +45,7 @@ def test_what_is_no_utf8_text(
 def test_a_file_that_is_not_there(cli: CommandLine, tmp_path: Path, command: str) -> None:
     path = tmp_path / "no.yaml"
     line = cli(*COMMANDS[command], path).error()
-    assert line == f"error: {path}: cannot be read: there is no such file; check the path"
+    assert line == f"error: {path}: cannot be read (No such file or directory); check the path and its permissions"
 
 
 def test_a_mark_in_front_of_a_study_file_and_its_data(

@@ -230,8 +230,6 @@ def read_text(path: Path) -> str:
         line = error.object[: error.start].count(b"\n") + 1
         remedy = f"convert it: iconv -f {form} -t UTF-8 {path} > utf8{path.suffix} (instead of {form}, what it is in)"
         raise ConfigError(f"line {line} is not UTF-8 text", where=str(path), remedy=remedy) from error
-    except FileNotFoundError as error:
-        raise ConfigError("cannot be read: there is no such file", where=str(path), remedy="check the path") from error
     except IsADirectoryError as error:
         raise ConfigError("is a folder, not a file", where=str(path), remedy="name a file in it") from error
     except OSError as error:
