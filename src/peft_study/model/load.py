@@ -18,7 +18,7 @@ from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
 from peft_study.model.head import Transform, head_transform
 from peft_study.model.precision import Placement, choose
-from peft_study.model.proof import Proof, prove
+from peft_study.model.proof import Proof, learned_positions, prove
 
 
 @dataclass(slots=True)
@@ -33,6 +33,8 @@ class Base:
         origin: where a converted model came from, else None.
         quantization: nf4 where the weights were quantised when they were loaded, else None.
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
+        positions: how many there are, where the model looks them up in a table; None: it computes them.
+        context: positions that its configuration says it was made for; None: it does not say.
     """
 
     model: Any
@@ -49,6 +51,8 @@ class Base:
     kv_heads: int
     head_dim: int
     hidden: int
+    positions: int | None
+    context: int | None
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +236,8 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden=config.hidden_size,
+        positions=learned_positions(model, segmented=proof.segmented),
+        context=getattr(config, "max_position_embeddings", None),
     )
 
 
