@@ -20,12 +20,11 @@ import numpy as np
 
 from peft_study.config import LoggingConfig
 from peft_study.engine import checkpoint
-from peft_study.engine.engine import DoesNotFit, Event
-from peft_study.engine.memory import refuse_all_weights
-from peft_study.engine.trial import Trial
+from peft_study.engine.engine import Event
+from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
-from peft_study.methods.registry import is_exclusive
-from peft_study.study.session import Session
+from peft_study.methods.registry import size
+from peft_study.study.session import Session, refuse_unfit, room_for
 from peft_study.study.trial_run import Ending, Job, Losses, Outcome, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05
@@ -173,10 +172,9 @@ class Slots:
         try:
             events = self._engine.step()
         except DoesNotFit as error:
-            run = self._running[error.trial.name]
             if not self._tolerant:
                 raise
-            return [self._end(run, "failed", None, str(error))]
+            return [self._end(self._run_of(error), "failed", None, str(error))]
         return self._after(events, orders.decided)
 
     def save(self, decided: Mapping[str, Any]) -> None:
@@ -207,8 +205,7 @@ class Slots:
             self._session.base_train.save()
 
     def _new(self, job: Job) -> TrialRun:
-        if is_exclusive(job.method.method):  # found out by trying, it would take the whole study with it
-            refuse_all_weights(self._session.base)
+        refuse_unfit(self._session, job.method)  # found out by trying, it might take the whole study with it
         return TrialRun(job, self._session, self._logging, self._watcher)
 
     def _enter(self, jobs: Sequence[Job]) -> list[News]:
@@ -217,10 +214,11 @@ class Slots:
         entering: list[TrialRun] = []
         for job in jobs:
             try:
-                run = self._new(job)
-                resumed = job.cut is not None and self._restore(run, job.cut)
-                if run.trial.parameters and not resumed:
-                    self._engine.admit(run.trial)
+                with room_for(size(job.method, self._session.base).name, self._session.base.device):
+                    run = self._new(job)
+                    resumed = job.cut is not None and self._restore(run, job.cut)
+                    if run.trial.parameters and not resumed:
+                        self._engine.admit(run.trial)
             except UserError as error:
                 if not self._tolerant or isinstance(error, OutputError):
                     raise
@@ -232,9 +230,12 @@ class Slots:
             elif run.trial.finished:
                 news += self._evaluate([run], {}, told=True)
         unknown = {run.job.start: run for run in entering if run.job.start not in self._initial}
-        losses = self._held_out([run.trial for run in unknown.values()])
-        self._initial |= dict(zip(unknown, losses, strict=True))
+        losses, failed = self._held_out(list(unknown.values()))
+        self._initial |= {start: losses[run.job.name] for start, run in unknown.items() if run.job.name in losses}
         for run in entering:
+            if run.job.start not in self._initial:
+                news.append(self._end(run, "failed", None, failed[unknown[run.job.start].job.name]))
+                continue
             start_N = self._initial[run.job.start]
             run.begin(start_N, from_step=None)
             news.append(Measured(run.job.name, 0, start_N))
@@ -258,6 +259,11 @@ class Slots:
         due = []
         for event in events:
             run = self._running[event.trial.name]
+            if event.failed is not None:
+                if not self._tolerant:
+                    raise event.failed
+                news.append(self._end(run, "failed", None, str(event.failed)))
+                continue
             if event.report is None:
                 news.append(self._end(run, "diverged", None, event.diverged))
                 continue
@@ -268,9 +274,12 @@ class Slots:
 
     def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[News]:
         news: list[News] = []
-        losses = self._held_out([run.trial for run in due])
-        for run, sums_N in zip(due, losses, strict=True):
-            step = run.trial.step
+        losses, failed = self._held_out(due)
+        for run in due:
+            if run.job.name in failed:
+                news.append(self._end(run, "failed", None, failed[run.job.name]))
+                continue
+            step, sums_N = run.trial.step, losses[run.job.name]
             if not np.isfinite(sums_N).all():
                 reason = f"the held-out loss became {sums_N.sum()} after step {step}"
                 news.append(self._end(run, "diverged", None, reason))
@@ -286,9 +295,24 @@ class Slots:
                 news.append(self._end(run, "finished", sums_N))
         return news
 
-    def _held_out(self, trials: Sequence[Trial]) -> list[Losses]:
-        rows = self._session.held_out
-        return self._engine.evaluate(trials, rows, range(len(rows))) if trials else []
+    def _held_out(self, runs: Sequence[TrialRun]) -> tuple[dict[str, Losses], dict[str, str]]:
+        """Returns the losses of these trials, and the reasons of those with an example that does not fit, by name."""
+        rows, fitting, failed = self._session.held_out, list(runs), dict[str, str]()
+        while fitting:
+            try:
+                losses = self._engine.evaluate([run.trial for run in fitting], rows, range(len(rows)))
+            except DoesNotFit as error:
+                if not self._tolerant:
+                    raise
+                run = self._run_of(error)
+                failed[run.job.name] = f"held-out rows: {error}"
+                fitting.remove(run)
+            else:
+                return dict(zip((run.job.name for run in fitting), losses, strict=True)), failed
+        return {}, failed
+
+    def _run_of(self, error: DoesNotFit) -> TrialRun:
+        return next(run for run in self._running.values() if run.trial.adapter is error.adapter)
 
     def _end(self, run: TrialRun, status: Ending, end_N: Losses | None, reason: str | None = None) -> Ended:
         run.close()
