@@ -103,7 +103,7 @@ class Slots:
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
         self._ended_since = False  # a trial ended after the last checkpoint
-        self._mark = 0
+        self._marks: dict[str, int] = {}  # steps of each trial here when a checkpoint was last due by steps
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -133,9 +133,10 @@ class Slots:
         runs = {name: self._new(jobs[name]) for name in found.trials}
         checkpoint.load(self._engine, found, {name: run.trial for name, run in runs.items()})
         self._running = runs
+        marks = found.decided["slots"].get("marks", {})
         for run in runs.values():
             self._go_on(run, found)
-        self._mark = self._progress_mark()
+            self._marks[run.job.name] = marks.get(run.job.name, run.trial.step)
         return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
 
     def _go_on(self, run: TrialRun, found: checkpoint.Found) -> None:
@@ -184,7 +185,7 @@ class Slots:
         started = time.monotonic()
         self._session.base_train.save()  # what the cut's later numbers may draw on
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
-        own = {"steps_done": self._steps_done, "initial": initial}
+        own = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
         decided = {**decided, "slots": own}
         path = checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
         if self._kept is not None:
@@ -225,6 +226,7 @@ class Slots:
                 news.append(Ended(job.name, Outcome("failed", str(error))))
                 continue
             self._running[job.name] = run
+            self._marks[job.name] = run.trial.step
             if not resumed:
                 entering.append(run)
             elif run.trial.finished:
@@ -319,29 +321,33 @@ class Slots:
         if run.trial in self._engine.trials:
             self._engine.evict(run.trial)
         self._running.pop(run.job.name, None)
+        self._marks.pop(run.job.name, None)
         self._steps_done += run.trial.step
         self._ended_since = True
         return Ended(run.job.name, run.outcome(status, end_N, reason))
 
     def _save_due(self) -> bool:
-        mark, before = self._progress_mark(), self._mark
-        self._mark = mark
-        return mark != before or self._clock_due() or self._end_due()
+        return self._steps_due() or self._clock_due() or self._end_due()
 
     def _save_at_mark(self, decided: Mapping[str, Any]) -> None:
-        mark, before = self._progress_mark(), self._mark
-        self._mark = mark
-        if mark != before:
+        if self._steps_due():
             self.save(decided)
 
-    def _progress_mark(self) -> int:
-        """Returns a number that changes each time every slot has taken `checkpoint_every` steps more."""
+    def _steps_due(self) -> bool:
+        """True once each time any trial has taken `checkpoint_every` steps since this was last so, or since it entered.
+
+        A checkpoint holds all slots: the interval is one of steps of the trial that takes the most, however many there
+        are. Checkpoints made for other reasons do not shift it.
+        """
         every = self._logging.checkpoint_every
-        if every is None or not self._running:
-            return self._mark
-        if every == "epoch":
-            every = max(run.trial.order.steps_per_epoch for run in self._running.values())
-        return self.steps // (every * len(self._running))
+        if every is None:
+            return False
+        for name, run in self._running.items():
+            own = run.trial.order.steps_per_epoch if every == "epoch" else every
+            if run.trial.step - self._marks[name] >= own:
+                self._marks = {name: run.trial.step for name, run in self._running.items()}
+                return True
+        return False
 
     def _clock_due(self) -> bool:
         minutes = self._logging.checkpoint_minutes
