@@ -78,6 +78,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True where memory ran out: on CUDA by the error's class, on MPS and CPU by its text or as Python's own error."""
+    said = ("OutOfMemoryError", "MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory")
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, MemoryError) or said[0] in kinds or any(text in str(error) for text in said[1:])
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns the remedy for an unknown name: the nearest valid one where there is one, else all of them."""
     names = sorted(valid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from command_line import CommandLine
 from company import apart, trial, values
 from peft_study.config import LoraConfig, TrainingConfig
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import Item, RowResult, RowRunner
+from peft_study.engine.row import DoesNotFit, Item, RowResult, RowRunner
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.errors import ModelError
 from peft_study.methods import create
@@ -208,16 +210,58 @@ def test_an_evaluation_goes_on_with_smaller_rows_and_the_same_losses() -> None:
     assert sum(item.row_length for item in last) <= 40 or len(last) == 1
 
 
-def test_an_evaluation_of_one_example_that_does_not_fit_ends() -> None:
+def test_an_evaluation_of_one_example_that_does_not_fit_ends_and_says_whose_it_was() -> None:
     base = tw.base("llama")
-    engine, memory = engine_of(base, limit=20)
-    # an example of 30 tokens fits nowhere: rows shrink to one token, and then it is said
+    engine, memory = engine_of(base, limit=31)
+    lora, prompt = trial(base, "lora"), trial(base, "prompt")
+    assert prompt.adapter.row_tokens > 1
     with (
         pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(ModelError, match=r"one example of 30 tokens does not fit.*gradient_checkpointing"),
+        pytest.raises(DoesNotFit, match=r"one example of 3\d tokens does not fit.*gradient_checkpointing") as raised,
     ):
-        engine.evaluate([trial(base, "lora")], tw.examples([30, 9]), range(2))
+        engine.evaluate([lora, prompt], tw.examples([30, 9]), range(2))
+    assert raised.value.adapter is prompt.adapter
     assert len(memory.rows) < 12
+
+
+def no_memory(_self: object) -> None:
+    torch.empty(1 << 60)
+
+
+def test_what_the_cpu_says_is_understood() -> None:
+    """A row is halved as on an accelerator; numpy and Python have their own error."""
+    engine = Engine(tw.base("llama"), row_tokens=ROW_TOKENS)
+    whole, errors = engine.runner.row, [lambda: torch.empty(1 << 60), lambda: np.empty(1 << 60)]
+
+    def row(items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+        if errors:
+            errors.pop()()
+        return whole(items)
+
+    engine.runner.row = row  # type: ignore[method-assign]
+    engine.admit(trial(engine.base, "lora"))
+    with pytest.warns(UserWarning, match="out of memory on cpu: rows are cut") as caught:
+        reports = finish(engine)
+    assert len(caught) == 2
+    assert reports["lora"]
+
+
+def test_an_optimizer_without_room_for_its_moments_takes_only_its_own_trial_out() -> None:
+    base = tw.base("llama")
+    engine = Engine(base, row_tokens=ROW_TOKENS)
+    large, other = trial(base, "lora"), trial(base, "prompt")
+    large.optimizer.step = lambda: no_memory(large)  # type: ignore[union-attr,method-assign]
+    for own in (large, other):
+        engine.admit(own)
+    failed = []
+    while large in engine.trials:
+        failed += [event for event in engine.step() if event.failed]
+    (event,) = failed
+    assert event.trial is large
+    assert event.report is None
+    assert re.search(r"the optimizer's state of [\d,]+ parameters \(0\.0 GB\) does not fit", str(event.failed))
+    assert set(finish(engine)) == {"prompt"}
+    assert other.finished
 
 
 def test_a_whole_run_goes_on_where_no_row_of_the_wanted_length_fits(

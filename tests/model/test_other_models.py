@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     GptOssConfig,
     Mamba2Config,
@@ -135,6 +136,14 @@ def test_other_attention_is_kept_and_run_one_example_a_row(name: str) -> None:
 def test_no_prefix_where_attention_cannot_take_one(name: str) -> None:
     with pytest.raises(ModelError, match=r"prefix tuning does not fit this model.*use lora or prompt_tuning"):
         create(PrefixTuningConfig(tokens=3, init="zero"), based(OWN_ATTENTION[name]()), None, 0)
+
+
+def test_positions_that_end_are_found_whatever_table_they_are_looked_up_in() -> None:
+    """GPT-2 and OPT (from its third entry on) learn them, GPT-J looks rotations up; the others compute theirs."""
+    found = {name: based(make()).positions for name, make in {**ORDINARY, **OWN_ATTENTION}.items()}
+    assert {name: count for name, count in found.items() if count is not None} == {"gpt2": 256, "opt": 256}
+    assert based(GPTJConfig(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=80, rotary_dim=8)).positions == 80
+    assert all(tw.base(family).positions is None for family in tw.FAMILIES)
 
 
 def test_a_changed_attention_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from command_line import CommandLine, listing
 from crew_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
-from peft_study.engine import checkpoint
+from peft_study.engine import checkpoint, memory
 from peft_study.study import journal
 from peft_study.study.cuts import Cuts
 from peft_study.study.store import RunFolder
@@ -77,6 +78,21 @@ def test_two_processes_run_the_same_study_as_one(cli: CommandLine, study: Path, 
     assert found["threads"] == max(1, torch.get_num_threads() // 2)
     assert not list((tmp_path / "two" / "checkpoints").glob("worker-*")), "of trials that have ended"
     assert not workers_of(os.getpid())
+
+
+def test_each_of_two_processes_measures_its_share_of_one_memory(
+    cli: CommandLine, tmp_path: Path, model_and_data: tuple[Path, Path]
+) -> None:
+    """The first one measures while it is alone, and all take what it found."""
+    changes: dict[str, Any] = {"slots": "auto", "methods": {"lora": {"rank": [2, 4], "dropout": 0.2}}}
+    study = write_study(tmp_path, *model_and_data, **{**LONG, **changes, "training": {"steps": 2, "batch_size": 5}})
+    free = memory.available(torch.device("cpu"))
+    if free is None:
+        pytest.skip("this system does not say what is free")
+    cli("run", study, "--workers", 2, "-o", tmp_path / "two").ok()
+    found = json.loads((tmp_path / "two" / "capacity.json").read_text())["measured"]
+    assert 0.2 * free < found["free"] < 0.6 * free
+    assert found["fits"] <= 0.9 * found["free"] / found["slot"]
 
 
 def test_a_worker_killed_costs_its_trials_the_time_since_their_checkpoint(

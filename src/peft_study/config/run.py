@@ -116,7 +116,8 @@ class LoggingConfig(Strict):
         None, ge=1, description="steps between held-out losses; None: 4 a run, in a study its rungs"
     )
     checkpoint_every: int | Literal["epoch"] | None = Field(
-        None, description="optimizer steps (of every trial in a slot), or epoch; None: by the clock"
+        None,
+        description="optimizer steps (of any trial in a slot, since the last), or epoch; None: by the clock",
     )
     checkpoint_minutes: float | None = Field(
         5.0, gt=0, description="minutes between checkpoints where no steps are given; None: only when stopped"

@@ -21,9 +21,9 @@ import torch
 from peft_study.engine.guards import refuse_strangers
 from peft_study.engine.heldout import Losses, example_losses
 from peft_study.engine.processes import ALONE, Processes
-from peft_study.engine.row import Item, RowRunner
+from peft_study.engine.row import DoesNotFit, Item, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
-from peft_study.errors import ConfigError, ModelError
+from peft_study.errors import ConfigError, ModelError, out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.model.load import Base
 
@@ -35,25 +35,19 @@ DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A trial took an optimizer step, or had to leave because its numbers are no longer finite.
+    """A trial took an optimizer step, or had to leave: its numbers are no longer finite, or memory ran out.
 
     Attributes:
         trial: which one.
-        report: of the step; None where it diverged.
+        report: of the step; None where it left.
         diverged: why it left, else None.
+        failed: the optimizer's state did not fit into the memory, and it left for that.
     """
 
     trial: Trial
     report: StepReport | None
     diverged: str | None = None
-
-
-class DoesNotFit(ModelError):
-    """One example of a trial does not fit into the memory, even in a row of its own; the trial is still in its slot."""
-
-    def __init__(self, trial: Trial, cause: ModelError) -> None:
-        super().__init__(cause.what, where=cause.where, remedy=cause.remedy)
-        self.trial = trial
+    failed: ModelError | None = None
 
 
 @dataclass(slots=True)
@@ -95,6 +89,7 @@ class Engine:
         self.processes = processes
         self._slots: dict[int, Trial] = {}
         self._served: dict[int, int] = {}
+        self.recomputes = gradient_checkpointing
         _recompute_layers(base, gradient_checkpointing)
 
     @property
@@ -134,10 +129,10 @@ class Engine:
         if slot is None:
             slot = next(i for i in range(len(self._slots) + 1) if i not in self._slots)
         assert slot not in self._slots, "one trial a slot"
-        trial.adapter.attach()
         try:
+            trial.adapter.attach()
             refuse_strangers(self.base, trial.adapter)
-        except ModelError:
+        except (ModelError, RuntimeError, MemoryError):
             trial.adapter.detach()
             raise
         self._served[slot] = min(self._served.values(), default=0) if served is None else served
@@ -162,10 +157,10 @@ class Engine:
     def step(self) -> list[Event]:
         """Runs one row (in every process one) forward and backward; returns the optimizer steps that it completed.
 
-        Out of memory on an accelerator halves the row, and the batches it held begin anew: no example is lost.
+        Out of memory halves the row, and the batches it held begin anew: no example is lost.
 
         Raises:
-            DoesNotFit: when a single example does not fit into the memory.
+            DoesNotFit: when a single example does not fit into the memory; its trial is still in its slot.
         """
         assert self._slots, "no trial was admitted"
         rows = self._plan()
@@ -188,12 +183,19 @@ class Engine:
                 events.append(Event(trial, trial.finish_batch(norm)))
             except Diverged as reason:
                 events.append(self._remove(trial, reason))
+            except (RuntimeError, MemoryError) as error:  # AdamW's moments are made in the first step
+                if not out_of_memory(error):
+                    raise
+                events.append(self._no_room(trial))
         return events
 
     def evaluate(self, trials: Sequence[Trial], examples: Examples, indices: Sequence[int]) -> list[Losses]:
         """Returns for each trial the summed token loss of each example, in nats, without dropout.
 
         The trials' examples share rows; an exclusive trial must be in its slot.
+
+        Raises:
+            DoesNotFit: when a single example does not fit; it says with whose adapter.
         """
         return self.losses([trial.adapter for trial in trials], examples, indices)
 
@@ -201,36 +203,45 @@ class Engine:
         """Returns what `evaluate` does, for adapters; rows are cut smaller where they do not fit into the memory.
 
         Raises:
-            ModelError: when a single example does not fit.
+            DoesNotFit: when a single example does not fit.
         """
         return self.retried(
-            lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes),
-            lambda: max(adapter.row_tokens for adapter in adapters) + max(len(examples[i]) for i in indices),
+            lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes)
         )
 
-    def retried(self, work: Callable[[], Result], longest: Callable[[], int]) -> Result:
-        """Returns what `work` gives, with smaller rows where it was out of memory on an accelerator.
+    def retried(self, work: Callable[[], Result]) -> Result:
+        """Returns what `work` does, with rows cut smaller as often as one is out of memory.
 
         Args:
-            work: runs rows of `row_tokens`.
-            longest: counts the tokens of their longest example, for the error where even that has a row of its own.
+            work: runs rows of `row_tokens`; of one that holds a single example it says so itself.
 
         Raises:
-            ModelError: when a single example does not fit.
+            ModelError: when a row does not fit and several processes would have to agree on smaller ones.
         """
         while True:
             try:
                 return work()
-            except RuntimeError as error:
-                if not out_of_memory(error) or self.processes.count > 1:
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
                     raise
-            if self.row_tokens == 1:
-                raise self._too_long(longest())
+            if self.processes.count > 1 or self.row_tokens == 1:
+                raise ModelError(
+                    f"rows of {self.row_tokens:,} tokens do not fit into the memory of {self.base.device}",
+                    where="row_tokens",
+                    remedy="give fewer",
+                )
             self._shrink()  # outside the handler, whose traceback holds the row's tensors
 
     def _remove(self, trial: Trial, reason: Diverged) -> Event:
         self.evict(trial)
         return Event(trial, None, str(reason))
+
+    def _no_room(self, trial: Trial) -> Event:
+        numbers = sum(p.numel() for p in trial.parameters.values())
+        self.evict(trial)
+        what = f"the optimizer's state of {numbers:,} parameters ({8 * numbers / 2**30:,.1f} GB) does not fit into the "
+        remedy = "train fewer parameters, or fewer trials side by side (slots)"
+        return Event(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
 
     def _plan(self) -> list[_Row]:
         """Fills a row for each process, always from the slot that has been served least.
@@ -268,7 +279,7 @@ class Engine:
                     if result.total.requires_grad:
                         result.total.backward()
                 item_losses = result.item_losses
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             full, item_losses = True, [0.0] * len(own)
@@ -282,17 +293,10 @@ class Engine:
     def _halve(self, rows: Sequence[_Row]) -> None:
         """Makes rows smaller after one did not fit, and begins anew the batches that were in them."""
         if max(len(row.entries) for row in rows) == 1:
-            longest = max(rows, key=lambda row: row.used)
-            raise DoesNotFit(longest.entries[0][0], self._too_long(longest.used))
+            raise DoesNotFit(max(rows, key=lambda row: row.used).entries[0][2], self.base.device)
         for trial in {id(t): t for row in rows for t, _, _ in row.entries}.values():
             trial.restart_batch()
         self._shrink(below=max(row.used for row in rows))
-
-    def _too_long(self, tokens: int) -> ModelError:
-        return ModelError(
-            f"one example of {tokens} tokens does not fit into the memory of {self.base.device}",
-            remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
-        )
 
     def _shrink(self, below: int | None = None) -> None:
         before = self.row_tokens
@@ -304,11 +308,6 @@ class Engine:
             "nothing is lost",
             stacklevel=2,
         )
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """True for CUDA's and MPS's errors of that kind; the latter is known by its text alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in str(error)
 
 
 def _recompute_layers(base: Base, wanted: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from peft_study.data.atomic import AtomicFiles
 from peft_study.engine.processes import ALONE, Processes
-from peft_study.engine.row import Item, RowRunner, fill_rows
+from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
 
@@ -40,6 +40,9 @@ def example_losses(
         indices: which of them.
         row_tokens: tokens a row.
         processes: each takes its share of the rows.
+
+    Raises:
+        DoesNotFit: where a row of a single example does not fit into the memory.
     """
     items: list[Item] = []
     places: list[tuple[int, int]] = []  # of each item: its adapter, its place among the indices
@@ -52,7 +55,7 @@ def example_losses(
     done = 0
     for number, row in enumerate(fill_rows(items, row_tokens, packs=runner.base.proof.packs)):
         if number % processes.count == processes.rank:
-            with runner.row(row) as result:
+            with said_whose(row, runner.base.device), runner.row(row) as result:
                 for place, loss in zip(places[done : done + len(row)], result.item_losses, strict=True):
                     sums_AN[place] = loss
         done += len(row)

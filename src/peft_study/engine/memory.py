@@ -1,20 +1,29 @@
-"""How many trials fit: what is free, less the peak of a row's activations and a margin, over the cost of a slot."""
+"""How much memory trials can have, and what a setting takes of it: known from shapes before anything is allocated.
+
+free beside the base = margin + a row's activations + slots x (16 bytes a trained number, what an adapter keeps)
+"""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from peft_study.config import MethodConfig
+from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import Item
+from peft_study.engine.row import Item, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
-from peft_study.model.load import Base
+from peft_study.methods.registry import create, size, smallest
 
 MARGIN = 0.1
 """Share of the free memory that is left alone."""
@@ -24,6 +33,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 _BYTES_A_PARAMETER = 16
 """A float32 value with its gradient and AdamW's two moments."""
+
+
+_TRIED_TOKENS = 64
+"""Tokens of the row in which it is counted what the backward pass needs of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,49 +56,128 @@ class Measured:
     fits: int | None
 
 
-def slot_bytes(adapter: Adapter) -> int:
-    """Returns what a trial of this adapter keeps while it is in a slot."""
-    return _BYTES_A_PARAMETER * sum(p.numel() for p in adapter.parameters().values())
+class Room:
+    """The memory that the trials of an engine can have, and what settings take of it.
 
-
-def refuse_all_weights(base: Base) -> None:
-    """Refuses to train every weight of a base where the memory is known not to hold that.
-
-    Beside the weights in their own precision, which are there and are kept once more, each has a float32 master, a
-    gradient and AdamW's two moments.
-
-    Raises:
-        ModelError: with what it needs and what is free.
+    Args:
+        engine: without trials; its base is loaded.
+        free: bytes, where another worker of the same kind has found that out.
+        sharing: workers that share the memory of this machine's CPU; each loads the base and has a share of the rest.
     """
-    free = available(base.device)
-    weights = list(base.model.parameters())
-    needed = sum(p.numel() * (_BYTES_A_PARAMETER + p.element_size()) for p in weights)
-    if free is not None and needed > free * (1 - MARGIN):
+
+    def __init__(self, engine: Engine, *, free: int | None = None, sharing: int = 1) -> None:
+        self._engine = engine
+        self._a_token: dict[str, float] = {}
+        self.free = available(engine.base.device) if free is None else free
+        """Bytes beside the base; None where the system does not say."""
+        if free is None and self.free is not None and engine.base.device.type == "cpu" and sharing > 1:
+            own = resident("VmRSS") or 0
+            self.free = max(0, (self.free + own) // sharing - own)
+
+    def slot(self, method: MethodConfig) -> int:
+        """Returns the bytes that a trial of this setting keeps while it is in a slot."""
+        found = size(method, self._engine.base)
+        return _BYTES_A_PARAMETER * found.trained + found.kept
+
+    def row(self, method: MethodConfig, tokens: int) -> int:
+        """Returns the bytes that a row of so many tokens, virtual ones included, holds for its backward pass at least.
+
+        Raises:
+            ModelError: when the method does not fit the model.
+        """
+        small = smallest(method)
+        if small.method not in self._a_token:
+            self._a_token[small.method] = self._held_a_token(create(small, self._engine.base, None, 0))
+        return math.ceil(self._a_token[small.method] * tokens)
+
+    def refuse(self, method: MethodConfig, longest: int) -> None:
+        """Refuses a setting where the memory is known not to hold it with one example in a row.
+
+        Args:
+            method: the setting.
+            longest: tokens of the longest example.
+
+        Raises:
+            ModelError: with what it needs and what is free.
+        """
+        found = size(method, self._engine.base)
+        if self.free is None or not found.trained:
+            return
+        usable, slot, tokens = self.free * (1 - MARGIN), self.slot(method), longest + found.row_tokens
+        # where the trial alone is too large, no row has to be tried
+        row = self.row(method, tokens) if slot <= usable else 0
+        if slot + row <= usable:
+            return
+        parts = f" ({row / 2**30:,.1f} GB of it for a row of {tokens:,} tokens)" if row else ""
+        shorter = "a lower max_length, or gradient_checkpointing"
         raise ModelError(
-            f"full fine-tuning needs {needed / 2**30:.1f} GB of memory beside the base, {free / 2**30:.1f} GB are free",
-            remedy="leave it out, or use a smaller base",
+            f"{found.name} needs {(slot + row) / 2**30:,.1f} GB of memory beside the base{parts}, "
+            f"{self.free / 2**30:,.1f} GB are free",
+            remedy=f"{found.remedy}, {shorter}" if row else found.remedy,
         )
 
+    def cut_rows(self, methods: Sequence[MethodConfig]) -> None:
+        """Makes the engine's rows smaller where what a full one holds is known not to fit beside one trial."""
+        trained = [method for method in methods if size(method, self._engine.base).trained]
+        if self.free is None or not trained:
+            return
+        before = self._engine.row_tokens
+        most = min((self.free * (1 - MARGIN) - self.slot(m)) / (self.row(m, 1000) / 1000) for m in trained)
+        if most < before:
+            self._engine.row_tokens = max(1, int(most))
+            warnings.warn(
+                f"rows of {before:,} tokens do not fit into the {self.free / 2**30:,.1f} GB of memory that are free "
+                f"beside the base: they are cut to {self._engine.row_tokens:,} tokens",
+                stacklevel=2,
+            )
 
-def probe(engine: Engine, adapters: Sequence[Adapter], examples: Examples) -> Measured:
-    """Runs one full row forward and backward with the dearest adapter; a row that does not fit is halved first.
+    def _held_a_token(self, adapter: Adapter) -> float:
+        """Returns the bytes that a short row's forward pass keeps for the backward pass, a token of it."""
+        base, held = self._engine.base, dict[int, int]()
+        weights = [*base.model.parameters(), *base.model.buffers(), *adapter.parameters().values()]
+        known = {tensor.untyped_storage().data_ptr() for tensor in weights}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        text = np.zeros(min(_TRIED_TOKENS, (base.positions or _TRIED_TOKENS) - 1), dtype=np.int32)
+        item = Item(0, adapter, Example(text, np.arange(len(text)) > 0))
+        # the hooks see every tensor while all are still held, so that no address is there twice
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), self._engine.runner.row([item]):
+            pass
+        total = sum(held.values()) / item.row_length
+        if self._engine.recomputes:  # what enters each layer is kept where hooks do not see it
+            total += base.layers * base.hidden * base.dtype.itemsize
+        return total
+
+
+def probe(engine: Engine, adapter: Adapter, examples: Examples) -> int:
+    """Runs one full row forward and backward, and returns the bytes of its peak; a row that does not fit is halved.
 
     Args:
         engine: without trials; its `row_tokens` may become smaller.
-        adapters: one of each kind that will run beside others.
+        adapter: whose row it is.
         examples: training data to fill the row with.
+
+    Raises:
+        DoesNotFit: when a single example does not fit.
     """
     assert not engine.trials, "the probe has the device to itself"
-    dearest = max(adapters, key=slot_bytes)
-    free = available(engine.base.device)
-    activations = engine.retried(
-        lambda: _row_peak(engine, dearest, examples), lambda: dearest.row_tokens + len(examples[0])
-    )
-    for parameter in dearest.parameters().values():
+    activations = engine.retried(lambda: _row_peak(engine, adapter, examples))
+    for parameter in adapter.parameters().values():
         parameter.grad = None
-    slot = max(1, slot_bytes(dearest))
-    fits = None if free is None else max(1, int((free * (1 - MARGIN) - activations) // slot))
-    return Measured(free, activations, slot, fits)
+    return activations
+
+
+def measured(free: int | None, activations: int, slot: int) -> Measured:
+    """Returns how many slots fit, at least one."""
+    slot = max(1, slot)
+    return Measured(
+        free, activations, slot, None if free is None else max(1, int((free * (1 - MARGIN) - activations) // slot))
+    )
 
 
 def _row_peak(engine: Engine, adapter: Adapter, examples: Examples) -> int:
@@ -97,7 +189,8 @@ def _row_peak(engine: Engine, adapter: Adapter, examples: Examples) -> int:
             break
         items.append(item)
         used += item.row_length
-    with _peak(engine.base.device) as peak, engine.runner.row(items) as result:
+    device = engine.base.device
+    with _peak(device) as peak, said_whose(items, device), engine.runner.row(items) as result:
         if result.total.requires_grad:
             result.total.backward()
     return peak[0]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peft_study.data.conversation import Example
+from peft_study.errors import ModelError, out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
 from peft_study.model.attention import Segment, SegmentLayout
@@ -49,6 +50,32 @@ class Item:
     def row_length(self) -> int:
         """Tokens that the item takes in the row, virtual ones included."""
         return self.adapter.row_tokens + len(self.example)
+
+
+class DoesNotFit(ModelError):
+    """An item does not fit into the memory, even in a row of its own; `adapter` says whose it is."""
+
+    def __init__(self, item: Item, device: torch.device) -> None:
+        super().__init__(
+            f"one example of {item.row_length} tokens does not fit into the memory of {device}",
+            remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
+        )
+        self.adapter = item.adapter
+
+
+@contextmanager
+def said_whose(items: Sequence[Item], device: torch.device) -> Iterator[None]:
+    """Says which item it was where a row of a single one does not fit; a longer row can be cut.
+
+    Raises:
+        DoesNotFit: instead of the device's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if len(items) > 1 or not out_of_memory(error):
+            raise
+        raise DoesNotFit(items[0], device) from None
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import DESCRIPTION, EMBEDDED
 from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model
 from peft_study.model.precision import Placement, choose
+from peft_study.model.proof import learned_positions
 
 _KEPT = ("id", "source")
 """Columns of a prompt's row that its answer keeps."""
@@ -125,6 +126,9 @@ class Answerer:
 
     def __init__(self, model: Any, tokenizer: Any, encoder: ChatEncoder) -> None:
         self._model, self._tokenizer, self._encoder = model, tokenizer, encoder
+        config = getattr(model, "active_peft_config", None)  # none where all weights were trained
+        self._virtual: int = getattr(config, "num_virtual_tokens", None) or 0
+        self._positions = learned_positions(model if config is None else model.get_base_model())
 
     @classmethod
     def load(cls, adapter: Path, *, base: str | None = None, device: str = "auto") -> Answerer:
@@ -151,13 +155,25 @@ class Answerer:
 
         Args:
             messages: the turns so far.
-            max_new_tokens: tokens the answer may have.
+            max_new_tokens: tokens the answer may have; fewer where the model's positions end.
             stream: receives the answer piece by piece.
+
+        Raises:
+            ModelError: when the conversation leaves no position for an answer.
         """
         from transformers import TextStreamer
 
         turns = [Message(m["role"], m["content"]) for m in messages]  # type: ignore[arg-type]
         ids = torch.tensor([self._encoder.prompt_tokens(turns)], device=self._model.device)
+        if self._positions is not None:
+            max_new_tokens = min(max_new_tokens, self._positions - self._virtual - ids.shape[1])
+            if max_new_tokens < 1:
+                virtual = f" and {self._virtual} virtual tokens" if self._virtual else ""
+                raise ModelError(
+                    f"{ids.shape[1]} tokens of the prompt{virtual} leave none of the model's {self._positions} "
+                    "positions for an answer",
+                    remedy="give a shorter prompt, or begin a new conversation",
+                )
         streamer = None
         if stream is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)

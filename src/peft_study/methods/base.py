@@ -65,6 +65,26 @@ class LowRank:
     scale: float
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a setting takes, from its configuration and the base's shapes alone: nothing is allocated to know it.
+
+    Attributes:
+        name: of the setting, as messages say it.
+        trained: numbers that train; each is a float32.
+        kept: bytes that the adapter holds beside them as long as it is there.
+        row_tokens, prefix_tokens: as of an adapter.
+        remedy: what makes it smaller.
+    """
+
+    name: str
+    trained: int
+    kept: int
+    remedy: str
+    row_tokens: int = 0
+    prefix_tokens: int = 0
+
+
 class Adapter(ABC):
     """One trial's trainable part."""
 

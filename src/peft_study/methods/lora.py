@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_study.config import LoraConfig
 from peft_study.errors import ModelError, nearest
-from peft_study.methods.base import Adapter, LowRank, Material, seeded
+from peft_study.methods.base import Adapter, LowRank, Material, Size, seeded
 from peft_study.model.load import Base
 
 
@@ -41,6 +41,13 @@ class LoraAdapter(Adapter):
             ModelError: when the base has no linear layer of the given names.
         """
         return cls(config, target_shapes(base.model, config.target_modules), base.device, seed)
+
+    @classmethod
+    def size(cls, config: LoraConfig, base: Base) -> Size:
+        """Returns what the adapter would take."""
+        shapes = target_shapes(base.model, config.target_modules).values()
+        trained = config.rank * sum(inputs + outputs for inputs, outputs in shapes)
+        return Size(f"lora of rank {config.rank:,}", trained, 0, "use a lower rank, or fewer target_modules")
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns A and B of every adapted layer."""

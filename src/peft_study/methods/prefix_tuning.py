@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_study.config import PrefixTuningConfig
 from peft_study.errors import ModelError
-from peft_study.methods.base import Adapter, Material, seeded
+from peft_study.methods.base import Adapter, Material, Size, seeded
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.load import Base
 
@@ -51,6 +51,23 @@ class PrefixAdapter(Adapter):
             assert material is not None, "the text initialisation needs the data's tokens"
             table = text_table(base, material.text_tokens(config.init_text, config.tokens))
         return cls(config, base, table, seed)
+
+    @classmethod
+    def size(cls, config: PrefixTuningConfig, base: Base) -> Size:
+        """Returns what the adapter would take; the table in the base's precision and its gradient are kept as well.
+
+        Taking the keys and values of a text holds less than training them does.
+        """
+        width = base.kv_heads * base.head_dim
+        table = config.tokens * base.layers * 2 * width
+        trained, kept, remedy = table, 2 * base.dtype.itemsize * table, "use fewer tokens"
+        if config.projection:  # its output and that plus the fixed table, which trains no more
+            hidden = config.projection_hidden or base.hidden
+            trained = config.tokens * width + (width + 1) * hidden + (hidden + 1) * base.layers * 2 * width
+            kept += 3 * 4 * table
+            remedy = "use fewer tokens, a smaller projection_hidden, or no projection"
+        name = f"prefix_tuning of {config.tokens:,} tokens"
+        return Size(name, trained, kept, remedy, prefix_tokens=config.tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns the table, or the projection's weights."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_study.config import PromptTuningConfig
-from peft_study.methods.base import Adapter, Material, seeded
+from peft_study.methods.base import Adapter, Material, Size, seeded
 from peft_study.model.load import Base
 
 FREQUENT = 5000
@@ -39,6 +39,12 @@ class PromptAdapter(Adapter):
             ids = frequent_tokens(material, config.tokens, seed)
         with torch.no_grad():
             return cls(config, base.embed(torch.tensor(ids, device=base.device)))
+
+    @classmethod
+    def size(cls, config: PromptTuningConfig, base: Base) -> Size:
+        """Returns what the adapter would take."""
+        name, trained = f"prompt_tuning of {config.tokens:,} tokens", config.tokens * base.hidden
+        return Size(name, trained, 0, "use fewer tokens", row_tokens=config.tokens)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns the vectors."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_study.config import FullConfig, NoneConfig
 from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError, OutputError
-from peft_study.methods.base import Adapter, Material
+from peft_study.methods.base import Adapter, Material, Size
 from peft_study.model.load import Base
 
 
@@ -25,6 +25,11 @@ class NoAdapter(Adapter):
     def create(cls, _config: NoneConfig, _base: Base, _material: Material | None, _seed: int) -> NoAdapter:
         """Makes the row of the untouched base."""
         return cls()
+
+    @classmethod
+    def size(cls, _config: NoneConfig, _base: Base) -> Size:
+        """Returns that it takes nothing."""
+        return Size("the untouched base", 0, 0, "use a smaller base")
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns nothing."""
@@ -63,6 +68,13 @@ class FullAdapter(Adapter):
         if codes:
             raise ModelError(f"full fine-tuning does not fit a quantised base ({codes[0]})", remedy="use lora")
         return cls(base)
+
+    @classmethod
+    def size(cls, _config: FullConfig, base: Base) -> Size:
+        """Returns what it would take: a float32 master of each weight, and the weights themselves once more."""
+        weights = list(base.model.parameters())
+        trained, kept = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
+        return Size("full fine-tuning", trained, kept, "leave it out, or use a smaller base")
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Returns the float32 masters by the names of the weights they stand for."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_study.config import MethodConfig
+from peft_study.config import MethodConfig, PromptTuningConfig
 from peft_study.errors import ConfigError
-from peft_study.methods.base import Adapter, Material
+from peft_study.methods.base import Adapter, Material, Size
 from peft_study.methods.lora import LoraAdapter
 from peft_study.methods.prefix_tuning import PrefixAdapter
 from peft_study.methods.prompt_tuning import PromptAdapter
@@ -35,6 +35,25 @@ def create(config: MethodConfig, base: Base, material: Material | None, seed: in
         return _CLASSES[config.method].create(config, base, material, seed)
     except ValueError as error:
         raise ConfigError(str(error), where=config.method, remedy="use fewer tokens, or another init") from error
+
+
+def size(config: MethodConfig, base: Base) -> Size:
+    """Returns what a trial's adapter would take; nothing is allocated.
+
+    Raises:
+        ModelError: when the base has no linear layer of the names that LoRA is to adapt.
+    """
+    found: Size = _CLASSES[config.method].size(config, base)
+    return found
+
+
+def smallest(config: MethodConfig) -> MethodConfig:
+    """Returns the setting with one column or token; of methods that have neither, a prompt of one token."""
+    if config.method == "lora":
+        return config.model_copy(update={"rank": 1})
+    if config.method == "prefix_tuning":
+        return config.model_copy(update={"tokens": 1, "init": "random", "projection": False})
+    return PromptTuningConfig(tokens=1, init="random")
 
 
 def is_exclusive(method: str) -> bool:

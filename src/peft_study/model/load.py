@@ -19,7 +19,7 @@ from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
 from peft_study.model.head import Transform, head_transform
 from peft_study.model.precision import Placement, choose
-from peft_study.model.proof import Proof, prove
+from peft_study.model.proof import Proof, learned_positions, prove
 
 
 @dataclass(slots=True)
@@ -35,6 +35,8 @@ class Base:
         origin: where a converted model came from, else None.
         quantization: nf4 where the weights were quantised when they were loaded, else None.
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
+        positions: how many there are, where the model looks them up in a table; None: it computes them.
+        context: positions that its configuration says it was made for; None: it does not say.
     """
 
     model: Any
@@ -51,6 +53,8 @@ class Base:
     kv_heads: int
     head_dim: int
     hidden: int
+    positions: int | None
+    context: int | None
     name: str
     revision: str | None = None
     tokenizer_name: str | None = None
@@ -276,6 +280,8 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         hidden=config.hidden_size,
         name=path,
+        positions=learned_positions(model, segmented=proof.segmented),
+        context=getattr(config, "max_position_embeddings", None),
     )
 
 

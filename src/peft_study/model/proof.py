@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_study.model import attention
 from peft_study.model.attention import Segment, SegmentLayout
@@ -75,6 +76,56 @@ def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) ->
         model.set_attn_implementation(loaded_with)
     packs = segmented and packed <= tolerance and not rope_looks_at_the_row(model.config.get_text_config())
     return Proof(segmented, packs, head_error <= tolerance, layers, alone, packed, head_error)
+
+
+@torch.no_grad()
+def learned_positions(model: Any, *, segmented: bool = False) -> int | None:
+    """Returns how many positions the model has; None where it computes them and so has no last one.
+
+    Found by what the model looks up for a short and a longer row: a table in which each token takes the next entry, and
+    that is as long for both rows, is one of positions (GPT-2, OPT, whose first two are others', GPT-J's of rotations).
+
+    Args:
+        model: the causal language model.
+        segmented: segment attention is in place.
+    """
+    device = next(model.parameters()).device
+    tables = []
+    for length in _SHORT_ROWS:
+        inputs = _inputs(model, [torch.zeros(length, dtype=torch.long, device=device)], segmented=segmented)
+        with _Lookups() as lookups:
+            model.get_decoder()(**inputs)
+        tables.append({(size, first) for size, first, count in lookups.found if count == length})
+    return min((size - first for size, first in tables[0] & tables[1]), default=None)
+
+
+_SHORT_ROWS = (5, 9)
+
+
+class _Lookups(TorchDispatchMode):
+    """Notes the lookups of neighbouring entries: size of the table, first entry, number of entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten.embedding.default:
+            self._note(args[0], 0, args[1])
+        elif func in (aten.index_select.default, aten.gather.default):
+            self._note(*args[:3])
+        elif func is aten.index.Tensor:
+            given = [(dim, index) for dim, index in enumerate(args[1]) if index is not None]
+            if len(given) == 1:
+                self._note(args[0], *given[0])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, table: Tensor, dim: int, index: Tensor) -> None:
+        if index.dtype in (torch.long, torch.int32) and index.numel():
+            entries = sorted(set(index.flatten().tolist()))
+            if entries[-1] - entries[0] == len(entries) - 1:
+                self.found.append((table.shape[dim], entries[0], len(entries)))
 
 
 def forward_inputs(

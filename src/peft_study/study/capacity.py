@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 
 from peft_study.config import MethodConfig, TrainingConfig
-from peft_study.engine.memory import Measured, probe
+from peft_study.engine.memory import Measured, measured, probe
+from peft_study.errors import UserError
 from peft_study.methods.registry import create, is_exclusive
-from peft_study.study.session import Session
+from peft_study.study.session import Session, check_methods
 from peft_study.study.store import RunFolder
 
 _FILE = "capacity.json"
@@ -90,9 +91,11 @@ def differs(capacity: Capacity, wanted: int | Literal["auto"]) -> str | None:
 
 def found(session: Session, largest: Sequence[Typical], *, trials: int, wanted: int | Literal["auto"]) -> Capacity:
     """Returns what this session's engine can hold; arguments as in `settle`."""
-    measured = _measure(session, largest) if wanted == "auto" and trials > 1 else None
-    slots = _enough(session, largest, trials, measured) if wanted == "auto" else wanted
-    figures = None if measured is None else asdict(measured)
+    fitting = [t for t in largest if _fits(session, t)]
+    session.room.cut_rows([t.method for t in fitting])
+    found = _measure(session, largest, fitting) if wanted == "auto" and trials > 1 else None
+    slots = _enough(session, largest, trials, found) if wanted == "auto" else wanted
+    figures = None if found is None else asdict(found)
     return Capacity(slots, session.engine.row_tokens, torch.get_num_threads(), figures)
 
 
@@ -109,12 +112,27 @@ def use(session: Session, capacity: Capacity) -> None:
         torch.set_num_threads(capacity.threads)
 
 
-def _measure(session: Session, largest: Sequence[Typical]) -> Measured | None:
-    side_by_side = [t for t in largest if not is_exclusive(t.method.method)]
-    if not side_by_side:
+def _fits(session: Session, typical: Typical) -> bool:
+    try:
+        check_methods(session, [typical.method], typical.training.seed)
+    except UserError:  # its trials will be rows that failed
+        return False
+    return True
+
+
+def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typical]) -> Measured | None:
+    """Runs a row of the dearest setting; of one that is too large for the memory, nothing fits beside the others."""
+    room = session.room
+    slots = [room.slot(t.method) for t in largest if not is_exclusive(t.method.method)]
+    if not slots:
         return None
-    adapters = [create(t.method, session.base, session.material, t.training.seed) for t in side_by_side]
-    return probe(session.engine, adapters, session.train)
+    side_by_side = [t for t in fitting if not is_exclusive(t.method.method)]
+    activations = 0
+    if side_by_side:
+        dearest = max(side_by_side, key=lambda t: room.slot(t.method))
+        adapter = create(dearest.method, session.base, session.material, dearest.training.seed)
+        activations = probe(session.engine, adapter, session.train)
+    return measured(room.free, activations, max(slots))
 
 
 def _enough(session: Session, largest: Sequence[Typical], trials: int, measured: Measured | None) -> int:

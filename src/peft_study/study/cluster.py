@@ -42,6 +42,7 @@ class Cluster:
     restarts = RESTARTS
     count = 0
     threads = 1
+    sharing = 1
 
     def __init__(self, address: str, model: ModelConfig) -> None:
         self._address, self._model = address, model
@@ -131,6 +132,7 @@ class Cluster:
                 raise ConfigError("the Ray cluster has no CPU to give", where=f"--ray {self._address}")
             self.threads = min(processors)
             self.count = sum(number // self.threads for number in processors)
+            self.sharing = max(processors) // self.threads
             self._options = {"num_cpus": self.threads, "scheduling_strategy": "SPREAD"}
         weights = weight_bytes(self._model.name)
         if weights:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_study.config import StudyConfig
-from peft_study.engine.memory import available, refuse_all_weights, slot_bytes
+from peft_study.config import MethodConfig, StudyConfig
 from peft_study.engine.trial import Trial
-from peft_study.errors import ModelError
-from peft_study.methods.registry import create, is_exclusive
+from peft_study.errors import UserError
+from peft_study.methods.registry import create
 from peft_study.study import ranges
 from peft_study.study.budget import steps_of
-from peft_study.study.crew import check_spaces, largest
+from peft_study.study.crew import check_spaces, largest, tried
 from peft_study.study.pruning import rungs
-from peft_study.study.session import Say, Session, open_session
+from peft_study.study.session import Say, Session, check_methods, open_session
 from peft_study.study.trials import Known
 
 MEASURED_STEPS = 2
@@ -83,29 +83,40 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
         say(note)
     assert session.test is not None
     session.engine.slots = 1
+    dearest = largest(config)
     found = []
     for name, space in config.methods.items():
-        try:
-            if is_exclusive(space.kind):
-                refuse_all_weights(session.base)
-        except ModelError as error:
-            say(f"{name} will be a row that failed: {error}")
-            continue
-        if space.kind != "none":
-            found.append(_method(config, session, name, say))
+        setting = _timed(session, tried(space), config.training.seed)
+        if space.kind != "none" and setting is not None:
+            session.room.cut_rows([setting])
+            slot = session.room.slot(dearest[name].method)
+            found.append(_method(config, session, name, setting, slot, say))
     counts = len(session.train), len(session.held_out), len(session.test)
     notes = [*session.notes, *filter(None, [Known().unequal(config)])]
-    return StudyEstimate(tuple(found), available(session.base.device), *counts, tuple(notes))
+    return StudyEstimate(tuple(found), session.room.free, *counts, tuple(notes))
 
 
-def _method(config: StudyConfig, session: Session, name: str, say: Say) -> MethodEstimate:
+def _timed(session: Session, settings: Sequence[MethodConfig], seed: int) -> MethodConfig | None:
+    """Returns the first setting, the middle one if possible, that can be trained."""
+    for setting in settings:
+        try:
+            check_methods(session, [setting], seed)
+        except UserError:  # `check_spaces` has said so
+            continue
+        return setting
+    return None
+
+
+def _method(
+    config: StudyConfig, session: Session, name: str, setting: MethodConfig, slot: int, say: Say
+) -> MethodEstimate:
     space = config.methods[name]
     values = ranges.central(space)
     training = space.training(values, config.training)
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
     say(f"timing {MEASURED_STEPS} steps of {name}")
-    adapter = create(space.settings(values), session.base, session.material, training.seed)
+    adapter = create(setting, session.base, session.material, training.seed)
     trial = Trial(name, adapter, training.model_copy(update={"steps": MEASURED_STEPS + 1}), session.train)
     seconds_a_token = _seconds_a_token(session, trial)
     tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
@@ -115,7 +126,6 @@ def _method(config: StudyConfig, session: Session, name: str, say: Say) -> Metho
     tests = rates * tested / steps
     most = round((tests + trials + finals) * tokens_a_trial)
     least = round((tests + trials * _least_share(config, steps) + finals) * tokens_a_trial)
-    slot = slot_bytes(create(largest(config)[name].method, session.base, session.material, training.seed))
     seconds = most * seconds_a_token, least * seconds_a_token
     return MethodEstimate(name, trials, steps, rates, tested, most, least, *seconds, slot)
 

@@ -40,11 +40,13 @@ class Fleet(Protocol):
     Attributes:
         count: of the devices: places for a host.
         threads: of each host.
+        sharing: hosts, at most, that share the memory of one machine; 1 where each has a device of its own.
         restarts: how often a place's host is started again after it died.
     """
 
     count: int
     threads: int
+    sharing: int
     restarts: int
 
     def __enter__(self) -> Fleet: ...

@@ -26,6 +26,7 @@ import torch
 
 from peft_study.config import MethodConfig, StudyConfig
 from peft_study.data.atomic import AtomicFiles
+from peft_study.engine.memory import Room
 from peft_study.errors import OutputError, UserError
 from peft_study.study import capacity
 from peft_study.study.capacity import Capacity
@@ -52,13 +53,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A host with its model and data: where it runs, what its numbers are computed from, lines for the user; the first
-    one also tells the scheduler's facts."""
+    """A host with its model and data: where it runs, what its numbers are computed from, lines for the user, its share
+    of the memory in bytes; the first one also tells the scheduler's facts."""
 
     where: str
     record: dict[str, dict[str, object]]
     lines: tuple[str, ...]
     facts: Facts | None
+    free: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +126,30 @@ class Host:
         """Returns the machine and process."""
         return f"process {os.getpid()} on {socket.gethostname()}"
 
-    def open(self, settings: str, folder: str, first: bool) -> Opened:
+    def open(self, settings: str, folder: str, sharing: int, first: Opened | None) -> Opened:
         """Loads model and data.
 
         Args:
             settings: of the filled study, as JSON.
             folder: the scheduler's current one, for paths that are relative to it.
-            first: it checks that every method fits, and tells the facts.
+            sharing: workers on one machine's memory.
+            first: what the first host answered; None: this is it, and it checks that every method fits, and tells the
+                facts.
         """
         if Path(folder).is_dir():
             os.chdir(folder)
         lines: list[str] = []
         self._config = config = StudyConfig.model_validate_json(settings)
-        self._session = open_session(config.model, config.data, config.training, lines.append, test=True)
-        if first:
-            check_spaces(self._session, config)
-        return Opened(self.where(), describe(self._session), tuple(lines), facts(self._session) if first else None)
+        session = open_session(config.model, config.data, config.training, lines.append, test=True)
+        # while the first one is loaded, the memory that the others are going to take is still free
+        room = Room(session.engine, free=None if first is None else first.free, sharing=sharing)
+        self._session = session = replace(session, room=room)
+        told = None
+        if first is None:
+            notes = check_spaces(session, config)
+            told = facts(session)
+            told = replace(told, notes=(*told.notes, *notes))
+        return Opened(self.where(), describe(session), tuple(lines), told, room.free)
 
     def begin(self, post: Post) -> Begun:
         """Takes up the work: settles or takes over the engine's capacity, finds its folders.

@@ -57,6 +57,7 @@ class Processes:
         elif count > 1 and model.device in ("auto", "mps") and torch.backends.mps.is_available():
             raise ConfigError(f"{count} workers, but 1 GPU", where="--workers", remedy="leave it out")
         self.threads = max(1, torch.get_num_threads() // count)
+        self.sharing = count if self._gpus is None else 1
         self._links: list[ProcessLink] = []
 
     def __enter__(self) -> Processes:

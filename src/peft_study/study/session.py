@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,13 @@ from peft_study.data.chat import ChatEncoder, behind_bos
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses, Losses
+from peft_study.engine.memory import Room
 from peft_study.engine.processes import ALONE, Processes
-from peft_study.errors import OutputError, TemplateError
+from peft_study.errors import ConfigError, ModelError, OutputError, TemplateError, first_line, out_of_memory
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
-from peft_study.methods.registry import create
+from peft_study.methods.registry import create, size
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
 from peft_study.places import cache_root
@@ -38,6 +40,8 @@ class Session:
     Attributes:
         base: the frozen model.
         engine: it runs on.
+        room: the memory that trials can have.
+        longest: tokens of the longest example of all parts.
         encoder: how conversations become tokens, and
         add_bos: whether it puts BOS first.
         train, held_out, test: the rows; only a study has test rows.
@@ -49,6 +53,8 @@ class Session:
 
     base: Base
     engine: Engine
+    room: Room
+    longest: int
     encoder: ChatEncoder
     add_bos: bool
     train: Rows
@@ -116,9 +122,12 @@ def open_session(
         gradient_checkpointing=training.gradient_checkpointing,
         processes=processes,
     )
+    parts = [rows.train, rows.held_out, *([] if rows.test is None else [rows.test])]
     return Session(
         base,
         engine,
+        _room(engine, processes),
+        _longest(base, parts),
         encoder,
         data.add_bos,
         rows.train,
@@ -147,16 +156,87 @@ def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, Ch
     return tokenizer, encoder
 
 
+def _room(engine: Engine, processes: Processes) -> Room:
+    """Returns what trials can have; processes that train together have equal shares, and one figure for all of them."""
+    room = Room(engine, sharing=processes.count)
+    (free,) = processes.of_first([-1.0 if room.free is None else float(room.free)])
+    room.free = None if free < 0 else int(free)
+    return room
+
+
+def _longest(base: Base, parts: Sequence[Rows]) -> int:
+    longest = int(max(part.lengths().max(initial=0) for part in parts))
+    if base.positions is not None and longest > base.positions:
+        raise ConfigError(
+            f"the longest example has {longest:,} tokens, but the model has {base.positions:,} positions",
+            where="max_length",
+            remedy=f"set it to {base.positions} or less",
+        )
+    return longest
+
+
+def refuse_unfit(session: Session, method: MethodConfig) -> None:
+    """Refuses a setting of which it is known beforehand that it cannot be trained on this base, data and device.
+
+    Raises:
+        ModelError: when it needs more positions than the model has, or more memory than there is.
+    """
+    found, positions = size(method, session.base), session.base.positions
+    virtual = found.row_tokens + found.prefix_tokens
+    if positions is not None and session.longest + virtual > positions:
+        raise ModelError(
+            f"{virtual:,} virtual tokens and the longest example's {session.longest:,} tokens need "
+            f"{session.longest + virtual:,} positions, but the model has {positions:,}",
+            remedy=f"use fewer tokens, or max_length {positions - virtual} or less"
+            if positions > virtual
+            else "use fewer tokens",
+        )
+    session.room.refuse(method, session.longest)
+
+
+def past_context(session: Session, methods: Iterable[MethodConfig]) -> str | None:
+    """Returns a line for the user where a setting goes beyond the positions that the model was made for, else None."""
+    sizes = [size(method, session.base) for method in methods]
+    virtual = max((found.row_tokens + found.prefix_tokens for found in sizes), default=0)
+    context = session.base.context
+    if context is None or session.longest + virtual <= context:
+        return None
+    return (
+        f"the longest example's {session.longest:,} tokens and {virtual:,} virtual tokens go beyond the {context:,} "
+        "positions that the model was made for: it computes them, but what it says there may be worth little"
+    )
+
+
+@contextmanager
+def room_for(what: str, device: object) -> Iterator[None]:
+    """Says in one line that something did not fit into the memory.
+
+    Raises:
+        ModelError: instead of the device's own error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{what} does not fit into the memory of {device} ({first_line(error)})",
+            remedy="make it smaller, or have fewer trials side by side (slots)",
+        ) from None
+
+
 def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) -> None:
     """Makes each method's adapter once, so that what does not fit this base or data is said before anything is written.
 
     Raises:
-        ModelError: when a method does not fit the model.
+        ModelError: when a method does not fit the model, its positions or the memory.
         ConfigError: when the data is too small for its initialisation.
     """
     for method in methods:
-        if method.method != "full":  # which fits every model, and would copy all of it
-            create(method, session.base, session.material, seed)
+        with room_for(size(method, session.base).name, session.base.device):
+            refuse_unfit(session, method)
+            if method.method != "full":  # which fits every model, and would copy all of it
+                create(method, session.base, session.material, seed)
 
 
 def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) -> None:

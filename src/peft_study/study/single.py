@@ -14,9 +14,17 @@ from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.trial import total_steps
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
-from peft_study.study.capacity import settle
+from peft_study.study.capacity import Typical, settle
 from peft_study.study.record import environment
-from peft_study.study.session import Session, bos_losses, check_methods, describe, open_session, refuse_other_inputs
+from peft_study.study.session import (
+    Session,
+    bos_losses,
+    check_methods,
+    describe,
+    open_session,
+    past_context,
+    refuse_other_inputs,
+)
 from peft_study.study.slots import Ended, Orders, Slots
 from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.store import RunFolder, identity
@@ -155,6 +163,8 @@ def _train(
     """Runs a setting once its folder is locked; arguments as of `train`, and whether a run there is gone on with."""
     session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
     check_methods(session, [config.method], config.training.seed)
+    if warning := past_context(session, [config.method]):
+        watcher.say(warning)
     before = [] if overwrite else [folder]
     # a checkpoint lies in RUN/checkpoints/step_N
     for run in before + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
@@ -190,7 +200,7 @@ def _run(
     job = Job(config.method.method, config.method, config.training, folder, evaluate_every=logging.evaluate_every)
     if job.evaluate_every is None:
         job = replace(job, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
-    settle(session, folder, [], trials=1, wanted=1)
+    settle(session, folder, [Typical(config.method, config.training)], trials=1, wanted=1)
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config))
     if session.encoder.missing_bos:
         watcher.say(bos_losses(session))

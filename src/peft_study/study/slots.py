@@ -20,12 +20,11 @@ import numpy as np
 
 from peft_study.config import LoggingConfig
 from peft_study.engine import checkpoint
-from peft_study.engine.engine import DoesNotFit, Event
-from peft_study.engine.memory import refuse_all_weights
-from peft_study.engine.trial import Trial
+from peft_study.engine.engine import Event
+from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
-from peft_study.methods.registry import is_exclusive
-from peft_study.study.session import Session
+from peft_study.methods.registry import size
+from peft_study.study.session import Session, refuse_unfit, room_for
 from peft_study.study.trial_run import Ending, Job, Losses, Outcome, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05
@@ -104,7 +103,7 @@ class Slots:
         self._saved_at = time.monotonic()
         self._save_seconds = 0.0
         self._ended_since = False  # a trial ended after the last checkpoint
-        self._mark = 0
+        self._marks: dict[str, int] = {}  # steps of each trial here when a checkpoint was last due by steps
 
     @property
     def running(self) -> tuple[str, ...]:
@@ -134,9 +133,10 @@ class Slots:
         runs = {name: self._new(jobs[name]) for name in found.trials}
         checkpoint.load(self._engine, found, {name: run.trial for name, run in runs.items()})
         self._running = runs
+        marks = found.decided["slots"].get("marks", {})
         for run in runs.values():
             self._go_on(run, found)
-        self._mark = self._progress_mark()
+            self._marks[run.job.name] = marks.get(run.job.name, run.trial.step)
         return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
 
     def _go_on(self, run: TrialRun, found: checkpoint.Found) -> None:
@@ -173,10 +173,9 @@ class Slots:
         try:
             events = self._engine.step()
         except DoesNotFit as error:
-            run = self._running[error.trial.name]
             if not self._tolerant:
                 raise
-            return [self._end(run, "failed", None, str(error))]
+            return [self._end(self._run_of(error), "failed", None, str(error))]
         return self._after(events, orders.decided)
 
     def save(self, decided: Mapping[str, Any]) -> None:
@@ -186,7 +185,7 @@ class Slots:
         started = time.monotonic()
         self._session.base_train.save()  # what the cut's later numbers may draw on
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
-        own = {"steps_done": self._steps_done, "initial": initial}
+        own = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
         decided = {**decided, "slots": own}
         path = checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
         if self._kept is not None:
@@ -207,8 +206,7 @@ class Slots:
             self._session.base_train.save()
 
     def _new(self, job: Job) -> TrialRun:
-        if is_exclusive(job.method.method):  # found out by trying, it would take the whole study with it
-            refuse_all_weights(self._session.base)
+        refuse_unfit(self._session, job.method)  # found out by trying, it might take the whole study with it
         return TrialRun(job, self._session, self._logging, self._watcher)
 
     def _enter(self, jobs: Sequence[Job]) -> list[News]:
@@ -217,24 +215,29 @@ class Slots:
         entering: list[TrialRun] = []
         for job in jobs:
             try:
-                run = self._new(job)
-                resumed = job.cut is not None and self._restore(run, job.cut)
-                if run.trial.parameters and not resumed:
-                    self._engine.admit(run.trial)
+                with room_for(size(job.method, self._session.base).name, self._session.base.device):
+                    run = self._new(job)
+                    resumed = job.cut is not None and self._restore(run, job.cut)
+                    if run.trial.parameters and not resumed:
+                        self._engine.admit(run.trial)
             except UserError as error:
                 if not self._tolerant or isinstance(error, OutputError):
                     raise
                 news.append(Ended(job.name, Outcome("failed", str(error))))
                 continue
             self._running[job.name] = run
+            self._marks[job.name] = run.trial.step
             if not resumed:
                 entering.append(run)
             elif run.trial.finished:
                 news += self._evaluate([run], {}, told=True)
         unknown = {run.job.start: run for run in entering if run.job.start not in self._initial}
-        losses = self._held_out([run.trial for run in unknown.values()])
-        self._initial |= dict(zip(unknown, losses, strict=True))
+        losses, failed = self._held_out(list(unknown.values()))
+        self._initial |= {start: losses[run.job.name] for start, run in unknown.items() if run.job.name in losses}
         for run in entering:
+            if run.job.start not in self._initial:
+                news.append(self._end(run, "failed", None, failed[unknown[run.job.start].job.name]))
+                continue
             start_N = self._initial[run.job.start]
             run.begin(start_N, from_step=None)
             news.append(Measured(run.job.name, 0, start_N))
@@ -258,6 +261,11 @@ class Slots:
         due = []
         for event in events:
             run = self._running[event.trial.name]
+            if event.failed is not None:
+                if not self._tolerant:
+                    raise event.failed
+                news.append(self._end(run, "failed", None, str(event.failed)))
+                continue
             if event.report is None:
                 news.append(self._end(run, "diverged", None, event.diverged))
                 continue
@@ -268,9 +276,12 @@ class Slots:
 
     def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[News]:
         news: list[News] = []
-        losses = self._held_out([run.trial for run in due])
-        for run, sums_N in zip(due, losses, strict=True):
-            step = run.trial.step
+        losses, failed = self._held_out(due)
+        for run in due:
+            if run.job.name in failed:
+                news.append(self._end(run, "failed", None, failed[run.job.name]))
+                continue
+            step, sums_N = run.trial.step, losses[run.job.name]
             if not np.isfinite(sums_N).all():
                 reason = f"the held-out loss became {sums_N.sum()} after step {step}"
                 news.append(self._end(run, "diverged", None, reason))
@@ -286,38 +297,57 @@ class Slots:
                 news.append(self._end(run, "finished", sums_N))
         return news
 
-    def _held_out(self, trials: Sequence[Trial]) -> list[Losses]:
-        rows = self._session.held_out
-        return self._engine.evaluate(trials, rows, range(len(rows))) if trials else []
+    def _held_out(self, runs: Sequence[TrialRun]) -> tuple[dict[str, Losses], dict[str, str]]:
+        """Returns the losses of these trials, and the reasons of those with an example that does not fit, by name."""
+        rows, fitting, failed = self._session.held_out, list(runs), dict[str, str]()
+        while fitting:
+            try:
+                losses = self._engine.evaluate([run.trial for run in fitting], rows, range(len(rows)))
+            except DoesNotFit as error:
+                if not self._tolerant:
+                    raise
+                run = self._run_of(error)
+                failed[run.job.name] = f"held-out rows: {error}"
+                fitting.remove(run)
+            else:
+                return dict(zip((run.job.name for run in fitting), losses, strict=True)), failed
+        return {}, failed
+
+    def _run_of(self, error: DoesNotFit) -> TrialRun:
+        return next(run for run in self._running.values() if run.trial.adapter is error.adapter)
 
     def _end(self, run: TrialRun, status: Ending, end_N: Losses | None, reason: str | None = None) -> Ended:
         run.close()
         if run.trial in self._engine.trials:
             self._engine.evict(run.trial)
         self._running.pop(run.job.name, None)
+        self._marks.pop(run.job.name, None)
         self._steps_done += run.trial.step
         self._ended_since = True
         return Ended(run.job.name, run.outcome(status, end_N, reason))
 
     def _save_due(self) -> bool:
-        mark, before = self._progress_mark(), self._mark
-        self._mark = mark
-        return mark != before or self._clock_due() or self._end_due()
+        return self._steps_due() or self._clock_due() or self._end_due()
 
     def _save_at_mark(self, decided: Mapping[str, Any]) -> None:
-        mark, before = self._progress_mark(), self._mark
-        self._mark = mark
-        if mark != before:
+        if self._steps_due():
             self.save(decided)
 
-    def _progress_mark(self) -> int:
-        """Returns a number that changes each time every slot has taken `checkpoint_every` steps more."""
+    def _steps_due(self) -> bool:
+        """True once each time any trial has taken `checkpoint_every` steps since this was last so, or since it entered.
+
+        A checkpoint holds all slots: the interval is one of steps of the trial that takes the most, however many there
+        are. Checkpoints made for other reasons do not shift it.
+        """
         every = self._logging.checkpoint_every
-        if every is None or not self._running:
-            return self._mark
-        if every == "epoch":
-            every = max(run.trial.order.steps_per_epoch for run in self._running.values())
-        return self.steps // (every * len(self._running))
+        if every is None:
+            return False
+        for name, run in self._running.items():
+            own = run.trial.order.steps_per_epoch if every == "epoch" else every
+            if run.trial.step - self._marks[name] >= own:
+                self._marks = {name: run.trial.step for name, run in self._running.items()}
+                return True
+        return False
 
     def _clock_due(self) -> bool:
         minutes = self._logging.checkpoint_minutes

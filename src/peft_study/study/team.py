@@ -85,6 +85,7 @@ class Team:
         self._trials = 1
         self._capacity: Capacity | None = None
         self._places: Cuts | None = None
+        self._opened: Opened | None = None
 
     def __enter__(self) -> Team:
         if self._config.checkpoints is not None:
@@ -94,7 +95,7 @@ class Team:
             workers, threads = _counted(self._fleet.count, "worker"), _counted(self._fleet.threads, "thread")
             self._say(f"{workers}, each with {threads}; the first one loads {self._config.model.name}")
             self._open(0)
-            opened = self._first("open")
+            self._opened = opened = self._first("open")
             assert opened.facts is not None
             self.facts: Facts = opened.facts
         except BaseException as error:
@@ -219,7 +220,8 @@ class Team:
     def _open(self, place: int) -> None:
         hand = _Hand(self._fleet.open(place), place)
         self._hands.append(hand)
-        self._call(hand, "open", self._config.model_dump_json(), str(Path.cwd()), not hasattr(self, "facts"))
+        first = None if self._opened is None else replace(self._opened, facts=None)
+        self._call(hand, "open", self._config.model_dump_json(), str(Path.cwd()), self._fleet.sharing, first)
 
     def _begin(self, hand: _Hand) -> None:
         book = self._book()

@@ -121,7 +121,7 @@ class TrialRun:
         self.trainable = count_trainable(session.base, adapter)
         self._started = time.perf_counter()
         self._metrics: MetricsWriter | None = None
-        self._start_N: Losses = np.empty(0)
+        self._start_N: Losses | None = None
         self.last_N: Losses | None = None
         # the base's own losses are measured before an exclusive method changes the base
         self._base_N = session.base_held_out.of(range(len(session.held_out)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 from peft_study.config import LoggingConfig, MethodConfig
 from peft_study.engine import checkpoint
 from peft_study.engine.guards import Trainable
+from peft_study.engine.row import DoesNotFit
 from peft_study.engine.trial import StepReport, Trial
-from peft_study.methods.base import Adapter
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
@@ -159,7 +160,8 @@ class Worker:
         """Returns the summed losses of each test example, in nats, of trained adapters and of the untouched base.
 
         Args:
-            trained: name, setting and adapter folder of each.
+            trained: name, setting and adapter folder of each; one with an example that does not fit into the memory is
+                left out, with a warning.
 
         Raises:
             ModelError: when an adapter cannot be read.
@@ -171,10 +173,17 @@ class Worker:
         sums = {"none": session.base_test.of(everything)}
         session.base_test.save()
         beside = [entry for entry in trained if not is_exclusive(entry[1].method)]
-        adapters: list[Adapter] = [load_adapter(folder, session.base) for _, _, folder in beside]
-        if adapters:
-            losses = session.engine.losses(adapters, session.test, everything)
-            sums |= {name: own for (name, _, _), own in zip(beside, losses, strict=True)}
+        adapters = {name: load_adapter(folder, session.base) for name, _, folder in beside}
+        while adapters:
+            try:
+                losses = session.engine.losses(list(adapters.values()), session.test, everything)
+            except DoesNotFit as error:
+                name = next(name for name, adapter in adapters.items() if adapter is error.adapter)
+                warnings.warn(f"{name} has no test loss: {error}", stacklevel=2)
+                del adapters[name]
+            else:
+                sums |= dict(zip(adapters, losses, strict=True))
+                break
         for name, method, folder in trained:
             if is_exclusive(method.method):
                 sums[name] = self._test_alone(method, folder)
