@@ -85,7 +85,11 @@ def test_each_of_two_processes_measures_its_share_of_one_memory(
 ) -> None:
     """The first one measures while it is alone, and all take what it found."""
     changes: dict[str, Any] = {"slots": "auto", "methods": {"lora": {"rank": [2, 4], "dropout": 0.2}}}
-    study = write_study(tmp_path, *model_and_data, **{**LONG, **changes, "training": {"steps": 2, "batch_size": 5}})
+    study = write_study(
+        tmp_path,
+        *model_and_data,
+        **{**LONG, **changes, "budget": {"trials": 4}, "training": {"steps": 2, "batch_size": 5}},
+    )
     free = memory.available(torch.device("cpu"))
     if free is None:
         pytest.skip("this system does not say what is free")
