@@ -231,7 +231,7 @@ def no_memory(_self: object) -> None:
 def test_what_the_cpu_says_is_understood() -> None:
     """A row is halved as on an accelerator; numpy and Python have their own error."""
     engine = Engine(tw.base("llama"), row_tokens=ROW_TOKENS)
-    whole, errors = engine.runner.row, [lambda: torch.empty(1 << 60), lambda: np.empty(1 << 60)]
+    whole, errors = engine.runner.row, [lambda: torch.empty(1 << 60), lambda: np.empty(1 << 58, np.uint8)]
 
     def row(items: Sequence[Item]) -> AbstractContextManager[RowResult]:
         if errors:
