@@ -32,7 +32,7 @@ ROWS = 64
 
 # (what, module, attribute): each is timed where it is called; the import of their modules is the first stage
 STAGES = (
-    ("tokenizer", "peft_study.model.load", "load_tokenizer"),
+    ("tokenizer", "peft_study.study.session", "load_tokenizer"),
     ("weights", "peft_study.model.load", "load_model"),
     ("proof of packing and head", "peft_study.model.load", "prove"),
     ("tokens of the data", "peft_study.study.split", "tokenize"),

@@ -86,7 +86,7 @@ def test_trl_packs_soft_prompts_wrongly(method: str) -> None:
         name: TrlPeer(name, world, config, adapter, examples, trl_best.CANDIDATES[name]).run().loss
         for name in ("b1", "packed")
     }
-    assert abs(found["b1"] - expected) < 3e-4 * expected
+    assert abs(found["b1"] - expected) < 5e-4 * expected
     assert abs(found["packed"] - expected) > 1e-3 * expected
 
 

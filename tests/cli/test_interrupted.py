@@ -99,7 +99,7 @@ def test_one_line_and_nothing_left(name: str, many: Path, tiny_model_folder: Pat
         os.killpg(process.pid, signal.SIGINT)
         started = time.monotonic()
         _, err = process.communicate(timeout=60)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20, "it went on tokenising"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

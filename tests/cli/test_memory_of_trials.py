@@ -165,7 +165,7 @@ def test_a_setting_that_does_not_fit_is_a_row_that_failed(cli: CommandLine, stud
 def test_a_method_of_which_nothing_fits_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study, "--set", f"methods.lora.rank=[{HUGE}, {2 * HUGE}]")
     assert ran.code == 2
-    assert "error: methods.lora: lora of rank " in ran.err
+    assert ", methods.lora: lora of rank " in ran.err
     assert " GB of memory beside the base, " in ran.err
     assert not (tmp_path / "out").exists()
 

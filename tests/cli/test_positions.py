@@ -108,7 +108,7 @@ def test_a_method_of_which_no_setting_has_positions_is_refused(cli: CommandLine,
     for more in ((), ("--dry-run",)):
         line = cli(*words, *more)
         assert line.code == 2
-        assert "error: methods.prefix_tuning: " in line.err
+        assert ", methods.prefix_tuning: " in line.err
         assert f"but the model has {POSITIONS}" in line.err
         assert "Traceback" not in line.err
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A run that ends above the untouched base says so and exits with 1; any other is a success."""
+"""A run that ends above the untouched base says so; one that its training made worse exits with 1."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def test_it_says_what_it_is(
     assert ran.err == ""
     last = ran.out.splitlines()[-1]
     assert last.startswith("WARNING: the run ended ")
-    assert last.endswith(
-        "nats a token above the untouched base: this setting made the model worse; lower --learning_rate"
-    )
+    assert last.endswith("nats a token above the untouched base: training made the model worse; lower --learning_rate")
     status = RunFolder(out).status()
     assert status is not None
     assert status[0] == "finished"
@@ -61,7 +59,7 @@ def finished(before: float, after: float, above: tuple[float, float, float]) -> 
 
 def test_only_a_whole_interval_above_zero_counts() -> None:
     assert finished(1.5, 11.3, (9.8, 9.1, 10.5)).worse == (
-        "ended 9.8 nats a token above the untouched base: this setting made the model worse; lower --learning_rate"
+        "ended 9.8 nats a token above the untouched base: training made the model worse; lower --learning_rate"
     )
     assert finished(1.5, 1.6, (0.1, -0.01, 0.2)).worse is None
     assert finished(1.5, 1.4, (-0.1, -0.2, -0.01)).worse is None
@@ -73,5 +71,7 @@ def test_what_began_above_the_base_is_told_another_remedy() -> None:
     """Prefix tuning from random keys begins far above the base, and a short run does not make up for it."""
     said = finished(6.7, 6.4, (4.9, 4.5, 5.2)).worse
     assert said is not None
-    assert "it began higher still: start from a text (--prefix_init text, --prompt_init text), or train longer" in said
+    assert "it began higher still; start from a text (--prefix_init text, --prompt_init text), or train longer" in said
     assert "lower --learning_rate" not in said
+    assert not finished(6.7, 6.4, (4.9, 4.5, 5.2)).harmed
+    assert finished(1.5, 11.3, (9.8, 9.1, 10.5)).harmed

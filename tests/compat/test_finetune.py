@@ -131,7 +131,7 @@ def test_device_and_precision() -> None:
         return made.device, made.dtype
 
     assert model() == ("auto", "auto")
-    assert model("--mixed_precision", "no") == ("auto", "bfloat16")
+    assert model("--mixed_precision", "no") == ("auto", "auto")
     assert model("--mixed_precision", "fp16", "--dtype", "float32") == ("auto", "float32")
     assert model("--cpu") == ("cpu", "auto")
     assert model("--cpu", "--device", "cuda") == ("cuda", "auto")
@@ -311,7 +311,7 @@ def test_the_examples_make_the_runs_they_promise(script: Path, tmp_path: Path) -
     training = made.config.training
     assert made.config.method == methods[script.stem]
     assert made.config.model.name == "smollm2-135m-instruct"
-    assert made.config.model.dtype == "bfloat16"
+    assert made.config.model.dtype == "auto"
     assert (training.batch_size, training.learning_rate, training.schedule) == (32, 1e-4, "linear")
     assert (training.warmup_ratio, training.epochs, training.steps, training.clip_norm) == (0.03, 1, 2, 1.0)
     assert made.config.output == tmp_path / "out"

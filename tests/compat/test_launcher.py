@@ -130,7 +130,7 @@ def test_the_script_may_stand_between_any_two_arguments(items: list[tuple[tuple[
 
 @pytest.mark.parametrize(
     ("said", "dtype"),
-    [("bf16", "bfloat16"), ("fp16", "float16"), ("no", "bfloat16"), ("fp8", None)],
+    [("bf16", "auto"), ("fp16", "float16"), ("no", "auto"), ("fp8", None)],
 )
 def test_mixed_precision_is_a_dtype(said: str, dtype: str | None) -> None:
     assert parse(["--mixed_precision", said]).launch.dtype == dtype
@@ -170,7 +170,7 @@ def test_accelerates_own_configuration_file_counts(tmp_path: Path) -> None:
     launch = parse(["--config_file", str(file)]).launch
     assert (launch.processes, launch.dtype, launch.clip_norm) == (4, "float16", 0.7)
     launch = parse(["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "bf16"]).launch
-    assert (launch.processes, launch.dtype) == (2, "bfloat16")
+    assert (launch.processes, launch.dtype) == (2, "auto")
     file.write_text(json.dumps({"num_processes": "many"}))
     with pytest.raises(ConfigError, match="--num_processes: 'many' is not a whole number above 0"):
         parse(["--config_file", str(file)])
@@ -223,7 +223,7 @@ def test_what_a_real_launcher_was_told_counts_and_the_command_line_wins() -> Non
     }
     launch = parse([], told).launch
     assert (launch.dtype, launch.values["cpu"], launch.clip_norm) == ("float16", True, 0.5)
-    assert parse(["--mixed_precision", "bf16"], told).launch.dtype == "bfloat16"
+    assert parse(["--mixed_precision", "bf16"], told).launch.dtype == "auto"
     assert parse([], {"ACCELERATE_MIXED_PRECISION": "no"}).launch.dtype is None
 
 

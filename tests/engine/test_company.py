@@ -19,13 +19,20 @@ from peft_study.model.load import Base
 
 
 def compare(family: str, curves: dict[str, list[float]], trials: Sequence[Trial], dropout: float) -> None:
-    """Compares with each trial alone: every loss, and every tensor at the end, to contract 1's tolerance."""
+    """Compares with each trial alone: every loss to 1e-5, and every tensor at the end.
+
+    AdamW divides small gradients by their own size, so rounding grows. A tensor may be as far off as those of the trial
+    alone are from each other where only the cut of its batches into rows differs, but for a factor of two.
+    """
     for own in trials:
         by_itself = alone(family, own.name, dropout=dropout)
+        cuts = [alone(family, own.name, dropout=dropout, row_tokens=n).parameters for n in (35, ROW_TOKENS, 4096)]
+        noise = max(apart(a[name], b[name]) for name in by_itself.parameters for a in cuts for b in cuts)
+        assert noise < 1e-4, "noise as large as this would hide anything"
         assert len(curves[own.name]) == own.total_steps
         assert curves[own.name] == pytest.approx(by_itself.losses, rel=1e-5), own.name
         for parameter, tensor in values(own).items():
-            assert apart(tensor, by_itself.parameters[parameter]) < 1e-5, (own.name, parameter)
+            assert apart(tensor, by_itself.parameters[parameter]) < max(1e-5, 2 * noise), (own.name, parameter)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

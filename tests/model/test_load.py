@@ -125,6 +125,10 @@ def test_a_cpu_without_bfloat16_takes_float32_and_says_so(monkeypatch: pytest.Mo
     assert placement.dtype == torch.float32
     assert placement.note is not None
     assert "float32" in placement.note
+    asked_for = precision.choose("cpu", "bfloat16")
+    assert asked_for.dtype == torch.bfloat16
+    assert asked_for.note is not None
+    assert "slower" in asked_for.note
 
 
 def test_the_bases_own_dropout_is_off_even_while_layers_are_recomputed() -> None:

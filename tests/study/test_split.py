@@ -385,7 +385,7 @@ def test_mistakes(case: str) -> None:
         ({"test": float("inf")}, ("data.yaml, test: ", "inf")),
         ({"held_out": 1.5}, ("data.yaml, held_out: ", "neither a whole number of rows nor a share below 1", "1.5")),
         ({"held_out": True}, ("data.yaml, held_out: ", "neither a number", "True")),
-        ({"test": ""}, ("data.yaml, test: ", "nor a path", "''")),
+        ({"test": ""}, ("data.yaml, test: ", "is empty")),
         ({"held_out": 0.5, "test": 0.5}, ("data.yaml, test: ", "beside held_out 0.5", "less than 1", "value: 0.5")),
         ({"stratify": "perhaps"}, ("data.yaml, stratify: ", "perhaps")),
     ],

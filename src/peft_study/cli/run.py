@@ -140,5 +140,5 @@ def finetune(context: typer.Context) -> None:
         except UserError as error:
             raise pointed(error, command) from None
         display.conclude(finished)
-    if finished.diverged or finished.worse:
+    if finished.diverged or finished.harmed:
         raise typer.Exit(1)

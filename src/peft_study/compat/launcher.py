@@ -30,7 +30,8 @@ SHARED = frozenset({"gradient_accumulation_steps"})
 # accelerate fills DeepSpeed's "gradient_clipping": "auto" with this (accelerate 0.31, accelerator.py:1621).
 DEEPSPEED_CLIPPING = 1.0
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "bfloat16"}  # the original loads in bf16 whatever is said
+# the original loads in bf16 whatever is said; auto does where the device computes in it (a CPU may be 100 times slower)
+_DTYPES = {"bf16": "auto", "fp16": "float16", "no": "auto"}
 _USED = frozenset({"num_processes", "mixed_precision", "gradient_clipping", "cpu", "config_file"})
 _TRUE = frozenset({"yes", "true", "t", "y", "1"})
 _BOOLS = _TRUE | {"no", "false", "f", "n", "0"}

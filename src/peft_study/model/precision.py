@@ -61,6 +61,8 @@ def choose(device: str = "auto", dtype: str = "auto") -> Placement:
             "this card does not compute in bfloat16", where="--dtype", remedy="use --dtype float16 or float32"
         )
     note = "float16: the loss is scaled, and steps whose gradients overflow are skipped" if dtype == "float16" else None
+    if dtype == "bfloat16" and not able:
+        note = f"this {name} device imitates bfloat16, which may be 100 times slower: float32 is faster"
     return Placement(torch.device(name), _DTYPES[dtype], note)
 
 

@@ -23,7 +23,7 @@ from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create, size
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
-from peft_study.model.precision import choose
+from peft_study.model.precision import Placement, choose
 from peft_study.places import cache_root
 from peft_study.study.rows import Rows
 from peft_study.study.split import check_files, make_split
@@ -96,21 +96,7 @@ def open_session(
     tokenizer, encoder = _check(model, data, test=test)
     if encoder.bos_warning:
         notes.append(encoder.bos_warning)
-    precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
-    say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
-    base = load_base(
-        model.name,
-        tokenizer=tokenizer,
-        revision=model.revision,
-        placement=placement,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-    )
-    base.tokenizer_name = model.tokenizer
-    if not base.proof.segmented:
-        notes.append(f"{model.name}: its attention is not one known here; it is run as it is, one example a row")
-    elif not base.proof.packs:
-        notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
+    base = _load(model, tokenizer, placement, say, notes)
     say("reading and tokenising the data")
     rows = make_split(data, encoder, training.data_seed, test=test)
     notes += rows.notes
@@ -154,6 +140,26 @@ def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, Ch
         raise error.within("data.chat_template") from error
     check_files(data, encoder, test=test)
     return tokenizer, encoder
+
+
+def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, notes: list[str]) -> Base:
+    """Loads the base, and notes how it differs from what the engine is made for."""
+    precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
+    say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
+    base = load_base(
+        model.name,
+        tokenizer=tokenizer,
+        revision=model.revision,
+        placement=placement,
+        quantization=model.quantization,
+        trust_remote_code=model.trust_remote_code,
+    )
+    base.tokenizer_name = model.tokenizer
+    if not base.proof.segmented:
+        notes.append(f"{model.name}: its attention is not one known here; it is run as it is, one example a row")
+    elif not base.proof.packs:
+        notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
+    return base
 
 
 def _room(engine: Engine, processes: Processes) -> Room:
