@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from peft_study.study.record import environment
+from peft_study.storage.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -34,7 +34,7 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Trial
 from peft_study.methods import Adapter
 from peft_study.model.load import Base
-from peft_study.study.record import peak_memory
+from peft_study.storage.environment import peak_memory
 
 Setting = tuple[MethodConfig, int]
 """A method and the tokens of an optimizer step."""

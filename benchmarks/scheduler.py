@@ -19,8 +19,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from peft_study.config import StudyConfig
+from peft_study.storage.journal import Journal
 from peft_study.study.agenda import Agenda
-from peft_study.study.journal import Journal
 from peft_study.study.sampling import Suggestions, open_storage
 from peft_study.study.slots import Ended, Measured
 from peft_study.study.trial_run import Outcome

@@ -36,8 +36,8 @@ from search_replay import RULES, Costs, Search, Seen, asha, factor, one_after_an
 from search_trl import SETTINGS, measure_ray, measure_single
 from worlds import EMBEDDED
 
-from peft_study.places import cache_root
-from peft_study.study.journal import Event, read
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.journal import Event, read
 
 PARTS = ("ours", "trl", "ray")
 CURVES = "search_curves"

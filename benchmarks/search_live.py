@@ -25,9 +25,9 @@ from search_grid import METHOD, Scale, config_of, split_of, training_batches
 from peft_study.config import StudyConfig, validate
 from peft_study.evaluate.statistics import mean_loss
 from peft_study.methods.peft_format import load_adapter
+from peft_study.storage.journal import Journal
+from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.conduct import run_study
-from peft_study.study.folder import StudyFolder
-from peft_study.study.journal import Journal
 from peft_study.study.session import open_session
 from peft_study.study.slots import Ended, Measured
 from peft_study.study.stop import StopRequest

@@ -18,8 +18,8 @@ import optuna
 from search_grid import METHOD, Cell, Curves, cell_of, config_of
 from search_replay import Search, Seen
 
+from peft_study.storage.journal import Event, Journal
 from peft_study.study.agenda import Agenda
-from peft_study.study.journal import Event, Journal
 from peft_study.study.sampling import Suggestions
 from peft_study.study.slots import Ended, Measured, News
 from peft_study.study.trial_run import Ending, Outcome

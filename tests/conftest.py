@@ -16,7 +16,7 @@ import pytest
 from hypothesis import settings
 
 from command_line import CommandLine, Ran, conversation
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
 from tiny_tokenizer import tiny_tokenizer
 
 # a busy machine is no failure of a property

@@ -18,9 +18,9 @@ import yaml
 from pyarrow import parquet
 
 import peft_study
-from peft_study.study import journal
-from peft_study.study.metrics import read
-from peft_study.study.store import RunFolder
+from peft_study.storage import journal
+from peft_study.storage.metrics import read
+from peft_study.storage.run_dir import RunFolder
 
 PROGRAM = (sys.executable, "-c", "from peft_study.cli import main; main()")
 PATIENCE = 240.0

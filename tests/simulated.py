@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, validate
+from peft_study.storage.journal import Journal
 from peft_study.study.agenda import Agenda
 from peft_study.study.budget import steps_of
-from peft_study.study.journal import Journal
 from peft_study.study.sampling import Suggestions, open_storage
 from peft_study.study.slots import Ended, Measured, News
 from peft_study.study.trial_run import Outcome

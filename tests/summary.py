@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_study.study.record import environment
+from peft_study.storage.environment import environment
 
 PATH = Path(__file__).with_name("slow-summary.json")
 

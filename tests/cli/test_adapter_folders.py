@@ -16,7 +16,7 @@ from peft import AutoPeftModelForCausalLM
 
 from command_line import CommandLine
 from peft_study.model.embedded import DESCRIPTION
-from peft_study.study.store import RunFolder
+from peft_study.storage.run_dir import RunFolder
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from command_line import CommandLine, largest_file, listing
-from peft_study.data.atomic import output_error
 from peft_study.errors import OutputError
-from peft_study.places import cache_root
-from peft_study.study.metrics import MetricsWriter
-from peft_study.study.store import RunFolder
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.files import output_error
+from peft_study.storage.metrics import MetricsWriter
+from peft_study.storage.run_dir import RunFolder
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from command_line import CommandLine, Ran, listing
 from peft_study.engine.engine import Engine
-from peft_study.study.metrics import read
-from peft_study.study.store import RunFolder
+from peft_study.storage.metrics import read
+from peft_study.storage.run_dir import RunFolder
 
 METHODS = {
     "--use_lora": ("lora", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),

@@ -21,10 +21,10 @@ from pyarrow import parquet
 
 from command_line import CommandLine
 from peft_study.engine import checkpoint
-from peft_study.study import journal
-from peft_study.study.metrics import read
+from peft_study.storage import journal
+from peft_study.storage.metrics import read
+from peft_study.storage.run_dir import RunFolder
 from peft_study.study.stop import StopRequest
-from peft_study.study.store import RunFolder
 from peft_study.study.trial_run import TrialRun
 
 PROGRAM = (sys.executable, "-c", "from peft_study.cli import main; main()")

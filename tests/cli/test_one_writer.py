@@ -14,7 +14,7 @@ import pytest
 
 from command_line import CommandLine, listing
 from peft_study.errors import OutputError
-from peft_study.study.store import RunFolder
+from peft_study.storage.run_dir import RunFolder
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_killed_run_leaves_no_lock_behind_in_the_processes_it_forked(tmp_path:
     program = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from peft_study.study.store import RunFolder\n"
+        "from peft_study.storage.run_dir import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).locked():\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"

@@ -18,7 +18,7 @@ import yaml
 from pyarrow import parquet
 
 from command_line import CommandLine, Ran, dev_losses, listing
-from peft_study.study.folder import StudyFolder
+from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]

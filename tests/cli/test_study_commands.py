@@ -22,7 +22,7 @@ import yaml
 
 from command_line import CommandLine, listing
 from hand_made import RATE, HandMade
-from peft_study.study.folder import StudyFolder
+from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.slots import Slots
 from peft_study.study.stop import StopRequest
 
@@ -138,7 +138,7 @@ def test_a_process_that_was_killed_or_is_elsewhere(cli: CommandLine, made: HandM
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner.write_text(json.dumps({"process": gone.pid, "machine": socket.gethostname()}))
-    with patch("peft_study.study.owner._locked", side_effect=AssertionError("the lock of a dead process was tried")):
+    with patch("peft_study.storage.owner._locked", side_effect=AssertionError("the lock of a dead process was tried")):
         assert "its process was killed" in cli("status", folder).ok().out
     # its number has been given to another process
     owner.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))

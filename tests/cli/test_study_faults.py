@@ -13,10 +13,10 @@ import yaml
 from sqlalchemy.exc import OperationalError
 
 from command_line import CommandLine, dev_losses, largest_file
-from peft_study.data.atomic import output_error
+from peft_study.storage.files import output_error
+from peft_study.storage.journal import Journal
+from peft_study.storage.metrics import MetricsWriter
 from peft_study.study import sampling
-from peft_study.study.journal import Journal
-from peft_study.study.metrics import MetricsWriter
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import yaml
 
 from command_line import CommandLine
 from peft_study.compat.parsing import parse
-from peft_study.data.atomic import read_text
 from peft_study.errors import ConfigError
+from peft_study.storage.files import read_text
 
 COMMANDS = {"run": ("run",), "finetune": ("finetune",)}
 

@@ -19,9 +19,9 @@ import zstandard
 from typer.testing import CliRunner
 
 from peft_study.cli.data import app
-from peft_study.data.atomic import AtomicFiles, atomic_writer, made_folder
 from peft_study.data.convert import convert
 from peft_study.errors import DataError, OutputError, UserError
+from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder
 from tiny_tokenizer import tiny_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
@@ -221,7 +221,7 @@ def test_no_space_left_while_writing_or_at_the_end(tmp_path: Path, monkeypatch: 
 
 def test_killed_conversion_leaves_no_half_file_and_the_next_one_sweeps(tmp_path: Path) -> None:
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom peft_study.data.atomic import AtomicFiles\n"
+        "import sys, time\nfrom pathlib import Path\nfrom peft_study.storage.files import AtomicFiles\n"
         "with AtomicFiles() as files:\n"
         "    handle = files.open(Path(sys.argv[1])); handle.write(b'half'); handle.flush()\n"
         "    print('writing', flush=True); time.sleep(60)"

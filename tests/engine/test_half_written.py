@@ -15,7 +15,7 @@ import tiny_world as tw
 from company import trial
 from peft_study.engine import checkpoint
 from peft_study.engine.engine import Engine
-from peft_study.study.metrics import read
+from peft_study.storage.metrics import read
 
 
 class Killed(BaseException):
@@ -54,7 +54,7 @@ def test_a_kill_while_a_resumed_run_opens_its_measurements_loses_no_line(tmp_pat
     path.write_text("".join(json.dumps({"event": "train", "step": step, "loss": 1.0}) + "\n" for step in range(1, 9)))
     script = (
         "import os, pathlib, signal, sys\n"
-        "from peft_study.study.metrics import MetricsWriter\n"
+        "from peft_study.storage.metrics import MetricsWriter\n"
         "def killed(self, *args, **kwargs):\n"
         "    self.open('w').close()\n"  # as write_text begins
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

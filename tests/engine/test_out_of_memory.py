@@ -24,7 +24,7 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.errors import ModelError
 from peft_study.methods import create
 from peft_study.model.load import Base
-from peft_study.study.metrics import read
+from peft_study.storage.metrics import read
 
 ROW_TOKENS = 160
 NAMES = ("lora", "prefix", "prompt", "prefix, projected")

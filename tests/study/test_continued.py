@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peft_study.config import StudyConfig
-from peft_study.study.journal import Event
+from peft_study.storage.journal import Event
 from peft_study.study.trials import TrialRecord
 from simulated import World, study, valley
 

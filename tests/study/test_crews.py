@@ -16,9 +16,9 @@ import torch
 from command_line import CommandLine, listing
 from crew_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
 from peft_study.engine import checkpoint, memory
-from peft_study.study import journal
+from peft_study.storage import journal
+from peft_study.storage.run_dir import RunFolder
 from peft_study.study.cuts import Cuts
-from peft_study.study.store import RunFolder
 
 LONG = {
     "training": {"steps": 60, "batch_size": 5, "row_tokens": 130},

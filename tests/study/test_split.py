@@ -24,11 +24,11 @@ from peft_study.data.conversation import Example
 from peft_study.errors import ConfigError, OutputError, UserError
 from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
+from peft_study.storage.run_dir import RunFolder
 from peft_study.study import split
 from peft_study.study.rows import Rows
 from peft_study.study.session import Session, describe, open_session, refuse_other_inputs
 from peft_study.study.split import Split, make_split
-from peft_study.study.store import RunFolder
 
 
 @dataclass(frozen=True)

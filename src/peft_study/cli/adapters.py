@@ -42,7 +42,7 @@ def merge(
 ) -> None:
     """Write the base model with a LoRA adapter merged into its weights."""
     from peft_study.cli.display import quiet_libraries
-    from peft_study.data.atomic import refuse_unwritable
+    from peft_study.storage.files import refuse_unwritable
     from peft_study.study.adapters import merge as merge_adapter
 
     quiet_libraries()
@@ -79,8 +79,8 @@ def generate(
     import json
 
     from peft_study.cli.display import quiet_libraries
-    from peft_study.data.atomic import refuse_existing, refuse_unwritable
     from peft_study.evaluate.answers import Answerer, read_prompts, write_answers
+    from peft_study.storage.files import refuse_existing, refuse_unwritable
 
     quiet_libraries()
     found = _folder(adapter)

@@ -154,12 +154,12 @@ def stats(
     """Count rows and tokens per source, lengths, what is cut, what is supervised, duplicates."""
     from rich.console import Console
 
-    from peft_study.data.atomic import refuse_unwritable
     from peft_study.data.chat import ChatEncoder
     from peft_study.data.formats import parse_mapping
     from peft_study.data.stats import compute_stats, plot_stats, render_stats
     from peft_study.errors import TemplateError
     from peft_study.model.load import load_tokenizer
+    from peft_study.storage.files import refuse_unwritable
 
     if plot is not None:
         refuse_unwritable(plot)

@@ -33,7 +33,7 @@ def init(
 
     from peft_study.cli.data import progress
     from peft_study.cli.display import quiet_libraries
-    from peft_study.data.atomic import refuse_existing, refuse_unwritable
+    from peft_study.storage.files import refuse_existing, refuse_unwritable
     from peft_study.study.template import WHY_BOS, look, write_study_file
 
     quiet_libraries()
@@ -53,7 +53,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a study file, with which an editor completes and checks one."""
     from peft_study.config.schema import schema_text
-    from peft_study.data.atomic import atomic_writer, made_folder
+    from peft_study.storage.files import atomic_writer, made_folder
 
     if output is None:
         typer.echo(schema_text(), nl=False)

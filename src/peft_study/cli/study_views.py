@@ -102,7 +102,7 @@ def show_rows(study: Study, rows: Sequence[Row]) -> None:
 
 def print_json(rows: Iterable[Row]) -> None:
     """Prints every column of every trial as a JSON list."""
-    from peft_study.data.atomic import json_text
+    from peft_study.storage.files import json_text
     from peft_study.study.results import flat
 
     values = [{**flat(row), "settings": row.settings} for row in rows]

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from peft_study.config import DataConfig, Location
-from peft_study.data.atomic import read_text
 from peft_study.errors import ConfigError, UserError
+from peft_study.storage.files import read_text
 
 _Path = tuple[str, ...]
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")

@@ -20,8 +20,8 @@ import yaml
 
 from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
 from peft_study.compat.launcher import LaunchArguments, launch_arguments, split
-from peft_study.data.atomic import read_text
 from peft_study.errors import ConfigError, nearest
+from peft_study.storage.files import read_text
 
 _KINDS = {"int": "a whole number", "float": "a number", "string_to_bool": "True or False"}
 

@@ -21,14 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_study.data.atomic import output_error
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.formats import read_conversations
 from peft_study.data.parallel import encode_rows
 from peft_study.data.sources import open_sources
 from peft_study.data.tokenized import LAYOUT_VERSION, TokenizedData, TokenWriter, valid_meta
 from peft_study.errors import DataError
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.files import output_error
 
 _LEFTOVER_SECONDS = 24 * 3600
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from peft_study.data.atomic import AtomicFiles, made_folder, refuse_existing
 from peft_study.data.conversation import Conversation
 from peft_study.data.formats import OnProgress, ParsedRow, parsed_rows
 from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, data_suffix
 from peft_study.data.sources import open_sources
 from peft_study.data.turns import SKIP
 from peft_study.errors import DataError, OutputError
+from peft_study.storage.files import AtomicFiles, made_folder, refuse_existing
 
 OnError = Literal["fail", "skip"]
 

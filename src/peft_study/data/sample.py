@@ -23,12 +23,12 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from peft_study.data.atomic import AtomicFiles, made_folder
 from peft_study.data.convert import LineWriter, line_of
 from peft_study.data.formats import OnProgress, parsed_rows
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import Source, open_sources
 from peft_study.errors import ConfigError, DataError, OutputError, nearest
+from peft_study.storage.files import AtomicFiles, made_folder
 
 MANIFEST = "manifest.json"
 _KEYS_AT_ONCE = 4096

@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peft_study.data.atomic import follow_umask
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Progress, Trial
 from peft_study.errors import OutputError
 from peft_study.model.digest import file_digest
+from peft_study.storage.files import follow_umask
 
 MANIFEST = "checkpoint.json"
 """Written last: a checkpoint without it is none."""

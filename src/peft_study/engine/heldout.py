@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from peft_study.data.atomic import AtomicFiles
 from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
+from peft_study.storage.files import AtomicFiles
 
 Losses = npt.NDArray[np.float64]
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
-from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.data.readers import RawRow
@@ -25,6 +24,7 @@ from peft_study.model.embedded import DESCRIPTION, EMBEDDED
 from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model
 from peft_study.model.precision import Placement, choose
 from peft_study.model.proof import learned_positions
+from peft_study.storage.files import atomic_writer, made_folder
 
 _KEPT = ("id", "source")
 """Columns of a prompt's row that its answer keeps."""

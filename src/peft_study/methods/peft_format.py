@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
-from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter
 from peft_study.methods.lora import LoraAdapter, target_shapes
 from peft_study.methods.prefix_tuning import PrefixAdapter
 from peft_study.methods.prompt_tuning import PromptAdapter
 from peft_study.model.load import Base
+from peft_study.storage.files import follow_umask
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "peft_study.json"
 TEMPLATE = "chat_template.jinja"

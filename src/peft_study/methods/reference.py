@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.config import FullConfig, NoneConfig
-from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter, Material, Size
 from peft_study.model.load import Base
+from peft_study.storage.files import follow_umask
 
 
 class NoAdapter(Adapter):

@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
 
 
 def folder_digest(folder: Path) -> str:

@@ -12,9 +12,9 @@ import secrets
 import shutil
 from pathlib import Path
 
-from peft_study.data.atomic import follow_umask
 from peft_study.errors import ModelError
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.files import follow_umask
 
 EMBEDDED = "smollm2-135m-instruct"
 """Name of the embedded base model on the command line and in configuration files."""

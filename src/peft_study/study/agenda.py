@@ -24,8 +24,8 @@ from peft_study.config import StudyConfig, TrainingConfig, setting_of
 from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
+from peft_study.storage.journal import Event, Journal
 from peft_study.study import ranges
-from peft_study.study.journal import Event, Journal
 from peft_study.study.pruning import pruner, rungs
 from peft_study.study.sampling import Suggestions
 from peft_study.study.slots import Ended, Measured, News

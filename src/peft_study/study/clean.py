@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_study.data.atomic import output_error
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
+from peft_study.storage.files import output_error
 from peft_study.study import ranges
 from peft_study.study.inspect import Study, sizes
 from peft_study.study.trials import TrialRecord

@@ -15,15 +15,15 @@ from typing import Any, Protocol
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.methods.registry import is_exclusive
-from peft_study.study import examples
+from peft_study.storage import held_out
+from peft_study.storage.environment import environment
+from peft_study.storage.journal import Journal
+from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.agenda import Agenda
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
-from peft_study.study.folder import StudyFolder
-from peft_study.study.journal import Journal
 from peft_study.study.processes import Processes
-from peft_study.study.record import environment
 from peft_study.study.results import Results, collect, summary, write_rows
 from peft_study.study.sampling import Suggestions, open_storage
 from peft_study.study.session import Say, refuse_other_inputs
@@ -140,7 +140,7 @@ class _Study:
         for note in self._facts.notes:
             watcher.say(note)
         folder.run.write_record({**environment(), **self._facts.record})
-        examples.keep(folder.run, self._facts.examples)
+        held_out.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
         self._waiting: list[tuple[TrialRecord, Found | None]] = []
         self._counted: dict[tuple[int | None, int, int, int], int] = {}

@@ -19,8 +19,8 @@ from peft_study.config import Choices, MethodConfig, MethodSpace, Range, StudyCo
 from peft_study.engine import checkpoint
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
+from peft_study.storage.study_dir import StudyFolder, basis
 from peft_study.study.capacity import Typical, settle
-from peft_study.study.folder import StudyFolder, basis
 from peft_study.study.ranges import central
 from peft_study.study.session import Say, Session, check_methods, open_session, past_context
 from peft_study.study.slots import Orders

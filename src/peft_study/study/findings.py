@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from peft_study.config import StudyConfig
 from peft_study.evaluate.statistics import Estimate, difference, few_examples
+from peft_study.storage.held_out import Examples
 from peft_study.study import ranges
-from peft_study.study.examples import Examples
 from peft_study.study.results import Finalist, Results, Row
 from peft_study.study.trials import Known
 

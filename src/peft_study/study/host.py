@@ -25,17 +25,17 @@ from typing import Any
 import torch
 
 from peft_study.config import MethodConfig, StudyConfig
-from peft_study.data.atomic import AtomicFiles
 from peft_study.engine.memory import Room
 from peft_study.errors import OutputError, UserError
+from peft_study.storage.files import AtomicFiles
+from peft_study.storage.run_dir import RunFolder
+from peft_study.storage.study_dir import basis
 from peft_study.study import capacity
 from peft_study.study.capacity import Capacity
 from peft_study.study.crew import check_spaces, largest
 from peft_study.study.cuts import Cuts
-from peft_study.study.folder import basis
 from peft_study.study.session import Session, describe, open_session
 from peft_study.study.slots import Orders
-from peft_study.study.store import RunFolder
 from peft_study.study.worker import Facts, Losses, Report, Worker, facts
 
 Files = dict[str, bytes]

@@ -11,11 +11,10 @@ from typing import Any, Literal, get_args
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.evaluate.statistics import Estimate
-from peft_study.study import examples as held_out
-from peft_study.study import journal, metrics
-from peft_study.study.examples import Examples
-from peft_study.study.folder import StudyFolder
-from peft_study.study.owner import Owner, owner
+from peft_study.storage import held_out, journal, metrics
+from peft_study.storage.held_out import Examples
+from peft_study.storage.owner import Owner, owner
+from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.results import Row, row_of
 from peft_study.study.trials import Known, State, TrialRecord
 

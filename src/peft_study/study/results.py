@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
-from peft_study.data.atomic import AtomicFiles, finite, json_text
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
-from peft_study.study import metrics, ranges
-from peft_study.study.examples import Examples
-from peft_study.study.folder import StudyFolder
+from peft_study.storage import metrics
+from peft_study.storage.files import AtomicFiles, finite, json_text
+from peft_study.storage.held_out import Examples
+from peft_study.storage.study_dir import StudyFolder
+from peft_study.study import ranges
 from peft_study.study.trials import Known, Losses, TrialRecord
 
 

@@ -24,10 +24,10 @@ from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create, size
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import Placement, choose
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.run_dir import RunFolder
 from peft_study.study.rows import Rows
 from peft_study.study.split import check_files, make_split
-from peft_study.study.store import RunFolder
 
 Say = Callable[[str], None]
 _MATERIAL_ROWS = 2000

@@ -14,8 +14,9 @@ from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.trial import total_steps
 from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.storage.environment import environment
+from peft_study.storage.run_dir import RunFolder, identity
 from peft_study.study.capacity import Typical, settle
-from peft_study.study.record import environment
 from peft_study.study.session import (
     Session,
     bos_losses,
@@ -27,7 +28,6 @@ from peft_study.study.session import (
 )
 from peft_study.study.slots import Ended, Orders, Slots
 from peft_study.study.stop import Interrupted, StopRequest
-from peft_study.study.store import RunFolder, identity
 from peft_study.study.trial_run import Job, Outcome, Watcher
 
 

@@ -25,7 +25,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.survey import check_heads
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.dropout import key
-from peft_study.places import cache_root
+from peft_study.storage.cache_dir import cache_root
 from peft_study.study.rows import Pool, Rows
 
 HELD_OUT_ROWS = 64

@@ -21,15 +21,15 @@ from types import TracebackType
 from typing import Any, Literal, NoReturn
 
 from peft_study.config import StudyConfig
-from peft_study.data.atomic import atomic_writer
 from peft_study.engine.checkpoint import Found
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
+from peft_study.storage.files import atomic_writer
+from peft_study.storage.study_dir import TEAM, StudyFolder, basis
 from peft_study.study import capacity
 from peft_study.study.capacity import Capacity
 from peft_study.study.crew import Trained
 from peft_study.study.cuts import Cuts, open_place
 from peft_study.study.fleet import Fleet, Gone, Link
-from peft_study.study.folder import TEAM, StudyFolder, basis
 from peft_study.study.host import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
 from peft_study.study.session import Say, refuse_other_inputs
 from peft_study.study.slots import Orders

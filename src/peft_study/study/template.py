@@ -21,11 +21,11 @@ import yaml
 from peft_study.config import METHODS, SPACES, Choices, Range, Strict, StudyConfig, TrainingConfig
 from peft_study.config.schema import SCHEMA_FILE
 from peft_study.config.space import TRAINING_DIMENSIONS
-from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.survey import Survey, check_heads, survey
 from peft_study.errors import DataError
 from peft_study.model.load import load_tokenizer
+from peft_study.storage.files import atomic_writer, made_folder
 
 HELD_OUT_MOST = 128
 """Held-out rows at most: evaluations then cost a few percent of a trial."""

@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
-from peft_study.data.atomic import atomic_folder
 from peft_study.engine.checkpoint import Found
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.evaluate.statistics import difference, mean_loss
 from peft_study.methods import create
 from peft_study.methods.peft_format import note_encoding
-from peft_study.study.metrics import MetricsWriter
-from peft_study.study.record import peak_memory
+from peft_study.storage.environment import peak_memory
+from peft_study.storage.files import atomic_folder
+from peft_study.storage.metrics import MetricsWriter
+from peft_study.storage.run_dir import RunFolder
 from peft_study.study.session import Session
-from peft_study.study.store import RunFolder
 
 BASE_LOSS_STEPS = 50
 """Training steps of a run at which the base's loss on the same batch is measured at most: each costs a forward pass."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, cells, grid_size
-from peft_study.study.journal import Event
+from peft_study.storage.journal import Event
 
 Losses = npt.NDArray[np.float64]
 Kind = Literal["reference", "range_test", "search", "final"]

@@ -21,7 +21,7 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
-from peft_study.study.examples import Examples
+from peft_study.storage.held_out import Examples
 from peft_study.study.session import Session, describe
 from peft_study.study.slots import News, Orders, Slots
 from peft_study.study.trial_run import Job

@@ -12,11 +12,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peft_study.data.atomic import atomic_writer, made_folder
 from peft_study.data.conversation import Conversation, Message
 from peft_study.data.skills import dates, numbers, text
 from peft_study.data.skills.base import Draws, Skill, result_of
 from peft_study.errors import ConfigError, DataError
+from peft_study.storage.files import atomic_writer, made_folder
 
 EMBEDDED_NAME = "skills"
 """Name of the data set on the command line and in configuration files."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from peft_study.data.atomic import atomic_writer, json_text, output_error
+from peft_study.storage.files import atomic_writer, json_text, output_error
 
 
 class MetricsWriter:

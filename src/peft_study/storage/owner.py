@@ -7,7 +7,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from peft_study.study.store import LOCK, OWNER, RunFolder
+from peft_study.storage.run_dir import LOCK, OWNER, RunFolder
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from peft_study.data.atomic import atomic_writer, json_text, output_error
 from peft_study.errors import OutputError
+from peft_study.storage.files import atomic_writer, json_text, output_error
 
 Event = dict[str, Any]
 

@@ -6,10 +6,10 @@ STUDY/
     record.json           code state, versions, hardware, data, base
     status.json           how the study stands; the schema version of the folder
     capacity.json         slots, row budget and threads: settled once, the same on resume
-    examples.json         held-out examples: their tokens and the untouched base's losses (study/examples.py)
-    journal.jsonl         every decision and result, in order (study/journal.py)
+    examples.json         held-out examples: their tokens and the untouched base's losses (storage/held_out.py)
+    journal.jsonl         every decision and result, in order (storage/journal.py)
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
-    trials/NAME/          a run's folder: configuration, status, metrics, adapter (study/store.py)
+    trials/NAME/          a run's folder: configuration, status, metrics, adapter (storage/run_dir.py)
     reruns/NAME/          a trial trained again (study/rerun.py)
     checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
     team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
@@ -31,7 +31,7 @@ from typing import Any
 
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import OutputError
-from peft_study.study.store import FREE, RunFolder, identity
+from peft_study.storage.run_dir import FREE, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""

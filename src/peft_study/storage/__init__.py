@@ -1,0 +1,1 @@
+"""What lies on disk: folders of runs and studies, the journal, metrics, and files that appear whole or not at all."""
