@@ -22,9 +22,9 @@ from peft_study.config import StudyConfig
 from peft_study.storage.journal import Journal
 from peft_study.study.agenda import Agenda
 from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.slots import Ended, Measured
-from peft_study.study.trial_run import Outcome
 from peft_study.study.trials import TrialRecord
+from peft_study.training.loop import Ended, Measured
+from peft_study.training.trial_run import Outcome
 
 
 def study(trials: int, sampler: str, folder: Path) -> StudyConfig:

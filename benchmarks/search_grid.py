@@ -19,9 +19,9 @@ from worlds import save_tiny
 from peft_study.config import StudyConfig, validate
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
+from peft_study.data.split import Split, make_split
 from peft_study.engine.order import DataOrder
 from peft_study.model.load import load_tokenizer
-from peft_study.study.split import Split, make_split
 
 Losses = npt.NDArray[np.float64]
 METHOD = "lora"

@@ -21,9 +21,9 @@ from search_replay import Search, Seen
 from peft_study.storage.journal import Event, Journal
 from peft_study.study.agenda import Agenda
 from peft_study.study.sampling import Suggestions
-from peft_study.study.slots import Ended, Measured, News
-from peft_study.study.trial_run import Ending, Outcome
 from peft_study.study.trials import TrialRecord
+from peft_study.training.loop import Ended, Measured, News
+from peft_study.training.trial_run import Ending, Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class VirtualWorker:
         return self._curves.slots - len(self._slots)
 
     def follow(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[News]:
-        """Follows orders as study/slots.py does: news of who left and entered, else that of one row."""
+        """Follows orders as training/loop.py does: news of who left and entered, else that of one row."""
         news: list[News] = []
         for slot, trial in list(self._slots.items()):
             if trial.name in leave:

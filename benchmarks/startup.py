@@ -32,15 +32,15 @@ ROWS = 64
 
 # (what, module, attribute): each is timed where it is called; the import of their modules is the first stage
 STAGES = (
-    ("tokenizer", "peft_study.study.session", "load_tokenizer"),
+    ("tokenizer", "peft_study.training.session", "load_tokenizer"),
     ("weights", "peft_study.model.load", "load_model"),
     ("proof of packing and head", "peft_study.model.load", "prove"),
-    ("tokens of the data", "peft_study.study.split", "tokenize"),
+    ("tokens of the data", "peft_study.data.split", "tokenize"),
     ("held-out losses, the base's and at step 0", "peft_study.engine.engine", "example_losses"),
-    ("record of the machine", "peft_study.study.single", "environment"),
-    ("metrics files", "peft_study.study.trial_run", "MetricsWriter"),
-    ("optimizer and schedule", "peft_study.study.trial_run", "Trial"),
-    ("initialisation of the adapter", "peft_study.study.trial_run", "create"),
+    ("record of the machine", "peft_study.training.finetune", "environment"),
+    ("metrics files", "peft_study.training.trial_run", "MetricsWriter"),
+    ("optimizer and schedule", "peft_study.training.trial_run", "Trial"),
+    ("initialisation of the adapter", "peft_study.training.trial_run", "create"),
 )
 
 
@@ -101,7 +101,7 @@ def child(started: float, words: list[str]) -> None:
 
     modules = {module: importlib.import_module(module) for _, module, _ in STAGES}
     importlib.import_module("peft_study.compat.finetune")
-    importlib.import_module("peft_study.study.single")
+    importlib.import_module("peft_study.training.finetune")
     from peft_study.engine.engine import Engine
 
     spent = {"interpreter and imports": time.time() - started}

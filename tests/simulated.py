@@ -15,9 +15,9 @@ from peft_study.storage.journal import Journal
 from peft_study.study.agenda import Agenda
 from peft_study.study.budget import steps_of
 from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.slots import Ended, Measured, News
-from peft_study.study.trial_run import Outcome
 from peft_study.study.trials import TrialRecord
+from peft_study.training.loop import Ended, Measured, News
+from peft_study.training.trial_run import Outcome
 
 EXAMPLES = 32
 COUNTS = np.full(EXAMPLES, 10, dtype=np.int64)

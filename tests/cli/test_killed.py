@@ -24,8 +24,8 @@ from peft_study.engine import checkpoint
 from peft_study.storage import journal
 from peft_study.storage.metrics import read
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.stop import StopRequest
-from peft_study.study.trial_run import TrialRun
+from peft_study.training.interrupt import StopRequest
+from peft_study.training.trial_run import TrialRun
 
 PROGRAM = (sys.executable, "-c", "from peft_study.cli import main; main()")
 TIMES = {"tokens_per_second", "peak_memory_bytes"}

@@ -19,7 +19,7 @@ from pyarrow import parquet
 
 from command_line import CommandLine, Ran, dev_losses, listing
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.stop import StopRequest
+from peft_study.training.interrupt import StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*.yaml"))

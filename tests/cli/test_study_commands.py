@@ -23,8 +23,8 @@ import yaml
 from command_line import CommandLine, listing
 from hand_made import RATE, HandMade
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.slots import Slots
-from peft_study.study.stop import StopRequest
+from peft_study.training.interrupt import StopRequest
+from peft_study.training.loop import Slots
 
 
 def study_file(folder: Path, model: Path, data: Path, *, steps: int = 9, out: str = "out") -> Path:

@@ -11,7 +11,7 @@ import pytest
 from command_line import CommandLine
 from peft_study.evaluate.statistics import Estimate
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.single import Finished
+from peft_study.training.finetune import Finished
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def merge(
     """Write the base model with a LoRA adapter merged into its weights."""
     from peft_study.cli.display import quiet_libraries
     from peft_study.storage.files import refuse_unwritable
-    from peft_study.study.adapters import merge as merge_adapter
+    from peft_study.training.merge import merge as merge_adapter
 
     quiet_libraries()
     refuse_unwritable(output, folder=True)
@@ -125,7 +125,7 @@ def _folder(words: list[str]) -> Path:
     import shlex
 
     from peft_study.errors import ConfigError
-    from peft_study.study.adapters import find_adapter
+    from peft_study.training.merge import find_adapter
 
     path = Path(" ".join(words))
     if len(words) > 1:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 if TYPE_CHECKING:
     from peft_study.engine.guards import Trainable
     from peft_study.engine.trial import StepReport, Trial
-    from peft_study.study.single import Finished
+    from peft_study.training.finetune import Finished
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, a step is told at most this often."""

@@ -68,7 +68,7 @@ def run(
     from peft_study.errors import UserError
     from peft_study.study.conduct import run_study
     from peft_study.study.estimate import estimate
-    from peft_study.study.stop import StopRequest
+    from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()
     refuse_several_processes(os.environ)
@@ -108,8 +108,8 @@ def finetune(context: typer.Context) -> None:
     from peft_study.compat.parsing import parse, usage
     from peft_study.engine.processes import joined
     from peft_study.errors import UserError
-    from peft_study.study.single import train
-    from peft_study.study.stop import StopRequest
+    from peft_study.training.finetune import train
+    from peft_study.training.interrupt import StopRequest
 
     arguments: list[str] = list(context.args)
     if not arguments or {"--help", "-h"} & set(arguments):

@@ -102,7 +102,7 @@ def rerun(trial: _Trial, study: _Study = None) -> None:
     from peft_study.cli.study_views import show_rerun
     from peft_study.study.inspect import find_trial
     from peft_study.study.rerun import rerun as train_again
-    from peft_study.study.stop import StopRequest
+    from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()
     found, record = find_trial(trial, study)

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 
 from peft_study.errors import OutputError, PeftStudyError
 from peft_study.storage.files import atomic_writer, json_text, made_folder, output_error
-from peft_study.study.stop import Interrupted
+from peft_study.training.interrupt import Interrupted
 
 Status = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
 SCHEMA_VERSION = 1

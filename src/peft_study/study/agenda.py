@@ -28,8 +28,8 @@ from peft_study.storage.journal import Event, Journal
 from peft_study.study import ranges
 from peft_study.study.pruning import pruner, rungs
 from peft_study.study.sampling import Suggestions
-from peft_study.study.slots import Ended, Measured, News
 from peft_study.study.trials import Known, TrialRecord, final_seeds
+from peft_study.training.loop import Ended, Measured, News
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,13 +26,13 @@ from peft_study.study.findings import sentences
 from peft_study.study.processes import Processes
 from peft_study.study.results import Results, collect, summary, write_rows
 from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.session import Say, refuse_other_inputs
-from peft_study.study.slots import Ended, Orders
-from peft_study.study.stop import Interrupted, StopRequest
 from peft_study.study.team import Team
-from peft_study.study.trial_run import Job
 from peft_study.study.trials import Known, TrialRecord, final_seeds
 from peft_study.study.worker import Facts, Report
+from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.loop import Ended, Orders
+from peft_study.training.session import Say, refuse_other_inputs
+from peft_study.training.trial_run import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,12 @@ from peft_study.engine import checkpoint
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.storage.study_dir import StudyFolder, basis
-from peft_study.study.capacity import Typical, settle
 from peft_study.study.ranges import central
-from peft_study.study.session import Say, Session, check_methods, open_session, past_context
-from peft_study.study.slots import Orders
-from peft_study.study.trial_run import Job
 from peft_study.study.worker import Facts, Report, Worker, facts
+from peft_study.training.loop import Orders
+from peft_study.training.session import Say, Session, check_methods, open_session, past_context
+from peft_study.training.slot_count import Typical, settle
+from peft_study.training.trial_run import Job
 
 Losses = npt.NDArray[np.float64]
 Trained = Sequence[tuple[str, MethodConfig, Path]]

@@ -14,8 +14,8 @@ from peft_study.study import ranges
 from peft_study.study.budget import steps_of
 from peft_study.study.crew import check_spaces, largest, tried
 from peft_study.study.pruning import rungs
-from peft_study.study.session import Say, Session, check_methods, open_session
 from peft_study.study.trials import Known
+from peft_study.training.session import Say, Session, check_methods, open_session
 
 MEASURED_STEPS = 2
 """Optimizer steps that are timed, after one that is not."""

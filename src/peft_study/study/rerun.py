@@ -13,13 +13,13 @@ from peft_study.errors import ConfigError, OutputError
 from peft_study.evaluate.statistics import Estimate, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.capacity import settle
 from peft_study.study.inspect import Study, trained
-from peft_study.study.session import Session, describe, open_session, refuse_other_inputs
-from peft_study.study.slots import Ended, Measured, Orders, Slots
-from peft_study.study.stop import Interrupted, StopRequest
-from peft_study.study.trial_run import Job, Outcome, Watcher
 from peft_study.study.trials import Losses, TrialRecord
+from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.loop import Ended, Measured, Orders, Slots
+from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
+from peft_study.training.slot_count import settle
+from peft_study.training.trial_run import Job, Outcome, Watcher
 
 EXACT_STEPS = 20
 """For so many steps a float32 run repeats to `EXACT`, whatever lies beside it; then rounding has grown (AdamW)."""

@@ -25,16 +25,16 @@ from peft_study.engine.checkpoint import Found
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.storage.files import atomic_writer
 from peft_study.storage.study_dir import TEAM, StudyFolder, basis
-from peft_study.study import capacity
-from peft_study.study.capacity import Capacity
 from peft_study.study.crew import Trained
 from peft_study.study.cuts import Cuts, open_place
 from peft_study.study.fleet import Fleet, Gone, Link
 from peft_study.study.host import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
-from peft_study.study.session import Say, refuse_other_inputs
-from peft_study.study.slots import Orders
-from peft_study.study.trial_run import Job
 from peft_study.study.worker import Facts, Losses, Report
+from peft_study.training import slot_count
+from peft_study.training.loop import Orders
+from peft_study.training.session import Say, refuse_other_inputs
+from peft_study.training.slot_count import Capacity
+from peft_study.training.trial_run import Job
 
 PACE_SECONDS = 0.5
 """Workers without news report on their pace this often, and notice a stop; but
@@ -135,17 +135,17 @@ class Team:
     def settle(self, trials: int) -> int:
         """Has the first worker measure what it can hold, and keeps that for all."""
         self._trials = math.ceil(trials / self._fleet.count)
-        self._capacity = before = capacity.kept(self._folder.run)
+        self._capacity = before = slot_count.kept(self._folder.run)
         hand = self._hands[0]
         self._begin(hand)
         begun: Begun = self._first("begin")
         self._begun(hand, begun)
-        self._capacity = capacity.with_share(begun.capacity, self._fleet.threads, self._fleet.count)
+        self._capacity = slot_count.with_share(begun.capacity, self._fleet.threads, self._fleet.count)
         if before is None:
-            self._say(f"{capacity.sentence(self._capacity)}, in each worker")
-        elif note := capacity.differs(before, self._config.slots):
+            self._say(f"{slot_count.sentence(self._capacity)}, in each worker")
+        elif note := slot_count.differs(before, self._config.slots):
             self._say(note)
-        capacity.keep(self._folder.run, self._capacity)
+        slot_count.keep(self._folder.run, self._capacity)
         return self._capacity.slots * self._fleet.count
 
     def start(self, jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:

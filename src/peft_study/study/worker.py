@@ -22,9 +22,9 @@ from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.storage.held_out import Examples
-from peft_study.study.session import Session, describe
-from peft_study.study.slots import News, Orders, Slots
-from peft_study.study.trial_run import Job
+from peft_study.training.loop import News, Orders, Slots
+from peft_study.training.session import Session, describe
+from peft_study.training.trial_run import Job
 
 Losses = npt.NDArray[np.float64]
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 
 from peft_study.config import TrainConfig, validate
+from peft_study.data.dataset import Rows
 from peft_study.engine.engine import Engine
 from peft_study.errors import ConfigError, ModelError, OutputError, UserError
 from peft_study.evaluate.answers import find_base, is_whole_model, load_adapter_base, put_on
@@ -30,8 +31,7 @@ from peft_study.model.load import load_base
 from peft_study.model.precision import Placement, choose
 from peft_study.storage.files import atomic_folder, follow_umask
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.rows import Rows
-from peft_study.study.session import Say, describe, open_session
+from peft_study.training.session import Say, describe, open_session
 
 SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 ROUNDING = 1e-4

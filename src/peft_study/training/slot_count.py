@@ -15,7 +15,7 @@ from peft_study.engine.memory import Measured, measured, probe
 from peft_study.errors import UserError
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.session import Session, check_methods
+from peft_study.training.session import Session, check_methods
 
 _FILE = "capacity.json"
 

@@ -15,7 +15,7 @@ from command_line import conversation
 from peft_study.config import DataConfig, ModelConfig, TrainingConfig
 from peft_study.methods import Material
 from peft_study.storage.cache_dir import cache_root
-from peft_study.study.session import Session, open_session
+from peft_study.training.session import Session, open_session
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer, with_bos
 
 BOS = 1

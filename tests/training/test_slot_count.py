@@ -55,7 +55,7 @@ def test_slots_of_the_command_line_count(cli: CommandLine, study: Path, tmp_path
 def test_what_was_settled_is_used_again(
     cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft_study.study.stop import StopRequest
+    from peft_study.training.interrupt import StopRequest
 
     with monkeypatch.context() as patched:
         patched.setattr(StopRequest, "asked", True, raising=False)

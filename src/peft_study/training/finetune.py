@@ -16,8 +16,9 @@ from peft_study.errors import OutputError
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
-from peft_study.study.capacity import Typical, settle
-from peft_study.study.session import (
+from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.loop import Ended, Orders, Slots
+from peft_study.training.session import (
     Session,
     bos_losses,
     check_methods,
@@ -26,9 +27,8 @@ from peft_study.study.session import (
     past_context,
     refuse_other_inputs,
 )
-from peft_study.study.slots import Ended, Orders, Slots
-from peft_study.study.stop import Interrupted, StopRequest
-from peft_study.study.trial_run import Job, Outcome, Watcher
+from peft_study.training.slot_count import Typical, settle
+from peft_study.training.trial_run import Job, Outcome, Watcher
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ import numpy as np
 from peft_study.config import DataConfig, MethodConfig, ModelConfig, TrainingConfig
 from peft_study.data.chat import ChatEncoder, behind_bos
 from peft_study.data.conversation import Example
+from peft_study.data.dataset import Rows
+from peft_study.data.split import check_files, make_split
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses, Losses
 from peft_study.engine.memory import Room
@@ -26,8 +28,6 @@ from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import Placement, choose
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.rows import Rows
-from peft_study.study.split import check_files, make_split
 
 Say = Callable[[str], None]
 _MATERIAL_ROWS = 2000

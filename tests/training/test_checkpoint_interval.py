@@ -11,8 +11,8 @@ import yaml
 
 from command_line import CommandLine
 from peft_study.engine import checkpoint
-from peft_study.study import slots as slots_module
-from peft_study.study.stop import StopRequest
+from peft_study.training import loop as slots_module
+from peft_study.training.interrupt import StopRequest
 
 EVERY = 3
 

@@ -22,11 +22,11 @@ from peft_study.config import DataConfig, Source
 from peft_study.data import skills
 from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
+from peft_study.data.dataset import Pool, Rows
 from peft_study.data.survey import check_heads
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.dropout import key
 from peft_study.storage.cache_dir import cache_root
-from peft_study.study.rows import Pool, Rows
 
 HELD_OUT_ROWS = 64
 """Held-out rows where nothing is said; at most a tenth of the data. As many again are a study's test rows."""

@@ -20,15 +20,15 @@ from chat_cases import encoder
 from command_line import CommandLine, conversation, listing
 from peft_study.config import DataConfig, ModelConfig, TrainingConfig
 from peft_study.config.common import validate
+from peft_study.data import split
 from peft_study.data.conversation import Example
+from peft_study.data.dataset import Rows
+from peft_study.data.split import Split, make_split
 from peft_study.errors import ConfigError, OutputError, UserError
 from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study import split
-from peft_study.study.rows import Rows
-from peft_study.study.session import Session, describe, open_session, refuse_other_inputs
-from peft_study.study.split import Split, make_split
+from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
 
 
 @dataclass(frozen=True)

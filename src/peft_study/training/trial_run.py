@@ -20,7 +20,7 @@ from peft_study.storage.environment import peak_memory
 from peft_study.storage.files import atomic_folder
 from peft_study.storage.metrics import MetricsWriter
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.session import Session
+from peft_study.training.session import Session
 
 BASE_LOSS_STEPS = 50
 """Training steps of a run at which the base's loss on the same batch is measured at most: each costs a forward pass."""
