@@ -19,10 +19,10 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from peft_study.config import StudyConfig
+from peft_study.search.samplers import Suggestions, open_storage
+from peft_study.search.scheduler import Agenda
+from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
-from peft_study.study.agenda import Agenda
-from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.trials import TrialRecord
 from peft_study.training.loop import Ended, Measured
 from peft_study.training.trial_run import Outcome
 

@@ -25,10 +25,10 @@ from search_grid import METHOD, Scale, config_of, split_of, training_batches
 from peft_study.config import StudyConfig, validate
 from peft_study.evaluate.statistics import mean_loss
 from peft_study.methods.peft_format import load_adapter
+from peft_study.search.trials import Known, TrialRecord
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.conduct import run_study
-from peft_study.study.trials import Known, TrialRecord
 from peft_study.study.worker import Facts, Report
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Ended, Measured

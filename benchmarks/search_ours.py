@@ -1,6 +1,6 @@
 """Our search replayed: the study's own agenda gives the orders, a worker on a virtual clock follows them.
 
-    Agenda (study/agenda.py, as it is) --orders--> VirtualWorker --news: measured dev losses--> Agenda
+    Agenda (search/scheduler.py, as it is) --orders--> VirtualWorker --news: measured dev losses--> Agenda
 
 The worker fills rows as engine/engine.py does (the slot served least comes first; a batch begins in the row after the
 one that ended it), takes the measured seconds for them, and tells the measured losses.
@@ -18,10 +18,10 @@ import optuna
 from search_grid import METHOD, Cell, Curves, cell_of, config_of
 from search_replay import Search, Seen
 
+from peft_study.search.samplers import Suggestions
+from peft_study.search.scheduler import Agenda
+from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Event, Journal
-from peft_study.study.agenda import Agenda
-from peft_study.study.sampling import Suggestions
-from peft_study.study.trials import TrialRecord
 from peft_study.training.loop import Ended, Measured, News
 from peft_study.training.trial_run import Ending, Outcome
 

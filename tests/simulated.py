@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, validate
+from peft_study.search.budget import steps_of
+from peft_study.search.samplers import Suggestions, open_storage
+from peft_study.search.scheduler import Agenda
+from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
-from peft_study.study.agenda import Agenda
-from peft_study.study.budget import steps_of
-from peft_study.study.sampling import Suggestions, open_storage
-from peft_study.study.trials import TrialRecord
 from peft_study.training.loop import Ended, Measured, News
 from peft_study.training.trial_run import Outcome
 

@@ -14,11 +14,11 @@ import yaml
 from pyarrow import parquet
 
 from command_line import CommandLine
+from peft_study.search.trials import Known
 from peft_study.storage.files import json_text
 from peft_study.storage.journal import Journal, read
 from peft_study.storage.metrics import MetricsWriter
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.trials import Known
 
 
 def strict(text: str) -> Any:

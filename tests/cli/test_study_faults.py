@@ -13,15 +13,15 @@ import yaml
 from sqlalchemy.exc import OperationalError
 
 from command_line import CommandLine, dev_losses, largest_file
+from peft_study.search import samplers
 from peft_study.storage.files import output_error
 from peft_study.storage.journal import Journal
 from peft_study.storage.metrics import MetricsWriter
-from peft_study.study import sampling
 
 
 @pytest.fixture
 def study(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(sampling, "RETRY_SECONDS", (0.0,))
+    monkeypatch.setattr(samplers, "RETRY_SECONDS", (0.0,))
     values: dict[str, Any] = {
         "model": {"name": str(tiny_model_folder), "dtype": "float32"},
         "data": {"train": str(tiny_data), "held_out": 8, "test": 8, "max_length": 64},

@@ -17,10 +17,10 @@ from peft_study.cli.display import LiveDisplay
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig
     from peft_study.evaluate.statistics import Estimate
+    from peft_study.search.trials import Known, TrialRecord
     from peft_study.study.conduct import FinishedStudy
     from peft_study.study.estimate import StudyEstimate
     from peft_study.study.results import Results, Row
-    from peft_study.study.trials import Known, TrialRecord
     from peft_study.study.worker import Facts, Pace, Report
 
 LINE_SECONDS = 10.0

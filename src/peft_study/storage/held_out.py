@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
+from peft_study.search.trials import Losses
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.trials import Losses
 
 _FILE = "examples.json"
 

@@ -15,19 +15,19 @@ from typing import Any, Protocol
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.methods.registry import is_exclusive
+from peft_study.search.budget import steps_of
+from peft_study.search.samplers import Suggestions, open_storage
+from peft_study.search.scheduler import Agenda
+from peft_study.search.trials import Known, TrialRecord, final_seeds
 from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.agenda import Agenda
-from peft_study.study.budget import steps_of
 from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
 from peft_study.study.processes import Processes
 from peft_study.study.results import Results, collect, summary, write_rows
-from peft_study.study.sampling import Suggestions, open_storage
 from peft_study.study.team import Team
-from peft_study.study.trials import Known, TrialRecord, final_seeds
 from peft_study.study.worker import Facts, Report
 from peft_study.training.interrupt import Interrupted, StopRequest
 from peft_study.training.loop import Ended, Orders

@@ -19,8 +19,8 @@ from peft_study.config import Choices, MethodConfig, MethodSpace, Range, StudyCo
 from peft_study.engine import checkpoint
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
+from peft_study.search.lr_range_test import central
 from peft_study.storage.study_dir import StudyFolder, basis
-from peft_study.study.ranges import central
 from peft_study.study.worker import Facts, Report, Worker, facts
 from peft_study.training.loop import Orders
 from peft_study.training.session import Say, Session, check_methods, open_session, past_context

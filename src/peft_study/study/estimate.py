@@ -10,11 +10,11 @@ from peft_study.config import MethodConfig, StudyConfig
 from peft_study.engine.trial import Trial
 from peft_study.errors import UserError
 from peft_study.methods.registry import create
-from peft_study.study import ranges
-from peft_study.study.budget import steps_of
+from peft_study.search import lr_range_test
+from peft_study.search.budget import steps_of
+from peft_study.search.pruners import rungs
+from peft_study.search.trials import Known
 from peft_study.study.crew import check_spaces, largest, tried
-from peft_study.study.pruning import rungs
-from peft_study.study.trials import Known
 from peft_study.training.session import Say, Session, check_methods, open_session
 
 MEASURED_STEPS = 2
@@ -111,7 +111,7 @@ def _method(
     config: StudyConfig, session: Session, name: str, setting: MethodConfig, slot: int, say: Say
 ) -> MethodEstimate:
     space = config.methods[name]
-    values = ranges.central(space)
+    values = lr_range_test.central(space)
     training = space.training(values, config.training)
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
@@ -122,7 +122,7 @@ def _method(
     tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
     trials, finals = config.trials(name), config.finals.best * config.finals.seeds
     finals = min(finals, trials * config.finals.seeds)
-    rates, tested = len(ranges.planned(config, steps).get(name, ())), config.search.range_steps
+    rates, tested = len(lr_range_test.planned(config, steps).get(name, ())), config.search.range_steps
     tests = rates * tested / steps
     most = round((tests + trials + finals) * tokens_a_trial)
     least = round((tests + trials * _least_share(config, steps) + finals) * tokens_a_trial)

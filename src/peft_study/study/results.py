@@ -16,12 +16,12 @@ import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
+from peft_study.search import lr_range_test
+from peft_study.search.trials import Known, Losses, TrialRecord
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
 from peft_study.storage.held_out import Examples
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study import ranges
-from peft_study.study.trials import Known, Losses, TrialRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: S
                     None
                     if test_SN is None or winner_test is None or known.winner == (method, number)
                     else seeds_difference(test_SN, winner_test, counts_N),
-                    ranges.edges(setting.values, config.methods[method], known.bounds.get(method, {})),
+                    lr_range_test.edges(setting.values, config.methods[method], known.bounds.get(method, {})),
                     known.untuned(method, config),
                     known.winner == (method, number),
                 )
@@ -220,7 +220,9 @@ def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruni
         pruned += sum(t.status == "pruned" for t in trials)
         checked = [t for t in trials if t.audited and t.status != "running"]
         audited += len(checked)
-        best = sorted((t for t in trials if t.last is not None), key=ranges.value_of)[: max(1, config.finals.best)]
+        best = sorted((t for t in trials if t.last is not None), key=lr_range_test.value_of)[
+            : max(1, config.finals.best)
+        ]
         wrong += sum(any(t is b for b in best) for t in checked)
     return Pruning(pruned, audited, wrong)
 

@@ -14,8 +14,8 @@ from sqlalchemy.exc import OperationalError
 
 from peft_study.config import MethodSpace, StudyConfig, TrainingConfig, validate
 from peft_study.errors import ConfigError, OutputError
-from peft_study.study import sampling
-from peft_study.study.sampling import Suggestions, open_storage, reliably
+from peft_study.search import samplers
+from peft_study.search.samplers import Suggestions, open_storage, reliably
 
 SAMPLERS = ("tpe", "random", "quasi_random", "gp")
 
@@ -88,7 +88,7 @@ def test_a_trial_that_a_kill_left_half_made_is_filled_up(url: str, sampler: str,
 
 
 def test_an_answer_that_was_lost_is_no_second_trial(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "RETRY_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(samplers, "RETRY_SECONDS", (0.0, 0.0))
     book = suggestions(url, "random", space(space="default"))
     real, calls = optuna.storages.RDBStorage._set_trial_param, [0]
 
@@ -172,7 +172,7 @@ def test_a_database_that_stays_away_is_one_line() -> None:
 
 
 def test_an_unreachable_database_and_bad_urls_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sampling, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(samplers, "RETRY_SECONDS", (0,))
     with pytest.raises(OutputError, match="the database cannot be used"):
         open_storage(f"sqlite:///{tmp_path / 'no-such-folder' / 'x.db'}")
     with pytest.raises(ConfigError, match="is no database URL"):

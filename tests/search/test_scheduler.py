@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_study.study.trials import TrialRecord
+from peft_study.search.trials import TrialRecord
 from simulated import World, study, valley
 
 TWO = {"lora": {}, "prompt_tuning": {"tokens": 8}}

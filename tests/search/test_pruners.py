@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_study.study.pruning import Median, Never, SuccessiveHalving, pruner, rungs
+from peft_study.search.pruners import Median, Never, SuccessiveHalving, pruner, rungs
 
 COUNTS = np.full(32, 10, dtype=np.int64)
 SPREAD = np.random.default_rng(0).normal(0, 3, 32)

@@ -24,11 +24,11 @@ from peft_study.config import StudyConfig, TrainingConfig, setting_of
 from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
+from peft_study.search import lr_range_test
+from peft_study.search.pruners import pruner, rungs
+from peft_study.search.samplers import Suggestions
+from peft_study.search.trials import Known, TrialRecord, final_seeds
 from peft_study.storage.journal import Event, Journal
-from peft_study.study import ranges
-from peft_study.study.pruning import pruner, rungs
-from peft_study.study.sampling import Suggestions
-from peft_study.study.trials import Known, TrialRecord, final_seeds
 from peft_study.training.loop import Ended, Measured, News
 
 
@@ -70,7 +70,7 @@ class Agenda:
         self.methods = config.searched
         self._tests = {
             method: {rate: config.methods[method].flat(self._at(method, rate)) for rate in rates}
-            for method, rates in ranges.planned(config, steps(config.training)).items()
+            for method, rates in lr_range_test.planned(config, steps(config.training)).items()
         }
         # a grid gives out what was not tried: what is due does not change while the file stays the same
         self._due = {method: self.known.due(method, config) for method in self.methods}
@@ -177,7 +177,7 @@ class Agenda:
         return tuple(self._tests.get(method, ()))
 
     def _at(self, method: str, rate: float) -> dict[str, Any]:
-        return {**ranges.central(self._config.methods[method]), "learning_rate": rate}
+        return {**lr_range_test.central(self._config.methods[method]), "learning_rate": rate}
 
     def _range_trials(self, method: str) -> dict[float, TrialRecord]:
         """Returns a method's range test by rate: the trials with its very settings, be they of an earlier space."""
@@ -206,7 +206,7 @@ class Agenda:
         """Returns the ranges of a method's next trial, after widening what wants it."""
         space = self._config.methods[method]
         if self._config.search.widen:
-            found = ranges.widened(self.known, method, space)
+            found = lr_range_test.widened(self.known, method, space)
             if found is not None:
                 event = {"event": "widened", "method": method, "dimension": found.dimension}
                 self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
@@ -234,7 +234,7 @@ class Agenda:
 
     def _choose_finalists(self, method: str) -> None:
         finished = [t for t in self.known.of(method, "search") if t.last is not None]
-        best = sorted(finished, key=ranges.value_of)[: self._config.finals.best]
+        best = sorted(finished, key=lr_range_test.value_of)[: self._config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
     def _ask(
@@ -311,7 +311,7 @@ class Agenda:
             return
         trials = list(self._range_trials(method).values())
         if len(trials) == len(rates) and all(t.status != "running" for t in trials):
-            bounds, note = ranges.verdict(rates, trials, self._counts_N)
+            bounds, note = lr_range_test.verdict(rates, trials, self._counts_N)
             self._add({"event": "tested", "method": method, "bounds": bounds, "note": note})
 
     def _conclude(self) -> None:
@@ -329,7 +329,7 @@ class Agenda:
         found = {}
         for number in self.known.finalists.get(method, ()):
             finals = [t for t in self.known.of(method, "final") if t.number == number]
-            values = [ranges.value_of(t) for t in finals if t.last is not None]
+            values = [lr_range_test.value_of(t) for t in finals if t.last is not None]
             if values and len(values) == len(finals):  # one seed that failed says: not to be relied on
                 found[method, number] = sum(values) / len(values)
         return found

@@ -26,7 +26,7 @@ from peft_study.config import Choices, Dimension, MethodSpace, cells
 from peft_study.errors import ConfigError, OutputError
 from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
-from peft_study.study.trials import TrialRecord
+from peft_study.search.trials import TrialRecord
 
 Result = TypeVar("Result")
 Values = dict[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from peft_study.config import StudyConfig
+from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Event
-from peft_study.study.trials import TrialRecord
 from simulated import World, study, valley
 
 CURVES = {"lora": valley(1e-3), "prompt_tuning": valley(0.1, depth=0.8)}

@@ -1,0 +1,1 @@
+"""What is tried next: the scheduler of a study with its samplers, pruners and ranges."""
