@@ -70,7 +70,7 @@ def workers_of(process: int) -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, IndexError):
             continue
-        if parent == process and b"peft_study.study.host" in command:
+        if parent == process and b"peft_study.workers.worker_process" in command:
             found.append(int(folder.name))
     return sorted(found)
 

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from command_line import CommandLine
 from peft_study.engine.row import Item, RowResult, RowRunner
 from peft_study.engine.trial import Trial
-from peft_study.study.worker import Worker
+from peft_study.workers.worker import Worker
 
 HUGE = 10**8
 

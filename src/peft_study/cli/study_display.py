@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft_study.study.conduct import FinishedStudy
     from peft_study.study.estimate import StudyEstimate
     from peft_study.study.results import Results, Row
-    from peft_study.study.worker import Facts, Pace, Report
+    from peft_study.workers.worker import Facts, Pace, Report
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, progress is told at most this often."""

@@ -23,16 +23,16 @@ from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.crew import Crew, LocalCrew
 from peft_study.study.findings import sentences
-from peft_study.study.processes import Processes
 from peft_study.study.results import Results, collect, summary, write_rows
-from peft_study.study.team import Team
-from peft_study.study.worker import Facts, Report
 from peft_study.training.interrupt import Interrupted, StopRequest
 from peft_study.training.loop import Ended, Orders
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.trial_run import Job
+from peft_study.workers.local import Crew, LocalCrew
+from peft_study.workers.pool import Team
+from peft_study.workers.subprocesses import Processes
+from peft_study.workers.worker import Facts, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def choose_crew(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite
         ConfigError: when there are fewer devices than workers, or Ray is not installed.
     """
     if config.ray is not None:
-        from peft_study.study.cluster import Cluster
+        from peft_study.workers.ray_cluster import Cluster
 
         return Team(config, folder, say, Cluster(config.ray, config.model))
     if config.workers > 1 or (folder.had_team and not overwrite):

@@ -1,7 +1,7 @@
 """The workers of a study, as the scheduler sees them: orders in, reports out.
 
 `LocalCrew` is one worker in this process; its cut carries the study's decisions, so that after a kill everything since
-happens again, to the last bit. A crew of several (study/team.py) goes on from what the journal says instead, each trial
+happens again, to the last bit. A crew of several (workers/pool.py) goes on from what the journal says instead, each trial
 from its own place in the newest cut that holds it.
 """
 
@@ -21,11 +21,11 @@ from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.lr_range_test import central
 from peft_study.storage.study_dir import StudyFolder, basis
-from peft_study.study.worker import Facts, Report, Worker, facts
 from peft_study.training.loop import Orders
 from peft_study.training.session import Say, Session, check_methods, open_session, past_context
 from peft_study.training.slot_count import Typical, settle
 from peft_study.training.trial_run import Job
+from peft_study.workers.worker import Facts, Report, Worker, facts
 
 Losses = npt.NDArray[np.float64]
 Trained = Sequence[tuple[str, MethodConfig, Path]]

@@ -30,13 +30,13 @@ from peft_study.errors import OutputError, UserError
 from peft_study.storage.files import AtomicFiles
 from peft_study.storage.run_dir import RunFolder
 from peft_study.storage.study_dir import basis
-from peft_study.study.crew import check_spaces, largest
-from peft_study.study.cuts import Cuts
-from peft_study.study.worker import Facts, Losses, Report, Worker, facts
 from peft_study.training import slot_count
 from peft_study.training.loop import Orders
 from peft_study.training.session import Session, describe, open_session
 from peft_study.training.slot_count import Capacity
+from peft_study.workers.checkpoints import Cuts
+from peft_study.workers.local import check_spaces, largest
+from peft_study.workers.worker import Facts, Losses, Report, Worker, facts
 
 Files = dict[str, bytes]
 """Contents by path below the folder of all trials."""

@@ -18,7 +18,7 @@ from crew_cases import alive, each_once, kill, resumed, same, start, steps, tabl
 from peft_study.engine import checkpoint, memory
 from peft_study.storage import journal
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.cuts import Cuts
+from peft_study.workers.checkpoints import Cuts
 
 LONG = {
     "training": {"steps": 60, "batch_size": 5, "row_tokens": 130},
@@ -207,7 +207,7 @@ def test_a_worker_that_sees_only_a_url_dies(long_study: Path, whole: Path, tmp_p
 
 
 def test_a_first_worker_that_dies_is_one_line(cli: CommandLine, study: Path, tmp_path: Path) -> None:
-    with patch("peft_study.study.processes._PROGRAM", ("-c", "import os; os.kill(os.getpid(), 9)")):
+    with patch("peft_study.workers.subprocesses._PROGRAM", ("-c", "import os; os.kill(os.getpid(), 9)")):
         line = cli("run", study, "--workers", 2).error()
     assert "the first worker died (SIGKILL, as where memory ran out)" in line
     assert not (tmp_path / "out").exists()

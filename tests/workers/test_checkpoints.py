@@ -25,7 +25,7 @@ from peft_study.engine.trial import Trial
 from peft_study.errors import OutputError
 from peft_study.methods import create
 from peft_study.model.load import Base
-from peft_study.study.cuts import Cuts
+from peft_study.workers.checkpoints import Cuts
 
 
 def trial_of(base: Base, name: str, config: MethodConfig, **changed: Any) -> Trial:

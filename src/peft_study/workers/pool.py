@@ -25,16 +25,16 @@ from peft_study.engine.checkpoint import Found
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.storage.files import atomic_writer
 from peft_study.storage.study_dir import TEAM, StudyFolder, basis
-from peft_study.study.crew import Trained
-from peft_study.study.cuts import Cuts, open_place
-from peft_study.study.fleet import Fleet, Gone, Link
-from peft_study.study.host import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
-from peft_study.study.worker import Facts, Losses, Report
 from peft_study.training import slot_count
 from peft_study.training.loop import Orders
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.slot_count import Capacity
 from peft_study.training.trial_run import Job
+from peft_study.workers.backend import Fleet, Gone, Link
+from peft_study.workers.checkpoints import Cuts, open_place
+from peft_study.workers.local import Trained
+from peft_study.workers.worker import Facts, Losses, Report
+from peft_study.workers.worker_process import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
 
 PACE_SECONDS = 0.5
 """Workers without news report on their pace this often, and notice a stop; but

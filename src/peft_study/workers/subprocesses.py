@@ -24,12 +24,12 @@ import torch
 import peft_study
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError
-from peft_study.study.fleet import Gone
-from peft_study.study.host import Answer
+from peft_study.workers.backend import Gone
+from peft_study.workers.worker_process import Answer
 
 RESTARTS = 3
 _GONE = (EOFError, BrokenPipeError, ConnectionResetError)
-_PROGRAM = ("-c", "from peft_study.study.host import main; main()")
+_PROGRAM = ("-c", "from peft_study.workers.worker_process import main; main()")
 
 
 class Processes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
-from peft_study.study.host import Answer
+from peft_study.workers.worker_process import Answer
 
 
 class Gone(Exception):

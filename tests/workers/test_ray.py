@@ -92,8 +92,8 @@ def test_a_cluster_without_room_is_one_line(
     study = write_study(tmp_path, tiny_model_folder, tiny_data)
     assert "has no CPU to give" in cli("run", study, "--ray", cluster.address).error()
     cluster.add_node(num_cpus=1, memory=1 << 20)
-    monkeypatch.setattr("peft_study.study.cluster.PLACING_SECONDS", 3.0)
-    monkeypatch.setattr("peft_study.study.cluster.weight_bytes", lambda _model: 1 << 30)
+    monkeypatch.setattr("peft_study.workers.ray_cluster.PLACING_SECONDS", 3.0)
+    monkeypatch.setattr("peft_study.workers.ray_cluster.weight_bytes", lambda _model: 1 << 30)
     line = cli("run", study, "--ray", cluster.address).error()
     assert "no node of the Ray cluster has room for a worker (cpus 1, memory" in line
     assert "the same command goes on when there is room" in line

@@ -18,8 +18,8 @@ from typing import Any
 
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError, ProcessError, first_line
-from peft_study.study.fleet import Gone
-from peft_study.study.host import Answer, Host
+from peft_study.workers.backend import Gone
+from peft_study.workers.worker_process import Answer, Host
 
 RESTARTS = 20
 CONNECT_SECONDS = 5.0
