@@ -2,7 +2,7 @@
 
     python benchmarks/scheduler.py --trials 1000 --sampler tpe --workers 64
 
-It asks and answers as study/conduct.py does: `workers` trials are under way at a time, each with random losses at its
+It asks and answers as study/run.py does: `workers` trials are under way at a time, each with random losses at its
 rungs; the pruner stops what it stops. The figures of docs/scale.md come from it.
 """
 

@@ -28,7 +28,7 @@ from peft_study.methods.peft_format import load_adapter
 from peft_study.search.trials import Known, TrialRecord
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.conduct import run_study
+from peft_study.study.run import run_study
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Ended, Measured
 from peft_study.training.session import open_session

@@ -143,7 +143,7 @@ def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Ev
         agenda = Agenda(config, journal, suggestions, lambda _training: curves.steps, curves.counts_N)
         worker, seen = VirtualWorker(curves, costs), list[Seen]()
         news: list[News] = []
-        while not agenda.finished:  # as study/conduct.py takes a report and answers it
+        while not agenda.finished:  # as study/run.py takes a report and answers it
             seen += seen_in(news, agenda, worker.clock)
             leave = agenda.heard(news)
             staying = set(worker.running) - set(leave)

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, validate
+from peft_study.report.findings import sentences
+from peft_study.report.results import Results, collect
 from peft_study.search.trials import Known
 from peft_study.storage import held_out
 from peft_study.storage.held_out import Examples
 from peft_study.storage.journal import Event, Journal
 from peft_study.storage.run_dir import identity
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.findings import sentences
-from peft_study.study.results import Results, collect
 
 N = 64
 COUNTS = np.full(N, 10, dtype=np.int64)

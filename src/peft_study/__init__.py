@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peft_study.methods.peft_format import load_adapter
     from peft_study.methods.registry import create
     from peft_study.model.load import Base, load_base
-    from peft_study.study.conduct import run_study
+    from peft_study.study.run import run_study
     from peft_study.training.finetune import train
 
 _HOMES = {
@@ -37,7 +37,7 @@ _HOMES = {
     "peft_study.methods.peft_format": ("load_adapter",),
     "peft_study.methods.registry": ("create",),
     "peft_study.model.load": ("Base", "load_base"),
-    "peft_study.study.conduct": ("run_study",),
+    "peft_study.study.run": ("run_study",),
     "peft_study.training.finetune": ("train",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

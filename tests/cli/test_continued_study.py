@@ -13,7 +13,7 @@ import yaml
 
 from command_line import CommandLine
 from peft_study.config import StudyConfig, validate
-from peft_study.study.estimate import estimate
+from peft_study.study.dry_run import estimate
 
 TESTED = {"range_test": True, "range_steps": 4, "pruner": "none"}
 

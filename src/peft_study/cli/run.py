@@ -66,8 +66,8 @@ def run(
     from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
     from peft_study.errors import UserError
-    from peft_study.study.conduct import run_study
-    from peft_study.study.estimate import estimate
+    from peft_study.study.dry_run import estimate
+    from peft_study.study.run import run_study
     from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()

@@ -37,8 +37,8 @@ def register(app: typer.Typer) -> None:
 def status(study: _Folder = None) -> None:
     """Say how a study stands: running, interrupted or finished, what is done, what is best so far."""
     from peft_study.cli.study_views import show_standing
-    from peft_study.study.inspect import open_study
-    from peft_study.study.standing import standing
+    from peft_study.report.status import standing
+    from peft_study.report.study_reader import open_study
 
     found = open_study(study)
     show_standing(found, standing(found))
@@ -59,7 +59,7 @@ def list_trials(
     """List the trials of a study, a row each, also while it runs."""
     from peft_study.cli.study_views import print_csv, print_json, show_rows
     from peft_study.errors import ConfigError
-    from peft_study.study.inspect import open_study, rows
+    from peft_study.report.study_reader import open_study, rows
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv exclude each other", remedy="give one of them")
@@ -76,7 +76,7 @@ def list_trials(
 def show(trial: _Trial, study: _Study = None) -> None:
     """Show one trial: every setting, how it ended, its dev curve, its cost, its files."""
     from peft_study.cli.study_views import show_details
-    from peft_study.study.inspect import details, find_trial
+    from peft_study.report.study_reader import details, find_trial
 
     found, record = find_trial(trial, study)
     show_details(found, details(found, record))
@@ -89,8 +89,8 @@ def compare(
 ) -> None:
     """Compare two trials example by example; settings that were both retrained are compared over their seeds."""
     from peft_study.cli.study_views import show_comparison
-    from peft_study.study.compare import compare as compare_trials
-    from peft_study.study.inspect import find_pair
+    from peft_study.report.compare import compare as compare_trials
+    from peft_study.report.study_reader import find_pair
 
     found, pair = find_pair(first, second, study)
     show_comparison(compare_trials(found, *pair))
@@ -100,7 +100,7 @@ def rerun(trial: _Trial, study: _Study = None) -> None:
     """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
     from peft_study.cli.display import RunDisplay, quiet_libraries
     from peft_study.cli.study_views import show_rerun
-    from peft_study.study.inspect import find_trial
+    from peft_study.report.study_reader import find_trial
     from peft_study.study.rerun import rerun as train_again
     from peft_study.training.interrupt import StopRequest
 
@@ -122,9 +122,9 @@ def clean(
 ) -> None:
     """Free disk space: checkpoints, event files, and adapters of trials that are no finalists."""
     from peft_study.cli.study_views import show_spare
-    from peft_study.study.clean import clean as delete
-    from peft_study.study.clean import spare
-    from peft_study.study.inspect import open_study
+    from peft_study.report.study_reader import open_study
+    from peft_study.study.cleanup import clean as delete
+    from peft_study.study.cleanup import spare
 
     found = open_study(study)
     show_spare(spare(found) if dry_run else delete(found, force=force), dry_run=dry_run)

@@ -17,10 +17,10 @@ from peft_study.cli.display import LiveDisplay
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig
     from peft_study.evaluate.statistics import Estimate
+    from peft_study.report.results import Results, Row
     from peft_study.search.trials import Known, TrialRecord
-    from peft_study.study.conduct import FinishedStudy
-    from peft_study.study.estimate import StudyEstimate
-    from peft_study.study.results import Results, Row
+    from peft_study.study.dry_run import StudyEstimate
+    from peft_study.study.run import FinishedStudy
     from peft_study.workers.worker import Facts, Pace, Report
 
 LINE_SECONDS = 10.0
@@ -98,7 +98,7 @@ class StudyDisplay(LiveDisplay):
 
     def conclude(self, study: FinishedStudy) -> None:
         """Prints the tables and what they say."""
-        from peft_study.study.findings import cost
+        from peft_study.report.findings import cost
 
         self.console.print(search_table(study.results))
         if study.results.finalists:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     from peft_study.evaluate.statistics import Estimate
-    from peft_study.study.clean import Spare
-    from peft_study.study.compare import Comparison
-    from peft_study.study.inspect import Details, Study
+    from peft_study.report.compare import Comparison
+    from peft_study.report.results import Row
+    from peft_study.report.status import MethodStanding, Standing
+    from peft_study.report.study_reader import Details, Study
+    from peft_study.study.cleanup import Spare
     from peft_study.study.rerun import Rerun
-    from peft_study.study.results import Row
-    from peft_study.study.standing import MethodStanding, Standing
 
 WIDE = 240
 """Columns where there is no terminal: a file or a pipe cuts nothing off."""
@@ -74,7 +74,7 @@ def _methods_table(methods: Sequence[MethodStanding]) -> Table:
 
 def show_rows(study: Study, rows: Sequence[Row]) -> None:
     """Prints a row a trial."""
-    from peft_study.study.inspect import progress
+    from peft_study.report.study_reader import progress
 
     console = _console()
     table = _table(
@@ -102,8 +102,8 @@ def show_rows(study: Study, rows: Sequence[Row]) -> None:
 
 def print_json(rows: Iterable[Row]) -> None:
     """Prints every column of every trial as a JSON list."""
+    from peft_study.report.results import flat
     from peft_study.storage.files import json_text
-    from peft_study.study.results import flat
 
     values = [{**flat(row), "settings": row.settings} for row in rows]
     print(json_text(values, indent=1, ensure_ascii=False))
@@ -111,7 +111,7 @@ def print_json(rows: Iterable[Row]) -> None:
 
 def print_csv(rows: Iterable[Row]) -> None:
     """Prints every column of every trial as in results.csv."""
-    from peft_study.study.results import write_csv
+    from peft_study.report.results import write_csv
 
     write_csv(rows, sys.stdout)
 
@@ -154,7 +154,7 @@ def show_details(study: Study, found: Details) -> None:
 
 def show_comparison(found: Comparison) -> None:
     """Prints two trials side by side and what their difference says."""
-    from peft_study.study.compare import sentences
+    from peft_study.report.compare import sentences
 
     console = _console()
     first, second = found.first, found.second

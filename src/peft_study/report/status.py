@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.report.study_reader import Study, progress, sizes, trained
 from peft_study.search import lr_range_test
 from peft_study.storage.owner import Owner
-from peft_study.study.inspect import Study, progress, sizes, trained
 
 PARTS = ("checkpoints", "adapters", "event files", "everything else")
 

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.methods.registry import is_exclusive
+from peft_study.report.findings import sentences
+from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.search.budget import steps_of
 from peft_study.search.samplers import Suggestions, open_storage
 from peft_study.search.scheduler import Agenda
@@ -23,8 +25,6 @@ from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.study.findings import sentences
-from peft_study.study.results import Results, collect, summary, write_rows
 from peft_study.training.interrupt import Interrupted, StopRequest
 from peft_study.training.loop import Ended, Orders
 from peft_study.training.session import Say, refuse_other_inputs

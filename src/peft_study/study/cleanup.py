@@ -8,10 +8,10 @@ from pathlib import Path
 
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
+from peft_study.report.study_reader import Study, sizes
 from peft_study.search import lr_range_test
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.files import output_error
-from peft_study.study.inspect import Study, sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from hand_made import COUNTS, RATE, HandMade
-from peft_study.study.results import columns, summary, write_rows
+from peft_study.report.results import columns, summary, write_rows
 
 
 @pytest.fixture

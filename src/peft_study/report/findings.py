@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from peft_study.config import StudyConfig
 from peft_study.evaluate.statistics import Estimate, difference, few_examples
+from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import lr_range_test
 from peft_study.search.trials import Known
 from peft_study.storage.held_out import Examples
-from peft_study.study.results import Finalist, Results, Row
 
 FEW = 6
 """Settings that a sentence lists one by one; of more it gives the number."""

@@ -1,0 +1,1 @@
+"""What a study says: results, findings, status, comparisons. Nothing here imports torch."""
