@@ -23,9 +23,9 @@ from common import Rows
 from search_grid import METHOD, Scale, config_of, split_of, training_batches
 
 from peft_study.config import StudyConfig, validate
-from peft_study.evaluate.statistics import mean_loss
 from peft_study.methods.peft_format import load_adapter
 from peft_study.search.trials import Known, TrialRecord
+from peft_study.statistics import mean_loss
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.run import run_study

@@ -13,8 +13,9 @@ import time
 import torch
 from torch import Tensor
 
-from peft_study.model import attention, causal
-from peft_study.model.causal import Piece
+from peft_study.model import attention
+from peft_study.model.cpu import causal
+from peft_study.model.cpu.causal import Piece
 
 HEADS, KEYS, SIZE = 9, 3, 64
 

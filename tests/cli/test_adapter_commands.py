@@ -56,13 +56,13 @@ def test_generate_gives_pefts_answers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from peft_study.evaluate import answers
+    from peft_study.evaluation import generation
     from peft_study.model.precision import Placement
 
-    monkeypatch.setattr(answers, "choose", lambda _d: Placement(torch.device("cpu"), torch.float32))
+    monkeypatch.setattr(generation, "choose", lambda _d: Placement(torch.device("cpu"), torch.float32))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("1+2\n\n3+4\n")
-    out = tmp_path / "answers.jsonl"
+    out = tmp_path / "generation.jsonl"
     cli("generate", adapters[method], "--prompts", prompts, "-o", out, "--max-new-tokens", 8).ok()
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"][0]["content"] for row in rows] == ["1+2", "3+4"]

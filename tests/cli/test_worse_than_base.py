@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import CommandLine
-from peft_study.evaluate.statistics import Estimate
+from peft_study.statistics import Estimate
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.finetune import Finished
 

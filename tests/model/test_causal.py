@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_study.model import causal
-from peft_study.model.causal import Piece
+from peft_study.model.cpu import causal
+from peft_study.model.cpu.causal import Piece
 
 H, G, D = 6, 2, 8
 

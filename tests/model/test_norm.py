@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tiny_world as tw
-from peft_study.model import norm
+from peft_study.model.cpu import norm
 
 
 class Rms(nn.Module):

@@ -147,7 +147,7 @@ def test_positions_that_end_are_found_whatever_table_they_are_looked_up_in() -> 
 
 
 def test_a_changed_attention_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_study.model import causal
+    from peft_study.model.cpu import causal
 
     original = causal.attend
     monkeypatch.setattr(causal, "attend", lambda *a: original(*a) * 1.05)

@@ -79,7 +79,7 @@ def generate(
     import json
 
     from peft_study.cli.display import quiet_libraries
-    from peft_study.evaluate.answers import Answerer, read_prompts, write_answers
+    from peft_study.evaluation.generation import Answerer, read_prompts, write_answers
     from peft_study.storage.files import refuse_existing, refuse_unwritable
 
     quiet_libraries()
@@ -101,7 +101,7 @@ def generate(
 def chat(adapter: _Adapter, base: _Base = None, max_new_tokens: _Tokens = 256, device: _Device = "auto") -> None:
     """Talk to a trained adapter; an empty line or Ctrl-D ends."""
     from peft_study.cli.display import quiet_libraries
-    from peft_study.evaluate.answers import Answerer
+    from peft_study.evaluation.generation import Answerer
 
     quiet_libraries()
     answerer = Answerer.load(_folder(adapter), base=base, device=device)

@@ -117,7 +117,7 @@ class RunDisplay(LiveDisplay):
 
     def conclude(self, finished: Finished) -> None:
         """Prints how the run ended and what to do next."""
-        from peft_study.evaluate.statistics import few_examples
+        from peft_study.statistics import few_examples
 
         if finished.diverged or finished.after is None:
             self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")

@@ -16,9 +16,9 @@ from peft_study.cli.display import LiveDisplay
 
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig
-    from peft_study.evaluate.statistics import Estimate
     from peft_study.report.results import Results, Row
     from peft_study.search.trials import Known, TrialRecord
+    from peft_study.statistics import Estimate
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.study.run import FinishedStudy
     from peft_study.workers.worker import Facts, Pace, Report

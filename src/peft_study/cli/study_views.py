@@ -13,11 +13,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from datetime import timedelta
 
-    from peft_study.evaluate.statistics import Estimate
     from peft_study.report.compare import Comparison
     from peft_study.report.results import Row
     from peft_study.report.status import MethodStanding, Standing
     from peft_study.report.study_reader import Details, Study
+    from peft_study.statistics import Estimate
     from peft_study.study.cleanup import Spare
     from peft_study.study.rerun import Rerun
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from peft_study.model import causal
+from peft_study.model.cpu import causal
 
 NAME = "peft_study_segments"
 """Name under which the function and its mask function are registered."""

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.errors import ModelError, first_line, nearest_path
-from peft_study.model import attention, norm
-from peft_study.model.allocator import keep_freed_memory
+from peft_study.model import attention
+from peft_study.model.cpu import norm
+from peft_study.model.cpu.allocator import keep_freed_memory
 from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import EMBEDDED, embedded_folder, origin
 from peft_study.model.head import Transform, head_transform

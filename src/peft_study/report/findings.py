@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft_study.config import StudyConfig
-from peft_study.evaluate.statistics import Estimate, difference, few_examples
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import lr_range_test
 from peft_study.search.trials import Known
+from peft_study.statistics import Estimate, difference, few_examples
 from peft_study.storage.held_out import Examples
 
 FEW = 6

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
-from peft_study.evaluate.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.search import lr_range_test
 from peft_study.search.trials import Known, Losses, TrialRecord
+from peft_study.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
 from peft_study.storage.held_out import Examples

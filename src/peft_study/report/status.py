@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Literal
 
-from peft_study.evaluate.statistics import Estimate, difference, mean_loss
 from peft_study.report.study_reader import Study, progress, sizes, trained
 from peft_study.search import lr_range_test
+from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.owner import Owner
 
 PARTS = ("checkpoints", "adapters", "event files", "everything else")

@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
-from peft_study.evaluate.statistics import Estimate
 from peft_study.report.results import Row, row_of
 from peft_study.search.trials import Known, State, TrialRecord
+from peft_study.statistics import Estimate
 from peft_study.storage import held_out, journal, metrics
 from peft_study.storage.held_out import Examples
 from peft_study.storage.owner import Owner, owner

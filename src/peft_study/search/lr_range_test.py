@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import METHODS, Choices, MethodSpace, Range, StudyConfig
-from peft_study.evaluate.statistics import difference
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.trials import Known, TrialRecord
+from peft_study.statistics import difference
 
 TEST_SHARE = 0.1
 """Share of the search's steps that automatic range tests may cost."""

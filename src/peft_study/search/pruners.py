@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.evaluate.statistics import difference
+from peft_study.statistics import difference
 
 Losses = npt.NDArray[np.float64]
 RUNGS = 2

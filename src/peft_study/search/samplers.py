@@ -24,9 +24,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from peft_study.config import Choices, Dimension, MethodSpace, cells
 from peft_study.errors import ConfigError, OutputError
-from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.search.trials import TrialRecord
+from peft_study.statistics import loss_value
 
 Result = TypeVar("Result")
 Values = dict[str, Any]

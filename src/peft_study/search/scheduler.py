@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, TrainingConfig, setting_of
-from peft_study.evaluate.statistics import loss_value
 from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import Suggestions
 from peft_study.search.trials import Known, TrialRecord, final_seeds
+from peft_study.statistics import loss_value
 from peft_study.storage.journal import Event, Journal
 from peft_study.training.loop import Ended, Measured, News
 

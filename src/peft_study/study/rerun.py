@@ -10,9 +10,9 @@ from typing import Any
 
 from peft_study.config import TrainConfig
 from peft_study.errors import ConfigError, OutputError
-from peft_study.evaluate.statistics import Estimate, mean_loss
 from peft_study.report.study_reader import Study, trained
 from peft_study.search.trials import Losses, TrialRecord
+from peft_study.statistics import Estimate, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.interrupt import Interrupted, StopRequest

@@ -13,7 +13,7 @@ from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, Processes
 from peft_study.engine.trial import total_steps
 from peft_study.errors import OutputError
-from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
 from peft_study.training.interrupt import Interrupted, StopRequest

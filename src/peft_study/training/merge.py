@@ -23,12 +23,12 @@ from peft_study.config import TrainConfig, validate
 from peft_study.data.dataset import Rows
 from peft_study.engine.engine import Engine
 from peft_study.errors import ConfigError, ModelError, OutputError, UserError
-from peft_study.evaluate.answers import find_base, is_whole_model, load_adapter_base, put_on
-from peft_study.evaluate.statistics import Estimate, difference, loss_value
+from peft_study.evaluation.generation import find_base, is_whole_model, load_adapter_base, put_on
 from peft_study.methods.peft_format import CONFIG, encoding, load_adapter, note_encoding, read_config
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import load_base
 from peft_study.model.precision import Placement, choose
+from peft_study.statistics import Estimate, difference, loss_value
 from peft_study.storage.files import atomic_folder, follow_umask
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Say, describe, open_session

@@ -13,9 +13,9 @@ from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
-from peft_study.evaluate.statistics import difference, mean_loss
 from peft_study.methods import create
 from peft_study.methods.peft_format import note_encoding
+from peft_study.statistics import difference, mean_loss
 from peft_study.storage.environment import peak_memory
 from peft_study.storage.files import atomic_folder
 from peft_study.storage.metrics import MetricsWriter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from peft_study.evaluate.statistics import Estimate, difference, mean_loss
+from peft_study.statistics import Estimate, difference, mean_loss
 
 
 def test_the_mean_is_over_tokens_not_over_examples() -> None:

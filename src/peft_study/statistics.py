@@ -123,7 +123,7 @@ def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimat
     of the seeds is Student's, of the logarithm's standard error, which is the mean's divided by the mean: of 3, 4.3
     standard errors (with a normal 1.96, intervals over 2 or 3 seeds covered 82 to 89 %). Each has its own quantile; one
     quantile for both, with the degrees of freedom of Welch and Satterthwaite, covered 87 to 93 % with 2 seeds, which
-    often agree by chance. This way it is 94 to 97 % (tests/evaluate/test_seeds.py). With one seed, what seeds vary is
+    often agree by chance. This way it is 94 to 97 % (tests/test_seeds.py). With one seed, what seeds vary is
     not known and left out.
 
     Args:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy.stats import t
 
-from peft_study.evaluate.statistics import difference, mean_loss, mean_over_seeds, seeds_difference
+from peft_study.statistics import difference, mean_loss, mean_over_seeds, seeds_difference
 
 Sums = npt.NDArray[np.float64]
 

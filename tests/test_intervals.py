@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peft_study.evaluate.statistics import Estimate, difference, few_examples, mean_loss
+from peft_study.statistics import Estimate, difference, few_examples, mean_loss
 
 Sums = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]

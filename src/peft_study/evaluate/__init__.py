@@ -1,1 +1,0 @@
-"""Numbers with their noise, and answers of trained adapters."""

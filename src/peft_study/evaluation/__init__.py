@@ -1,0 +1,1 @@
+"""What trained adapters answer."""

@@ -1,0 +1,1 @@
+"""Kernels of ours for the CPU."""
