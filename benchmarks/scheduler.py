@@ -20,10 +20,10 @@ from sqlalchemy.engine import Engine
 
 from peft_study.config import StudyConfig
 from peft_study.search.samplers import Suggestions, open_storage
-from peft_study.search.scheduler import Agenda
+from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
-from peft_study.training.loop import Ended, Measured
+from peft_study.training.loop import Ended, Evaluated
 from peft_study.training.trial_run import Outcome
 
 
@@ -43,13 +43,13 @@ def study(trials: int, sampler: str, folder: Path) -> StudyConfig:
     ).filled()
 
 
-def opened(config: StudyConfig, folder: Path, examples: int) -> Agenda:
+def opened(config: StudyConfig, folder: Path, examples: int) -> Scheduler:
     """Returns the agenda of the study in `folder`, as a start or a resume makes it."""
     storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
     space = config.methods["lora"]
     suggestions = {"lora": Suggestions(storage, "lora", "lora", space, config.search.sampler, config.search.seed)}
     counts_N = np.full(examples, 100)
-    return Agenda(
+    return Scheduler(
         config, Journal(folder / "journal.jsonl"), suggestions, lambda training: training.steps or 0, counts_N
     )
 
@@ -67,18 +67,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = study(given.trials, given.sampler, folder)
-        agenda = opened(config, folder, given.examples)
+        scheduler = opened(config, folder, given.examples)
         asking: list[float] = []
         hearing: list[float] = []
         going: deque[tuple[TrialRecord, deque[int]]] = deque()
         begun = time.perf_counter()
-        while not agenda.finished:
+        while not scheduler.finished:
             if len(going) < given.workers:
                 started = time.perf_counter()
-                found = agenda.next(1, empty=False)
+                found = scheduler.next(1, empty=False)
                 asking += [time.perf_counter() - started] * len(found)
                 for trial in found:
-                    going.append((trial, deque([0, *agenda.setting(trial).rungs, 1000])))
+                    going.append((trial, deque([0, *scheduler.setting(trial).rungs, 1000])))
                 if found:
                     continue
             if not going:
@@ -87,10 +87,10 @@ def main() -> None:
             step = steps.popleft()
             sums = 100 * (2 + draw.normal(size=given.examples) / 10 + draw.normal() / 10)
             started = time.perf_counter()
-            leave = agenda.heard([Measured(trial.name, step, sums)])
+            leave = scheduler.heard([Evaluated(trial.name, step, sums)])
             if trial.kind == "reference" or trial.name in leave or not steps:
                 status = "pruned" if trial.name in leave else "finished"
-                agenda.heard([Ended(trial.name, Outcome(status, leave.get(trial.name), steps=step))])
+                scheduler.heard([Ended(trial.name, Outcome(status, leave.get(trial.name), steps=step))])
             else:
                 going.append((trial, steps))
             hearing.append(time.perf_counter() - started)

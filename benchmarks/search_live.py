@@ -24,13 +24,13 @@ from search_grid import METHOD, Scale, config_of, split_of, training_batches
 
 from peft_study.config import StudyConfig, validate
 from peft_study.methods.peft_format import load_adapter
-from peft_study.search.trials import Known, TrialRecord
+from peft_study.search.trials import StudyState, TrialRecord
 from peft_study.statistics import mean_loss
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.run import run_study
 from peft_study.training.interrupt import StopRequest
-from peft_study.training.loop import Ended, Measured
+from peft_study.training.loop import Ended, Evaluated
 from peft_study.training.session import open_session
 from peft_study.workers.worker import Facts, Report
 
@@ -46,19 +46,19 @@ class Stamps:
     def say(self, line: str) -> None:
         """Says nothing."""
 
-    def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
+    def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """The start-up is over: model, data, slots and threads are there."""
         self._add(what="ready", slots=slots)
 
-    def reported(self, report: Report, known: Known) -> None:
+    def reported(self, report: Report, state: StudyState) -> None:
         """A row was run, or trials entered or left."""
-        news = report.news
+        events = report.events
         self._add(
             what="report",
             tokens=sum(pace.tokens for pace in report.paces.values()),
-            measured=sum(isinstance(n, Measured) and n.step > 0 for n in news),
-            entered=sum(isinstance(n, Measured) and n.step == 0 for n in news),
-            left=sum(isinstance(n, Ended) for n in news),
+            measured=sum(isinstance(n, Evaluated) and n.step > 0 for n in events),
+            entered=sum(isinstance(n, Evaluated) and n.step == 0 for n in events),
+            left=sum(isinstance(n, Ended) for n in events),
             running=len(report.running),
         )
 
@@ -87,12 +87,12 @@ def run_apart(values: dict[str, Any], folder: Path, name: str) -> list[Stamp]:
     return [json.loads(line) for line in stamps.read_text().splitlines()]
 
 
-def known_of(folder: Path) -> Known:
+def state_of(folder: Path) -> StudyState:
     """Returns what a study's journal says."""
-    known = Known()
+    state = StudyState()
     for event in Journal(StudyFolder(folder).journal).events:
-        known.apply(event)
-    return known
+        state.apply(event)
+    return state
 
 
 def speeds(stamps: Sequence[Stamp], slots: int, dev_tokens: int) -> dict[str, Any]:
@@ -151,20 +151,20 @@ def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, w
         shutil.rmtree(work / name, ignore_errors=True)
     alone = run_apart({**none, "slots": 1}, work, "alone")
     again = run_apart({**none, "budget": {"steps": 1}}, work, "start-up")
-    known = known_of(work / "curves")
+    state = state_of(work / "curves")
     slots = next(stamp["slots"] for stamp in stamps if stamp["what"] == "ready")
     # where the model and the data lie on this machine is no part of what was measured
     portable = {**values, "model": {"name": model}, "data": {**values["data"], "train": Path(data).name}}
-    rows.add(row="study", values=portable, slots=slots, **_study_facts(config, scale, known))
-    _write_cells(rows, config, known)
+    rows.add(row="study", values=portable, slots=slots, **_study_facts(config, scale, state))
+    _write_cells(rows, config, state)
     rows.add(row="speed", system="ours", start_up=start_up(again), **speeds(stamps, slots, dev_tokens))
     rows.add(row="speed", system="ours alone", start_up=start_up(alone), **speeds(alone, 1, dev_tokens))
 
 
-def _study_facts(config: StudyConfig, scale: Scale, known: Known) -> dict[str, Any]:
+def _study_facts(config: StudyConfig, scale: Scale, state: StudyState) -> dict[str, Any]:
     """Returns what the replay must know of data and engine."""
-    split, trials = split_of(config), known.of(METHOD, "search")
-    (reference,) = known.of("none", "reference")
+    split, trials = split_of(config), state.of(METHOD, "search")
+    (reference,) = state.of("none", "reference")
     return {
         "cells": len(trials),
         "rungs": sorted({step for trial in trials for step in trial.sums} - {0, scale.steps}),
@@ -177,8 +177,8 @@ def _study_facts(config: StudyConfig, scale: Scale, known: Known) -> dict[str, A
     }
 
 
-def _write_cells(rows: Rows, config: StudyConfig, known: Known) -> None:
-    trials = known.of(METHOD, "search")
+def _write_cells(rows: Rows, config: StudyConfig, state: StudyState) -> None:
+    trials = state.of(METHOD, "search")
     tests = _test_losses(config, [trial for trial in trials if trial.status == "finished"])
     for trial in trials:
         rows.add(

@@ -19,10 +19,10 @@ from search_grid import METHOD, Cell, Curves, cell_of, config_of
 from search_replay import Search, Seen
 
 from peft_study.search.samplers import Suggestions
-from peft_study.search.scheduler import Agenda
+from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Event, Journal
-from peft_study.training.loop import Ended, Measured, News
+from peft_study.training.loop import Ended, Evaluated, TrialEvent
 from peft_study.training.trial_run import Ending, Outcome
 
 
@@ -67,19 +67,19 @@ class VirtualWorker:
         """Free slots."""
         return self._curves.slots - len(self._slots)
 
-    def follow(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[News]:
+    def follow(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[TrialEvent]:
         """Follows orders as training/loop.py does: news of who left and entered, else that of one row."""
-        news: list[News] = []
+        events: list[TrialEvent] = []
         for slot, trial in list(self._slots.items()):
             if trial.name in leave:
                 del self._slots[slot]
-                news.append(_ended(trial.name, "pruned", trial.step, leave[trial.name]))
+                events.append(_ended(trial.name, "pruned", trial.step, leave[trial.name]))
         for record, rungs in enter:
-            news += self._enter(record, rungs)
-        return news or (self._row() if self._slots else [])
+            events += self._enter(record, rungs)
+        return events or (self._row() if self._slots else [])
 
-    def _enter(self, record: TrialRecord, rungs: tuple[int, ...]) -> list[News]:
-        begun = Measured(record.name, 0, self._curves.start_N)  # LoRA begins as the base, whose losses are known
+    def _enter(self, record: TrialRecord, rungs: tuple[int, ...]) -> list[TrialEvent]:
+        begun = Evaluated(record.name, 0, self._curves.start_N)  # LoRA begins as the base, whose losses are known
         if record.kind == "reference":
             self._evaluate(1)  # the first time they are not
             return [begun, _ended(record.name, "finished", 0)]
@@ -89,26 +89,26 @@ class VirtualWorker:
         self._slots[slot] = _Running(record.name, self._curves.cells[cell_of(record.values)], rungs, served)
         return [begun]
 
-    def _row(self) -> list[News]:
+    def _row(self) -> list[TrialEvent]:
         costs = self._costs
         self.clock += self._fill() * (costs.token if len(self._slots) > 1 else costs.token_alone)
-        news, due = list[News](), list[tuple[int, _Running]]()
+        events, due = list[TrialEvent](), list[tuple[int, _Running]]()
         for slot, trial in sorted(self._slots.items()):
             if trial.pending:
                 continue
             trial.step += 1
             if trial.cell.status != "finished" and trial.step >= trial.cell.steps:
                 del self._slots[slot]
-                news.append(_ended(trial.name, "diverged", trial.step, "as measured"))
+                events.append(_ended(trial.name, "diverged", trial.step, "as measured"))
             elif trial.step in trial.rungs or trial.step == self._curves.steps:
                 due.append((slot, trial))
         self._evaluate(len(due))
         for slot, trial in due:
-            news.append(Measured(trial.name, trial.step, trial.cell.sums[trial.step]))
+            events.append(Evaluated(trial.name, trial.step, trial.cell.sums[trial.step]))
             if trial.step == self._curves.steps:
                 del self._slots[slot]
-                news.append(_ended(trial.name, "finished", trial.step))
-        return news
+                events.append(_ended(trial.name, "finished", trial.step))
+        return events
 
     def _fill(self) -> int:
         """Takes the examples of one row from the batches and returns its tokens."""
@@ -140,25 +140,25 @@ def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Ev
         storage = optuna.storages.InMemoryStorage()
         suggestions = {METHOD: Suggestions(storage, METHOD, METHOD, space, config.search.sampler, seed)}
         journal = Journal(Path(folder) / "journal.jsonl")
-        agenda = Agenda(config, journal, suggestions, lambda _training: curves.steps, curves.counts_N)
+        scheduler = Scheduler(config, journal, suggestions, lambda _training: curves.steps, curves.counts_N)
         worker, seen = VirtualWorker(curves, costs), list[Seen]()
-        news: list[News] = []
-        while not agenda.finished:  # as study/run.py takes a report and answers it
-            seen += seen_in(news, agenda, worker.clock)
-            leave = agenda.heard(news)
+        events: list[TrialEvent] = []
+        while not scheduler.finished:  # as study/run.py takes a report and answers it
+            seen += seen_in(events, scheduler, worker.clock)
+            leave = scheduler.heard(events)
             staying = set(worker.running) - set(leave)
-            begun = agenda.next(worker.room + len(leave), empty=not staying)
-            news = worker.follow([(trial, agenda.setting(trial).rungs) for trial in begun], leave)
+            begun = scheduler.next(worker.room + len(leave), empty=not staying)
+            events = worker.follow([(trial, scheduler.setting(trial).rungs) for trial in begun], leave)
         return Search(seen, worker.clock), list(journal.events)
 
 
-def seen_in(news: Sequence[News], agenda: Agenda, at: float) -> list[Seen]:
+def seen_in(events: Sequence[TrialEvent], scheduler: Scheduler, at: float) -> list[Seen]:
     """Returns the dev losses that news of searched trials holds."""
-    trials = agenda.known.trials
+    trials = scheduler.state.trials
     return [
         Seen(at, cell_of(trials[n.name].values), n.step, float(n.sums_N.sum()))
-        for n in news
-        if isinstance(n, Measured) and n.step > 0 and trials[n.name].kind == "search"
+        for n in events
+        if isinstance(n, Evaluated) and n.step > 0 and trials[n.name].kind == "search"
     ]
 
 

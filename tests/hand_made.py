@@ -13,9 +13,9 @@ import numpy.typing as npt
 from peft_study.config import StudyConfig, validate
 from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect
-from peft_study.search.trials import Known
+from peft_study.search.trials import StudyState
 from peft_study.storage import held_out
-from peft_study.storage.held_out import Examples
+from peft_study.storage.held_out import HeldOut
 from peft_study.storage.journal import Event, Journal
 from peft_study.storage.run_dir import identity
 from peft_study.storage.study_dir import StudyFolder
@@ -56,7 +56,7 @@ class HandMade:
         }
         self.config = validate(StudyConfig, values, where="study.yaml").filled()
         self.folder = StudyFolder(folder)
-        self.examples = Examples(COUNTS, BASE, COUNTS)
+        self.examples = HeldOut(COUNTS, BASE, COUNTS)
         self.events: list[Event] = []
         self.asked("none", "none", "reference", 0, None, {})
         self.measured("none", 0, BASE.tolist())
@@ -73,8 +73,8 @@ class HandMade:
         self.events.append({"event": "measured", "name": name, "step": step, "sums": list(sums)})
 
     def ended(self, name: str, status: str, reason: str | None = None, **facts: Any) -> None:
-        known = {"steps": 100, "tokens": 5000, "virtual_tokens": 80, "seconds": 2.5, "trainable": 7, **facts}
-        self.events.append({"event": "ended", "name": name, "status": status, "reason": reason, "facts": known})
+        state = {"steps": 100, "tokens": 5000, "virtual_tokens": 80, "seconds": 2.5, "trainable": 7, **facts}
+        self.events.append({"event": "ended", "name": name, "status": status, "reason": reason, "facts": state})
 
     def trial(
         self,
@@ -126,17 +126,17 @@ class HandMade:
         self.events.append({"event": "opened", "sums": sums})
 
     @property
-    def known(self) -> Known:
-        known = Known()
+    def state(self) -> StudyState:
+        state = StudyState()
         for event in self.events:
-            known.apply(event)
-        return known
+            state.apply(event)
+        return state
 
     def results(self) -> Results:
-        return collect(self.config, self.known, self.examples, self.folder)
+        return collect(self.config, self.state, self.examples, self.folder)
 
     def said(self) -> list[str]:
-        return sentences(self.config, self.known, self.examples, self.results())
+        return sentences(self.config, self.state, self.examples, self.results())
 
     def about(self, method: str) -> str:
         """Returns what is said of a method's search."""

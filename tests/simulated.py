@@ -13,10 +13,10 @@ import numpy.typing as npt
 from peft_study.config import StudyConfig, validate
 from peft_study.search.budget import steps_of
 from peft_study.search.samplers import Suggestions, open_storage
-from peft_study.search.scheduler import Agenda
+from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
-from peft_study.training.loop import Ended, Measured, News
+from peft_study.training.loop import Ended, Evaluated, TrialEvent
 from peft_study.training.trial_run import Outcome
 
 EXAMPLES = 32
@@ -78,8 +78,10 @@ class World:
             for name, space in config.methods.items()
             if space.kind != "none"
         }
-        self.agenda = Agenda(config, self.journal, books, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS)
-        self._at = dict.fromkeys((trial.name for trial in self.agenda.known.running()), 0)
+        self.scheduler = Scheduler(
+            config, self.journal, books, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS
+        )
+        self._at = dict.fromkeys((trial.name for trial in self.scheduler.state.running()), 0)
         self.most = 0
         self.order: list[str] = []
 
@@ -95,29 +97,29 @@ class World:
 
     def run(self, *, until: Callable[[World], bool] = lambda _w: False) -> World:
         """Plays until the agenda is finished."""
-        news: list[News] = []
-        while not self.agenda.finished and not until(self):
-            leave = self.agenda.heard(news)
+        events: list[TrialEvent] = []
+        while not self.scheduler.finished and not until(self):
+            leave = self.scheduler.heard(events)
             for name in leave:
                 del self._at[name]
-            news = [Ended(name, Outcome("pruned", reason, steps=0)) for name, reason in leave.items()]
-            self.agenda.heard(news)
-            news = []
-            for trial in self.agenda.next(self._slots - len(self._at), empty=not self._at):
+            events = [Ended(name, Outcome("pruned", reason, steps=0)) for name, reason in leave.items()]
+            self.scheduler.heard(events)
+            events = []
+            for trial in self.scheduler.next(self._slots - len(self._at), empty=not self._at):
                 self.order.append(trial.name)
-                news += [Measured(trial.name, 0, losses(BASE))]
+                events += [Evaluated(trial.name, 0, losses(BASE))]
                 if trial.kind == "reference":
-                    news.append(Ended(trial.name, Outcome("finished", None)))
+                    events.append(Ended(trial.name, Outcome("finished", None)))
                 else:
                     self._at[trial.name] = 0
             self.most = max(self.most, len(self._at))
             for name in list(self._at):
-                news += self._step(name)
+                events += self._step(name)
         return self
 
-    def _step(self, name: str) -> list[News]:
-        trial = self.agenda.known.trials[name]
-        setting = self.agenda.setting(trial)
+    def _step(self, name: str) -> list[TrialEvent]:
+        trial = self.scheduler.state.trials[name]
+        setting = self.scheduler.setting(trial)
         total = setting.training.steps
         assert total is not None
         self._at[name] += 1
@@ -128,8 +130,8 @@ class World:
             return [Ended(name, Outcome("diverged", f"the loss became nan at step {step}", steps=step))]
         if step not in setting.rungs and step < total:
             return []
-        news: list[News] = [Measured(name, step, losses(level))]
+        events: list[TrialEvent] = [Evaluated(name, step, losses(level))]
         if step == total:
             del self._at[name]
-            news.append(Ended(name, Outcome("finished", None, steps=step, tokens=step * 200)))
-        return news
+            events.append(Ended(name, Outcome("finished", None, steps=step, tokens=step * 200)))
+        return events

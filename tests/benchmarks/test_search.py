@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import search
 import search_live
 from search_grid import Cell, Curves, Scale, cell_of, read_curves
 from search_ours import WorkerCosts, decisions, order_of, ours
 from search_replay import NEVER, Costs, Seen, asha, factor, good_from, one_after_another, recommended, spread, times
+
+import search
 
 COSTS = Costs(start_up=100, overhead=10, token=1, dev_token=0.5)
 LOSSES = {"good": 1.0, "third": 3.0, "fourth": 4.0, "fifth": 5.0}

@@ -14,7 +14,7 @@ import yaml
 from pyarrow import parquet
 
 from command_line import CommandLine
-from peft_study.search.trials import Known
+from peft_study.search.trials import StudyState
 from peft_study.storage.files import json_text
 from peft_study.storage.journal import Journal, read
 from peft_study.storage.metrics import MetricsWriter
@@ -109,7 +109,7 @@ def test_a_loss_that_is_none_is_read_back_as_one(tmp_path: Path) -> None:
             {"event": "measured", "name": "lora-000", "step": 1, "sums": [1.0, math.nan]},
         ]
     )
-    known = Known()
+    known = StudyState()
     for event in read(tmp_path / "journal.jsonl"):
         known.apply(event)
     sums_N = known.trials["lora-000"].sums[1]

@@ -471,7 +471,7 @@ def test_a_cleaned_study_is_still_finished(
     journal = (copy / "journal.jsonl").read_text()
     path = study_file(tmp_path, tiny_model_folder, tiny_data)
     with patch.object(Slots, "_enter", side_effect=AssertionError("something is trained")) as enter:
-        enter.side_effect = lambda jobs: [] if not jobs else pytest.fail("something is trained")
+        enter.side_effect = lambda plans: [] if not plans else pytest.fail("something is trained")
         cli("run", path).ok()
     assert (copy / "journal.jsonl").read_text() == journal
 

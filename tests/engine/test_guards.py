@@ -8,7 +8,7 @@ import torch
 import tiny_world as tw
 from peft_study.config import FullConfig, LoraConfig, NoneConfig, PrefixTuningConfig, PromptTuningConfig, TrainingConfig
 from peft_study.engine.engine import Engine
-from peft_study.engine.guards import count_trainable, refuse_strangers
+from peft_study.engine.guards import count_trainable, refuse_unexpected
 from peft_study.engine.trial import Trial
 from peft_study.errors import ConfigError, ModelError
 from peft_study.methods import create
@@ -38,7 +38,7 @@ def test_a_frozen_parameter_of_the_method_is_refused_by_name(config: LoraConfig)
     name, parameter = list(adapter.parameters().items())[-1]
     parameter.requires_grad_(False)
     with pytest.raises(ModelError, match=f"{name} belongs to {config.method} but is frozen"):
-        refuse_strangers(base, adapter)
+        refuse_unexpected(base, adapter)
 
 
 def test_training_leaves_the_base_without_gradients_and_as_it_was() -> None:

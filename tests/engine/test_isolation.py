@@ -113,7 +113,7 @@ def test_gradients_do_not_depend_on_what_the_neighbours_say_or_who_they_are(
     )
     configs = [c.model_copy(update={"dropout": dropout}) if isinstance(c, LoraConfig) else c for c in CONFIGS]
     adapters = [pr.adapter_of(config, base, seed=s + 1) for s, config in enumerate(configs)]
-    strangers = [pr.adapter_of(config, base, seed=s + 51) for s, config in enumerate([*configs[1:], configs[0]])]
+    unexpected = [pr.adapter_of(config, base, seed=s + 51) for s, config in enumerate([*configs[1:], configs[0]])]
 
     def item(slot: int, adapter: Adapter, number: int, example: Example) -> Item:
         return Item(slot, adapter, example, 0.5, DropoutKey(slot, 3, number, adapter.row_tokens + len(example)))
@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_what_the_neighbours_say_or_who_they_are(
     for name, gradient in gradients.items():
         assert torch.equal(gradient, others[name]), f"{name} noticed its neighbours' tokens"
 
-    replaced = [item(s, adapters[s] if s == kept else strangers[s], i, e) for i, (s, e) in places]
+    replaced = [item(s, adapters[s] if s == kept else unexpected[s], i, e) for i, (s, e) in places]
     absent = [item(s, adapters[s], i, e) for i, (s, e) in places if s == kept]
     for company, items in {"other neighbours": replaced, "no neighbours": absent}.items():
         found = own(row(base, items))

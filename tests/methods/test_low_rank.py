@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from peft_study.methods import low_rank
 from peft_study.methods.base import LowRank
-from peft_study.methods.low_rank import Job
+from peft_study.methods.low_rank import SpanUpdate
 
 T, I, O = 11, 6, 5  # noqa: E741
 
 
-def jobs(*, masked: bool) -> list[Job]:
+def spans(*, masked: bool) -> list[SpanUpdate]:
     generator = torch.Generator().manual_seed(0)
 
     def update(rank: int, scale: float) -> LowRank:
@@ -23,7 +23,7 @@ def jobs(*, masked: bool) -> list[Job]:
         return LowRank(A.requires_grad_(), B.requires_grad_(), scale)
 
     mask = (torch.rand(4, I, generator=generator, dtype=torch.float64) > 0.5).double() * 2
-    return [Job(1, 5, update(3, 0.5), mask if masked else None), Job(7, 11, update(2, 2.0))]
+    return [SpanUpdate(1, 5, update(3, 0.5), mask if masked else None), SpanUpdate(7, 11, update(2, 2.0))]
 
 
 def layer() -> nn.Linear:
@@ -31,31 +31,31 @@ def layer() -> nn.Linear:
     return nn.Linear(I, O, dtype=torch.float64).requires_grad_(False)
 
 
-def plain(x: Tensor, base: nn.Linear, given: list[Job]) -> Tensor:
+def plain(x: Tensor, base: nn.Linear, given: list[SpanUpdate]) -> Tensor:
     y = base(x)
     out = [y[0]]
-    for job in given:
-        inputs = x[0, job.start : job.end] if job.mask_LI is None else x[0, job.start : job.end] * job.mask_LI
-        change = job.update.scale * inputs @ job.update.A.T @ job.update.B.T
-        out.append(torch.cat([torch.zeros(job.start, O), change, torch.zeros(T - job.end, O)]))
+    for span in given:
+        inputs = x[0, span.start : span.end] if span.mask_LI is None else x[0, span.start : span.end] * span.mask_LI
+        change = span.update.scale * inputs @ span.update.A.T @ span.update.B.T
+        out.append(torch.cat([torch.zeros(span.start, O), change, torch.zeros(T - span.end, O)]))
     return torch.stack(out).sum(0)[None]
 
 
-def run(way: str, x: Tensor, base: nn.Linear, given: list[Job]) -> Tensor:
+def run(way: str, x: Tensor, base: nn.Linear, given: list[SpanUpdate]) -> Tensor:
     if way == "linear":
         return low_rank.linear(x, base.weight, base.bias, given)
     y = base(x)
     return low_rank.add(x, y if way == "add" else y.view(1, T, O), given)
 
 
-def leaves(x: Tensor, given: list[Job]) -> list[Tensor]:
-    return [x, *(matrix for job in given for matrix in (job.update.A, job.update.B))]
+def leaves(x: Tensor, given: list[SpanUpdate]) -> list[Tensor]:
+    return [x, *(matrix for span in given for matrix in (span.update.A, span.update.B))]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("way", ["linear", "add", "add to a view"])
 def test_output_and_gradients_are_autograds(way: str, masked: bool) -> None:
-    given, base = jobs(masked=masked), layer()
+    given, base = spans(masked=masked), layer()
     x = torch.randn(1, T, I, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     found, expected = run(way, x, base, given), plain(x, base, given)
     assert torch.allclose(found, expected, atol=1e-12)
@@ -67,7 +67,7 @@ def test_output_and_gradients_are_autograds(way: str, masked: bool) -> None:
 
 
 def test_inputs_without_gradient_and_frozen_matrices_get_none() -> None:
-    given, base = jobs(masked=False), layer()
+    given, base = spans(masked=False), layer()
     given[0].update.A.requires_grad_(False)
     x = torch.randn(1, T, I, dtype=torch.float64)
     low_rank.linear(x, base.weight, None, given).sum().backward()
@@ -79,7 +79,7 @@ def test_inputs_without_gradient_and_frozen_matrices_get_none() -> None:
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("way", ["linear", "add"])
 def test_what_is_not_finite_stays_in_its_span(way: str, poison: float) -> None:
-    given, base = jobs(masked=True), layer()
+    given, base = spans(masked=True), layer()
     x = torch.randn(1, T, I, dtype=torch.float64).requires_grad_()
     healthy = run(way, x, base, given)
     well = torch.autograd.grad(healthy.sum(), leaves(x, given))

@@ -20,11 +20,11 @@ TESTED = {"range_test": True, "range_steps": 4, "pruner": "none"}
 
 
 def searched(world: World, method: str = "lora") -> list[TrialRecord]:
-    return world.agenda.known.of(method, "search")
+    return world.scheduler.state.of(method, "search")
 
 
 def range_trials(world: World, method: str = "lora") -> list[TrialRecord]:
-    return world.agenda.known.of(method, "range_test")
+    return world.scheduler.state.of(method, "range_test")
 
 
 def one(space: dict[str, Any], **sections: Any) -> StudyConfig:
@@ -54,9 +54,9 @@ def test_a_new_space_with_the_same_rates_is_searched_after_its_range_test(tmp_pa
     assert old == (5, 7)
     assert len(range_trials(world)) == 7, "a rate that was tried with these settings is not tried again"
     assert len(searched(world)) == 10
-    assert world.agenda.known.winner is not None
+    assert world.scheduler.state.winner is not None
     assert [event["method"] for event in events(tmp_path, "tested")] == ["lora", "lora"]
-    assert len(world.agenda.known.notes["lora"]) >= 1
+    assert len(world.scheduler.state.notes["lora"]) >= 1
 
 
 @pytest.mark.parametrize(
@@ -81,16 +81,16 @@ def test_rates_that_were_not_tried_with_these_settings_are_tested(
     assert [trial.name for trial in tests] == [f"lora-range-{number}" for number in range(len(tests))]
     new = searched(world)[5:]
     assert len(new) == 5
-    low, high = world.agenda.known.bounds.get("lora", {}).get("learning_rate", (1e-5, 0.1))
+    low, high = world.scheduler.state.bounds.get("lora", {}).get("learning_rate", (1e-5, 0.1))
     assert all(low <= trial.values["learning_rate"] <= high for trial in new)
-    assert world.agenda.known.winner is not None
+    assert world.scheduler.state.winner is not None
 
 
 def test_a_range_test_of_other_steps_is_made_again(tmp_path: Path) -> None:
     world = World(one({}, search=TESTED, budget={"trials": 3}), tmp_path, CURVES).run()
     longer = one({"space": "default", "rank": [16, 8, 32, 64, 4]}, search={**TESTED, "range_steps": 8})
     world = world.changed(longer, "lora").run()
-    steps = [world.agenda.setting(trial).training.steps for trial in range_trials(world)]
+    steps = [world.scheduler.setting(trial).training.steps for trial in range_trials(world)]
     assert steps == [4] * 7 + [8] * 7
 
 
@@ -110,8 +110,8 @@ def test_a_method_that_left_the_file_in_its_range_test_ends_it(tmp_path: Path) -
     assert {trial.status for trial in range_trials(world)} == {"running"}
     world = world.changed(study(methods={"prompt_tuning": {"tokens": 8}}, search=TESTED), "lora").run()
     assert all(trial.status == "finished" for trial in range_trials(world))
-    assert world.agenda.known.winner is not None
-    assert world.agenda.known.winner[0] == "prompt_tuning"
+    assert world.scheduler.state.winner is not None
+    assert world.scheduler.state.winner[0] == "prompt_tuning"
 
 
 # -- grids
@@ -137,17 +137,17 @@ def test_under_another_fixed_value_every_cell_is_another_one(tmp_path: Path) -> 
     # and back again: all of them are there
     world = world.changed(grid(), "lora").run()
     assert len(searched(world)) == 12
-    assert world.agenda.known.winner is not None
+    assert world.scheduler.state.winner is not None
 
 
 def test_of_a_smaller_grid_nothing_is_tried_again(tmp_path: Path) -> None:
     methods = {"lora": {"rank": [4, 8], "learning_rate": list(RATES)}, "prompt_tuning": {"tokens": 8}}
     world = World(study(methods=methods), tmp_path, CURVES).run()
     world = world.changed(study(methods={**methods, "lora": {"rank": 4, "learning_rate": [1e-3, 1e-2]}}), "lora").run()
-    known = world.agenda.known
+    state = world.scheduler.state
     assert (len(searched(world)), len(searched(world, "prompt_tuning"))) == (6, 12)
-    assert known.winner is not None
-    assert known.winner[0] == "lora", "both its cells were tried"
+    assert state.winner is not None
+    assert state.winner[0] == "lora", "both its cells were tried"
 
 
 def test_a_grid_within_a_budget_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -170,9 +170,9 @@ def test_a_changed_space_gets_its_trials_and_the_others_are_not_untuned(tmp_path
     world = World(study(methods=methods, budget={"trials": 4}), tmp_path, CURVES).run()
     world = world.changed(study(methods={**methods, "lora": {"rank": 4}}, budget={"trials": 4}), "lora").run()
     assert (len(searched(world)), len(searched(world, "prompt_tuning"))) == (8, 4)
-    known = world.agenda.known
-    assert not any(known.untuned(method, world.config) for method in methods)
-    said = known.unequal(world.config)
+    state = world.scheduler.state
+    assert not any(state.untuned(method, world.config) for method in methods)
+    said = state.unequal(world.config)
     assert said == "searched unequally: lora: 4 trials of an earlier space beside those of the present one"
 
 
@@ -203,7 +203,7 @@ def test_killed_after_a_change_it_repeats_itself(tmp_path: Path, share: float) -
     (killed / "journal.jsonl").write_bytes(b"".join(lines[:cut]))
     again = World(second, killed, CURVES).run()
     assert (killed / "journal.jsonl").read_bytes() == (tmp_path / "journal.jsonl").read_bytes()
-    assert again.agenda.known.winner == whole.agenda.known.winner
+    assert again.scheduler.state.winner == whole.scheduler.state.winner
     assert len(searched(again)) == 6 + 12
 
 

@@ -25,7 +25,7 @@ from peft_study.engine.trial import Trial
 from peft_study.errors import OutputError
 from peft_study.methods import create
 from peft_study.model.load import Base
-from peft_study.workers.checkpoints import Cuts
+from peft_study.workers.checkpoints import WorkerCheckpoints
 
 
 def trial_of(base: Base, name: str, config: MethodConfig, **changed: Any) -> Trial:
@@ -131,7 +131,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_cut_sent_to_a_url_is_found_and_fetched(url: str, tmp_path: Path) -> None:
-    here, there = (Cuts(tmp_path / name, url, "study", "mine") for name in ("here", "there"))
+    here, there = (WorkerCheckpoints(tmp_path / name, url, "study", "mine") for name in ("here", "there"))
     assert here.find() == []
     for number, step in enumerate((4, 7)):
         here.send("worker-0", written(tmp_path / f"cut-{number}", {"a": step, "b": 1}), number)
@@ -140,14 +140,14 @@ def test_a_cut_sent_to_a_url_is_found_and_fetched(url: str, tmp_path: Path) -> N
     fetched = there.fetch(found)
     assert (fetched.folder / "slot-0.safetensors").read_bytes() == b"tensors"
     assert checkpoint.read(fetched.folder) is not None
-    assert Cuts(tmp_path / "there", url, "study", "of other settings").find() == []
-    assert Cuts(tmp_path / "there", url, "another", "mine").find() == []
+    assert WorkerCheckpoints(tmp_path / "there", url, "study", "of other settings").find() == []
+    assert WorkerCheckpoints(tmp_path / "there", url, "another", "mine").find() == []
     there.close()
     assert not fetched.folder.exists()
 
 
 def test_half_a_cut_is_none(url: str, tmp_path: Path) -> None:
-    cuts = Cuts(tmp_path / "here", url, "study", "mine")
+    cuts = WorkerCheckpoints(tmp_path / "here", url, "study", "mine")
     cuts.send("worker-0", written(tmp_path / "whole", {"a": 4}), 0)
     half = written(tmp_path / "half", {"a": 9})
     (half / checkpoint.MANIFEST).unlink()  # the sender dies before it comes to the manifest
@@ -156,7 +156,7 @@ def test_half_a_cut_is_none(url: str, tmp_path: Path) -> None:
 
 
 def test_cuts_that_no_trial_needs_are_swept(url: str, tmp_path: Path) -> None:
-    cuts = Cuts(tmp_path / "here", url, "study", "mine")
+    cuts = WorkerCheckpoints(tmp_path / "here", url, "study", "mine")
     for name, trials in (("worker-0", {"a": 4}), ("worker-1", {"b": 2})):
         cuts.send(name, written(tmp_path / name, trials), 0)
     written(tmp_path / "here" / "worker-2" / "step_3", {"c": 1})
@@ -166,10 +166,10 @@ def test_cuts_that_no_trial_needs_are_swept(url: str, tmp_path: Path) -> None:
 
 def test_the_word_of_another_start_is_not_enough(url: str, tmp_path: Path) -> None:
     for one, other in ((url, url), (None, None)):
-        cuts = Cuts(tmp_path / "here", one, "study", "mine")
+        cuts = WorkerCheckpoints(tmp_path / "here", one, "study", "mine")
         assert not cuts.sees_token("now")
         cuts.leave_token("before")
         assert not cuts.sees_token("now")
         cuts.leave_token("now")
-        assert Cuts(tmp_path / "here", other, "study", "mine").sees_token("now")
-        assert not Cuts(tmp_path / "elsewhere", None, "study", "mine").sees_token("now")
+        assert WorkerCheckpoints(tmp_path / "here", other, "study", "mine").sees_token("now")
+        assert not WorkerCheckpoints(tmp_path / "elsewhere", None, "study", "mine").sees_token("now")

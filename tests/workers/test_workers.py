@@ -12,13 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from crew_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
 
 from command_line import CommandLine, listing
-from crew_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
 from peft_study.engine import checkpoint, memory
 from peft_study.storage import journal
 from peft_study.storage.run_dir import RunFolder
-from peft_study.workers.checkpoints import Cuts
+from peft_study.workers.checkpoints import WorkerCheckpoints
 
 LONG = {
     "training": {"steps": 60, "batch_size": 5, "row_tokens": 130},
@@ -173,13 +173,13 @@ def test_workers_that_see_only_a_url_send_what_they_write(
     cli: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The token in the study's folder is left out, so that workers take it for one that they do not see."""
-    leave = Cuts.leave_token
+    leave = WorkerCheckpoints.leave_token
 
-    def only_at_the_url(self: Cuts, value: str) -> None:
+    def only_at_the_url(self: WorkerCheckpoints, value: str) -> None:
         if self._url is not None:
             leave(self, value)
 
-    monkeypatch.setattr(Cuts, "leave_token", only_at_the_url)
+    monkeypatch.setattr(WorkerCheckpoints, "leave_token", only_at_the_url)
     cli("run", study, "-o", tmp_path / "one").ok()
     away = tmp_path / "away"
     cli("run", study, "--workers", 2, "--set", f"checkpoints=file://{away}", "-o", tmp_path / "two").ok()
@@ -188,7 +188,7 @@ def test_workers_that_see_only_a_url_send_what_they_write(
     assert adapters[0] == adapters[1] != set()
     assert [p.name for p in away.glob("*/*")] == ["token"], "nothing of a study that has ended"
 
-    monkeypatch.setattr(Cuts, "leave_token", lambda _self, _value: None)
+    monkeypatch.setattr(WorkerCheckpoints, "leave_token", lambda _self, _value: None)
     line = cli("run", study, "--workers", 2, "-o", tmp_path / "three").error()
     assert "does not see" in line
     assert "checkpoints" in line

@@ -36,12 +36,12 @@ def register(app: typer.Typer) -> None:
 
 def status(study: _Folder = None) -> None:
     """Say how a study stands: running, interrupted or finished, what is done, what is best so far."""
-    from peft_study.cli.study_views import show_standing
-    from peft_study.report.status import standing
+    from peft_study.cli.study_views import show_status
+    from peft_study.report.status import study_status
     from peft_study.report.study_reader import open_study
 
     found = open_study(study)
-    show_standing(found, standing(found))
+    show_status(found, study_status(found))
 
 
 def list_trials(

@@ -17,7 +17,7 @@ from peft_study.cli.display import LiveDisplay
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig
     from peft_study.report.results import Results, Row
-    from peft_study.search.trials import Known, TrialRecord
+    from peft_study.search.trials import StudyState, TrialRecord
     from peft_study.statistics import Estimate
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.study.run import FinishedStudy
@@ -37,7 +37,7 @@ class StudyDisplay(LiveDisplay):
         console = Console(highlight=False, soft_wrap=True)
         super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
         self._config: StudyConfig | None = None
-        self._known: Known | None = None
+        self._state: StudyState | None = None
         self._due: dict[str, int] = {}
         self._slots = 0
         self._paces: dict[str, Pace] = {}
@@ -48,31 +48,31 @@ class StudyDisplay(LiveDisplay):
         self._done_before = 0
         self._told = 0.0
 
-    def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
+    def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """Says what is going to happen, or what is left of it."""
-        self._config, self._known, self._slots = config, known, slots
+        self._config, self._state, self._slots = config, state, slots
         self._started = time.monotonic()
-        self._due = {method: known.due(method, config) for method in config.searched}
+        self._due = {method: state.due(method, config) for method in config.searched}
         trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in self._due.items())
         finals = config.finals.best * config.finals.seeds * len(self._due)
         self.say(f"{trials or 'no'} trials ({config.search.sampler}), then up to {finals} finals, on {slots} slots")
-        if unequal := known.unequal(config):
+        if unequal := state.unequal(config):
             self.say(unequal)
-        self._done_before = sum(t.status != "running" for t in known.trials.values())
-        if known.trials:
+        self._done_before = sum(t.status != "running" for t in state.trials.values())
+        if state.trials:
             self.say(f"goes on: {self._done_before} trials have ended")
 
-    def reported(self, report: Report, known: Known) -> None:
+    def reported(self, report: Report, state: StudyState) -> None:
         """Moves the display; without a terminal, prints a line now and then."""
-        self._known = known
+        self._state = state
         for line in report.lines:
             self.say(line)
         for name, trainable in report.trainable.items():
-            method = known.trials[name].method
-            if method not in self._methods and known.trials[name].kind != "reference":
+            method = state.trials[name].method
+            if method not in self._methods and state.trials[name].kind != "reference":
                 self._methods.add(method)
                 self.say(trainable.sentence(method))
-        self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in _running(known)}
+        self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in _running(state)}
         now, new = time.monotonic(), sum(p.tokens for p in report.paces.values())
         self._tokens = [(t, n) for t, n in self._tokens if now - t < SPEED_SECONDS] + [(now, new)]
         if self.console.is_terminal:
@@ -114,24 +114,24 @@ class StudyDisplay(LiveDisplay):
         return sum(n for _, n in self._tokens[1:]) / max(self._tokens[-1][0] - self._tokens[0][0], 1e-9)
 
     def _line(self) -> str:
-        known = self._known
-        assert known is not None
+        state = self._state
+        assert state is not None
         running = [f"{n} {p.step}/{p.total}" for n, p in list(self._paces.items())[:4]]
         more = "" if len(self._paces) <= 4 else f" and {len(self._paces) - 4} more"
-        ended = sum(t.status != "running" for t in known.trials.values())
+        ended = sum(t.status != "running" for t in state.trials.values())
         slots = f"{', '.join(running) or 'between trials'}{more}"
         trials = "1 trial" if ended == 1 else f"{ended} trials"
         return f"{trials} ended; {slots}; {self._speed():,.0f} tokens/s{self._left()}"
 
     def _left(self) -> str:
         """Estimates the time left from the trials that ended in this start."""
-        config, known = self._config, self._known
+        config, state = self._config, self._state
         assert config is not None
-        assert known is not None
-        here = sum(t.status != "running" for t in known.trials.values()) - self._done_before
-        left = sum(1 for _ in known.running())
+        assert state is not None
+        here = sum(t.status != "running" for t in state.trials.values()) - self._done_before
+        left = sum(1 for _ in state.running())
         for method in config.searched:
-            begun, planned = known.finals(method, config)
+            begun, planned = state.finals(method, config)
             left += self._to_come(method) + planned - len(begun)
         if here < 2 or left == 0:
             return ""
@@ -139,21 +139,21 @@ class StudyDisplay(LiveDisplay):
         return f"; about {seconds / 60:.0f} min left"
 
     def _to_come(self, method: str) -> int:
-        assert self._known is not None
-        return 0 if self._known.deadline else self._due[method] - len(self._known.present(method))
+        assert self._state is not None
+        return 0 if self._state.deadline else self._due[method] - len(self._state.present(method))
 
     def _view(self) -> Group:
         """Returns methods x trials, what is in the slots, speed and time left."""
-        config, known = self._config, self._known
+        config, state = self._config, self._state
         assert config is not None
-        assert known is not None
+        assert state is not None
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in ("method", "to come", *STATES, "finals", "best dev loss"):
             table.add_column(name, justify="left" if name == "method" else "right")
         for method in config.searched:
-            states: Counter[str] = Counter(t.status for t in known.of(method, "search"))
+            states: Counter[str] = Counter(t.status for t in state.of(method, "search"))
             counts = [str(states[state]) for state in STATES]
-            begun, planned = known.finals(method, config)
+            begun, planned = state.finals(method, config)
             finals = f"{sum(t.status == 'finished' for t in begun)}/{planned}"
             best = f"{self._best[method]:.4f}" if method in self._best else "-"
             table.add_row(method.replace("_", " "), str(self._to_come(method)), *counts, finals, best)
@@ -247,8 +247,8 @@ def _table(title: str, first: str, *numbers: str) -> Table:
     return table
 
 
-def _running(known: Known) -> set[str]:
-    return {trial.name for trial in known.running()}
+def _running(state: StudyState) -> set[str]:
+    return {trial.name for trial in state.running()}
 
 
 def _interval(estimate: Estimate | None) -> str:

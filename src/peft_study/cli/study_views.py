@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from peft_study.report.compare import Comparison
     from peft_study.report.results import Row
-    from peft_study.report.status import MethodStanding, Standing
+    from peft_study.report.status import MethodStatus, StudyStatus
     from peft_study.report.study_reader import Details, Study
     from peft_study.statistics import Estimate
     from peft_study.study.cleanup import Spare
@@ -26,7 +26,7 @@ WIDE = 240
 _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed")
 
 
-def show_standing(study: Study, found: Standing) -> None:
+def show_status(study: Study, found: StudyStatus) -> None:
     """Prints how a study stands."""
     console = _console()
     path = study.folder.path
@@ -57,7 +57,7 @@ def show_standing(study: Study, found: Standing) -> None:
     _say(console, f"disk: {_megabytes(sum(found.disk.values()))} ({parts})")
 
 
-def _methods_table(methods: Sequence[MethodStanding]) -> Table:
+def _methods_table(methods: Sequence[MethodStatus]) -> Table:
     states = [state for state in _COUNTED if any(m.counts.get(state) for m in methods)]
     tests = ["range test"] if any(m.range_tests[1] for m in methods) else []
     names = ["method", *tests, "to come", *states, "finals", "best of its search"]

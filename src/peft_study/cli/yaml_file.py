@@ -115,8 +115,8 @@ class SettingsFile:
     def pointed(self, error: UserError) -> UserError:
         """Returns an error about a setting (``data.held_out``, ``methods.lora``) with the place it was written at."""
         section, _, name = (error.where or "").partition(",")[0].partition(".")
-        known = {"data": DataConfig.model_fields, "methods": self.values.get("methods", ())}
-        place = self.place((section, name)) if name in known.get(section, ()) else None
+        state = {"data": DataConfig.model_fields, "methods": self.values.get("methods", ())}
+        place = self.place((section, name)) if name in state.get(section, ()) else None
         return error if place is None else error.within(place)
 
     def _line(self, path: _Path) -> tuple[int | None, int]:

@@ -130,10 +130,10 @@ def _check_warmup(arguments: FinetuneArguments) -> None:
 def _check_trackers(names: list[str]) -> None:
     from accelerate.utils import LoggerType
 
-    known = {str(kind.value) for kind in LoggerType} | {"all", "none"}
+    state = {str(kind.value) for kind in LoggerType} | {"all", "none"}
     for name in names:
-        if name not in known:
-            raise ConfigError(f"unknown tracker {name!r}", where="--report_to", remedy=nearest(name, known))
+        if name not in state:
+            raise ConfigError(f"unknown tracker {name!r}", where="--report_to", remedy=nearest(name, state))
 
 
 def _check_method(command: Command) -> None:

@@ -216,8 +216,8 @@ def _is_option(token: str) -> bool:
 def _unknown(name: str, options: Sequence[str]) -> ConfigError:
     """The error for a name that nobody knows. Without a near one it names the help, as there are some 180."""
     said = "--" + name.lstrip("-").replace("-", "_")
-    known = [option for option in options if option.startswith("--") and "-" not in option[2:]]
-    remedy = nearest(said, known)
+    state = [option for option in options if option.startswith("--") and "-" not in option[2:]]
+    remedy = nearest(said, state)
     if not remedy.startswith("did you mean"):
         remedy = "`peft-study finetune --help` lists them"
     return ConfigError(f"unknown argument {name!r}", remedy=remedy)

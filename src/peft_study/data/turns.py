@@ -101,9 +101,9 @@ def _turn(turn: Any, number: int, where: str) -> Message:
 
 
 def _role(role: Any, valid: Sequence[str], number: int, where: str) -> Role:
-    for known in ROLES:
-        if role == known:
-            return known
+    for state in ROLES:
+        if role == state:
+            return state
     what = f"turn {number} has no role" if role is None else f"turn {number} has the unknown role {role!r}"
     alias = _SHAREGPT_ROLES.get(str(role).lower())
     raise DataError(what, where=where, remedy=f"did you mean {alias!r}?" if alias else nearest(str(role), valid))

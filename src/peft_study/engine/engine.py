@@ -18,9 +18,9 @@ from typing import TypeVar
 
 import torch
 
-from peft_study.engine.guards import refuse_strangers
+from peft_study.engine.guards import refuse_unexpected
 from peft_study.engine.heldout import Losses, example_losses
-from peft_study.engine.processes import ALONE, Processes
+from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import DoesNotFit, Item, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
 from peft_study.errors import ConfigError, ModelError, out_of_memory
@@ -34,7 +34,7 @@ DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class StepEvent:
     """A trial took an optimizer step, or had to leave: its numbers are no longer finite, or memory ran out.
 
     Attributes:
@@ -80,7 +80,7 @@ class Engine:
         row_tokens: int | None = None,
         slots: int | None = None,
         gradient_checkpointing: bool = False,
-        processes: Processes = ALONE,
+        processes: ProcessGroup = ALONE,
     ) -> None:
         self.base = base
         self.runner = RowRunner(base)
@@ -131,7 +131,7 @@ class Engine:
         assert slot not in self._slots, "one trial a slot"
         try:
             trial.adapter.attach()
-            refuse_strangers(self.base, trial.adapter)
+            refuse_unexpected(self.base, trial.adapter)
         except (ModelError, RuntimeError, MemoryError):
             trial.adapter.detach()
             raise
@@ -154,7 +154,7 @@ class Engine:
         trial.restart_batch()
         trial.adapter.detach()
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[StepEvent]:
         """Runs one row (in every process one) forward and backward; returns the optimizer steps that it completed.
 
         Out of memory halves the row, and the batches it held begin anew: no example is lost.
@@ -180,7 +180,7 @@ class Engine:
             self.processes.sum_gradients(list(trial.parameters.values()))
         for trial, norm in zip(complete, gradient_norms(complete), strict=True):
             try:
-                events.append(Event(trial, trial.finish_batch(norm)))
+                events.append(StepEvent(trial, trial.finish_batch(norm)))
             except Diverged as reason:
                 events.append(self._remove(trial, reason))
             except (RuntimeError, MemoryError) as error:  # AdamW's moments are made in the first step
@@ -232,16 +232,16 @@ class Engine:
                 )
             self._shrink()  # outside the handler, whose traceback holds the row's tensors
 
-    def _remove(self, trial: Trial, reason: Diverged) -> Event:
+    def _remove(self, trial: Trial, reason: Diverged) -> StepEvent:
         self.evict(trial)
-        return Event(trial, None, str(reason))
+        return StepEvent(trial, None, str(reason))
 
-    def _no_room(self, trial: Trial) -> Event:
+    def _no_room(self, trial: Trial) -> StepEvent:
         numbers = sum(p.numel() for p in trial.parameters.values())
         self.evict(trial)
         what = f"the optimizer's state of {numbers:,} parameters ({8 * numbers / 2**30:,.1f} GB) does not fit into the "
         remedy = "train fewer parameters, or fewer trials side by side (slots)"
-        return Event(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
+        return StepEvent(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
 
     def _plan(self) -> list[_Row]:
         """Fills a row for each process, always from the slot that has been served least.

@@ -43,7 +43,7 @@ def count_trainable(base: Base, adapter: Adapter) -> Trainable:
     return Trainable(trainable, base.parameter_count() + own, dict(counts))
 
 
-def refuse_strangers(base: Base, adapter: Adapter) -> None:
+def refuse_unexpected(base: Base, adapter: Adapter) -> None:
     """Refuses to train when a parameter outside the method's own would train, or one of its own would not.
 
     A missing call of `get_peft_model` once turned a prompt-tuning run into full fine-tuning at 1e-4, unnoticed
@@ -53,10 +53,10 @@ def refuse_strangers(base: Base, adapter: Adapter) -> None:
         ModelError: naming the first such parameter.
     """
     allowed = adapter.base_parameters()
-    strangers = [n for n, p in base.model.named_parameters() if p.requires_grad and n not in allowed]
-    if strangers:
+    unexpected = [n for n, p in base.model.named_parameters() if p.requires_grad and n not in allowed]
+    if unexpected:
         raise ModelError(
-            f"{len(strangers)} parameters of the base would train, {strangers[0]} first, but {adapter.method} "
+            f"{len(unexpected)} parameters of the base would train, {unexpected[0]} first, but {adapter.method} "
             "trains none of them",
             remedy="freeze them (requires_grad_(False)) before training",
         )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from peft_study.engine.processes import ALONE, Processes
+from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
@@ -26,7 +26,7 @@ def example_losses(
     indices: Sequence[int],
     row_tokens: int,
     *,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> list[Losses]:
     """Returns, for each adapter, the summed token loss of each example, in nats, without dropout.
 
@@ -78,7 +78,7 @@ class BaseLosses:
         count: int,
         path: Path | None,
         *,
-        processes: Processes = ALONE,
+        processes: ProcessGroup = ALONE,
     ) -> None:
         self._measure, self._path, self._processes = measure, path, processes
         self._losses_N = np.full(count, np.nan)

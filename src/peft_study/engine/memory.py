@@ -40,7 +40,7 @@ _TRIED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MemoryProbe:
     """What a probe row showed, in bytes.
 
     Attributes:
@@ -135,11 +135,11 @@ class Room:
         """Returns the bytes that a short row's forward pass keeps for the backward pass, a token of it."""
         base, held = self._engine.base, dict[int, int]()
         weights = [*base.model.parameters(), *base.model.buffers(), *adapter.parameters().values()]
-        known = {tensor.untyped_storage().data_ptr() for tensor in weights}
+        state = {tensor.untyped_storage().data_ptr() for tensor in weights}
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
+            if storage.data_ptr() not in state:
                 held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -172,10 +172,10 @@ def probe(engine: Engine, adapter: Adapter, examples: Examples) -> int:
     return activations
 
 
-def measured(free: int | None, activations: int, slot: int) -> Measured:
+def measured(free: int | None, activations: int, slot: int) -> MemoryProbe:
     """Returns how many slots fit, at least one."""
     slot = max(1, slot)
-    return Measured(
+    return MemoryProbe(
         free, activations, slot, None if free is None else max(1, int((free * (1 - MARGIN) - activations) // slot))
     )
 

@@ -22,7 +22,7 @@ from peft_study.errors import ConfigError, ProcessError
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
+class ProcessGroup:
     """This process among those of the run; alone, every exchange is the identity."""
 
     rank: int = 0
@@ -62,7 +62,7 @@ class Processes:
         self.total([0.0])
 
 
-ALONE = Processes()
+ALONE = ProcessGroup()
 
 
 def _sum(tensor: Tensor) -> None:
@@ -76,7 +76,7 @@ def _sum(tensor: Tensor) -> None:
 
 
 @contextmanager
-def joined(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
+def joined(environ: Mapping[str, str] = os.environ) -> Iterator[ProcessGroup]:
     """Joins the processes that ``accelerate launch`` or torchrun started; NCCL on CUDA, gloo elsewhere.
 
     Raises:
@@ -106,7 +106,7 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[Processes]:
             remedy="start them with `accelerate launch --num_processes N` or `torchrun --nproc-per-node N`",
         ) from error
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
 

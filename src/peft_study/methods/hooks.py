@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_study.methods import low_rank
 from peft_study.methods.base import Adapter
 from peft_study.methods.dropout import keep_mask
-from peft_study.methods.low_rank import Job
+from peft_study.methods.low_rank import SpanUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,25 +73,25 @@ class LinearHooks:
             self._spans = ()
 
     def _linear(self, name: str, module: nn.Linear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        jobs = self._jobs(name, x)
-        if not jobs:
+        spans = self._jobs(name, x)
+        if not spans:
             return forward(x)
         if module.weight.requires_grad or x.dtype != module.weight.dtype:
-            return low_rank.add(x, forward(x), jobs)
-        return low_rank.linear(x, module.weight, module.bias, jobs)
+            return low_rank.add(x, forward(x), spans)
+        return low_rank.linear(x, module.weight, module.bias, spans)
 
     def _update(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        jobs = self._jobs(name, inputs[0])
-        return low_rank.add(inputs[0], output, jobs) if jobs else output
+        spans = self._jobs(name, inputs[0])
+        return low_rank.add(inputs[0], output, spans) if spans else output
 
-    def _jobs(self, name: str, x: Tensor) -> list[Job]:
+    def _jobs(self, name: str, x: Tensor) -> list[SpanUpdate]:
         """Returns the updates of the layer in the row that is being computed."""
-        jobs = []
+        spans = []
         for span in self._spans:
             update = span.adapter.linear_update(name)
             if update is not None:
-                jobs.append(Job(span.start, span.end, update, _mask(name, span, x)))
-        return jobs
+                spans.append(SpanUpdate(span.start, span.end, update, _mask(name, span, x)))
+        return spans
 
 
 def _mask(name: str, span: Span, x: Tensor) -> Tensor | None:

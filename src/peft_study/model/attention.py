@@ -230,22 +230,22 @@ def _varlen(
         values.append(value_GTD[:, span])
     groups = query_HTD.shape[0] // key_GTD.shape[0]
     # torch 2.11 knows fewer arguments than 2.13: what it cannot do by itself is done before it
-    known = _varlen_options()
+    state = _varlen_options()
     options: dict[str, Any] = {"scale": scale}
-    if "window_size" in known:
+    if "window_size" in state:
         # the kernel counts keys to the left of the token's own
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         assert window is None, "this torch has no sliding window in varlen_attn"
         options["is_causal"] = True
-    if "num_splits" in known:
+    if "num_splits" in state:
         options["num_splits"] = 1  # the same bits whatever the neighbours are
     key_KGD, value_KGD = (
         (torch.cat(x, dim=1) if prefixes else whole).transpose(0, 1)
         for x, whole in ((keys, key_GTD), (values, value_GTD))
     )
     if groups > 1:
-        if "enable_gqa" in known:
+        if "enable_gqa" in state:
             options["enable_gqa"] = True
         else:
             key_KGD, value_KGD = (x.repeat_interleave(groups, dim=1) for x in (key_KGD, value_KGD))

@@ -19,7 +19,7 @@ def folder_digest(folder: Path) -> str:
         memo: dict[str, str] = json.loads(memo_path.read_text())
     except (OSError, ValueError):
         memo = {}
-    known = dict(memo)
+    state = dict(memo)
     total = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         if not path.exists():
@@ -29,7 +29,7 @@ def folder_digest(folder: Path) -> str:
         if key not in memo:
             memo[key] = file_digest(path)
         total.update(f"{path.name}:{memo[key]}\n".encode())
-    if memo != known:
+    if memo != state:
         memo_path.parent.mkdir(parents=True, exist_ok=True)
         memo_path.write_text(json.dumps(memo))
     return total.hexdigest()

@@ -143,8 +143,8 @@ def forward_inputs(
     inputs: dict[str, Any] = {"inputs_embeds": embeddings_TE[None], "use_cache": False}
     if segmented:
         return {**inputs, "position_ids": positions_T[None], "segments": layout}
-    known = inspect.signature(model.get_decoder().forward).parameters
-    return {**inputs, "position_ids": positions_T[None]} if "position_ids" in known else inputs
+    state = inspect.signature(model.get_decoder().forward).parameters
+    return {**inputs, "position_ids": positions_T[None]} if "position_ids" in state else inputs
 
 
 def rope_looks_at_the_row(config: Any) -> bool:

@@ -123,9 +123,9 @@ def _retrained(study: Study, trial: TrialRecord) -> list[TrialRecord]:
     Raises:
         ConfigError: when one of them did not finish: the mean over the others would flatter it.
     """
-    if trial.kind != "search" or trial.number not in study.known.finalists.get(trial.method, ()):
+    if trial.kind != "search" or trial.number not in study.state.finalists.get(trial.method, ()):
         return []
-    finals = [t for t in study.known.of(trial.method, "final") if t.number == trial.number]
+    finals = [t for t in study.state.of(trial.method, "final") if t.number == trial.number]
     if len(finals) < study.config.finals.seeds or any(t.status in ("running", "interrupted") for t in finals):
         return []
     lost = [t for t in finals if t.last is None]
@@ -150,7 +150,7 @@ def _value(study: Study, trial: TrialRecord) -> Losses:
 
 
 def _test(study: Study, trials: list[TrialRecord]) -> npt.NDArray[np.float64] | None:
-    sums = [study.known.test[t.name] for t in trials if t.name in study.known.test]
+    sums = [study.state.test[t.name] for t in trials if t.name in study.state.test]
     return np.stack(sums) if len(sums) == len(trials) else None
 
 

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import lr_range_test
-from peft_study.search.trials import Known
+from peft_study.search.trials import StudyState
 from peft_study.statistics import Estimate, difference, few_examples
-from peft_study.storage.held_out import Examples
+from peft_study.storage.held_out import HeldOut
 
 FEW = 6
 """Settings that a sentence lists one by one; of more it gives the number."""
 
 
-def sentences(config: StudyConfig, known: Known, examples: Examples, results: Results) -> list[str]:
+def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results) -> list[str]:
     """Returns what the study says: the base, each method's search, its finals, the winner, the pruning."""
     said = [f"untouched base: {_level(results.base_dev, results.dev_examples)})"]
     for method in results.methods:
-        said.append(_search(config, known, examples, results, method))
+        said.append(_search(config, state, examples, results, method))
         said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
         said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
     if results.finalists:
@@ -57,7 +57,7 @@ def _level(estimate: Estimate, examples: int) -> str:
     return f"dev loss {estimate.value:.3f} ({estimate.phrase()}, over {examples} examples"
 
 
-def _search(config: StudyConfig, known: Known, examples: Examples, results: Results, method: str) -> str:
+def _search(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results, method: str) -> str:
     own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
     finished = [row for row in own if row.trial.last is not None]
     title = _title(method)
@@ -73,13 +73,13 @@ def _search(config: StudyConfig, known: Known, examples: Examples, results: Resu
     level = _level(best.dev, results.dev_examples)
     text = f"{title}: {label(best, config, method)} is {rank}: {level}, one seed)"
     if len(own) > 1:
-        edges = lr_range_test.edges(best.trial.values, config.methods[method], known.bounds.get(method, {}))
+        edges = lr_range_test.edges(best.trial.values, config.methods[method], state.bounds.get(method, {}))
         text += "".join(f"; {name} lies at the edge of its range: try {_way(edge)}" for name, edge in edges.items())
     if best.minus_base.low > 0:
         text += "; even so it is worse than the untouched base"
     elif not best.minus_base.excludes_zero():
         text += "; even so it cannot be told from the untouched base"
-    if known.untuned(method, config):
+    if state.untuned(method, config):
         text += "; untuned: it had fewer trials than the others, so it is not ranked"
     return text + _others(config, examples, method, own, best)
 
@@ -88,7 +88,7 @@ def _way(edge: str) -> str:
     return "higher" if edge == "high" else "lower"
 
 
-def _others(config: StudyConfig, examples: Examples, method: str, own: Sequence[Row], best: Row) -> str:
+def _others(config: StudyConfig, examples: HeldOut, method: str, own: Sequence[Row], best: Row) -> str:
     """Sorts the other settings: as good within noise, no different from the base, worse than it, not finished."""
     found: dict[tuple[str, str], list[Row]] = {
         ("cannot be told from it",) * 2: [],

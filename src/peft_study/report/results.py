@@ -16,11 +16,11 @@ import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
 from peft_study.search import lr_range_test
-from peft_study.search.trials import Known, Losses, TrialRecord
+from peft_study.search.trials import Losses, StudyState, TrialRecord
 from peft_study.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
-from peft_study.storage.held_out import Examples
+from peft_study.storage.held_out import HeldOut
 from peft_study.storage.study_dir import StudyFolder
 
 
@@ -118,7 +118,7 @@ class Results:
     continued: int
 
 
-def collect(config: StudyConfig, known: Known, examples: Examples, folder: StudyFolder) -> Results:
+def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: StudyFolder) -> Results:
     """Returns the results of a study as far as it is.
 
     Args:
@@ -128,21 +128,21 @@ def collect(config: StudyConfig, known: Known, examples: Examples, folder: Study
         folder: with the trials' metrics.
     """
     methods = config.searched
-    rows = tuple(row_of(trial, known, examples, folder) for trial in known.trials.values())
-    base_test = mean_loss(known.test["none"], examples.test_counts_N) if known.test else None
+    rows = tuple(row_of(trial, state, examples, folder) for trial in state.trials.values())
+    base_test = mean_loss(state.test["none"], examples.test_counts_N) if state.test else None
     return Results(
         methods,
         rows,
-        _finalists(config, known, examples, methods),
+        _finalists(config, state, examples, methods),
         mean_loss(examples.base_N, examples.counts_N),
         base_test,
-        dict(known.notes),
-        _pruning(config, known, methods),
-        {m: sum(t.facts.get("tokens", 0) for t in known.trials.values() if t.method == m) for m in methods},
+        dict(state.notes),
+        _pruning(config, state, methods),
+        {m: sum(t.facts.get("tokens", 0) for t in state.trials.values() if t.method == m) for m in methods},
         len(examples.counts_N),
         len(examples.test_counts_N),
-        known.deadline,
-        len(known.continued),
+        state.deadline,
+        len(state.continued),
     )
 
 
@@ -151,13 +151,13 @@ def settings_of(trial: TrialRecord) -> dict[str, Any]:
     return {name: value for name, value in trial.settings.items() if name != "method"}
 
 
-def row_of(trial: TrialRecord, known: Known, examples: Examples, folder: StudyFolder) -> Row:
+def row_of(trial: TrialRecord, state: StudyState, examples: HeldOut, folder: StudyFolder) -> Row:
     """Returns one trial's numbers; arguments as of `collect`."""
     last = trial.sums[max(trial.sums)] if trial.sums and trial.status in ("finished", "pruned") else None
     curve = [r for r in metrics.read(folder.trial(trial.name).metrics) if r["event"] == "held_out" and r["step"] > 0]
     curve = [r for r in curve if r["loss"] is not None]
     best = min(curve, key=lambda r: r["loss"], default=None) if trial.status != "failed" else None
-    test = known.test.get(trial.name) if trial.kind != "reference" else known.test.get("none")
+    test = state.test.get(trial.name) if trial.kind != "reference" else state.test.get("none")
     return Row(
         trial,
         settings_of(trial),
@@ -170,17 +170,19 @@ def row_of(trial: TrialRecord, known: Known, examples: Examples, folder: StudyFo
     )
 
 
-def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: Sequence[str]) -> tuple[Finalist, ...]:
+def _finalists(
+    config: StudyConfig, state: StudyState, examples: HeldOut, methods: Sequence[str]
+) -> tuple[Finalist, ...]:
     found = []
-    winners = _of_seeds(known, *known.winner) if known.winner else []
-    winner_test = _stacked(known, winners)
+    winners = _of_seeds(state, *state.winner) if state.winner else []
+    winner_test = _stacked(state, winners)
     for method in methods:
-        for number in known.finalists.get(method, ()):
-            trials = _of_seeds(known, method, number)
-            setting = known.setting(method, number)  # its seeds may not have begun
+        for number in state.finalists.get(method, ()):
+            trials = _of_seeds(state, method, number)
+            setting = state.setting(method, number)  # its seeds may not have begun
             done = [t.last for t in trials if t.last is not None]
             dev = mean_over_seeds(np.stack(done), examples.counts_N) if done else None
-            test_SN = _stacked(known, trials)
+            test_SN = _stacked(state, trials)
             counts_N = examples.test_counts_N
             found.append(
                 Finalist(
@@ -191,32 +193,32 @@ def _finalists(config: StudyConfig, known: Known, examples: Examples, methods: S
                     tuple(float(x.sum() / examples.counts_N.sum()) for x in done),
                     sum(t.status not in ("running", "finished") for t in trials),
                     None if test_SN is None else mean_over_seeds(test_SN, counts_N),
-                    None if test_SN is None else seeds_difference(test_SN, known.test["none"][None], counts_N),
+                    None if test_SN is None else seeds_difference(test_SN, state.test["none"][None], counts_N),
                     None
-                    if test_SN is None or winner_test is None or known.winner == (method, number)
+                    if test_SN is None or winner_test is None or state.winner == (method, number)
                     else seeds_difference(test_SN, winner_test, counts_N),
-                    lr_range_test.edges(setting.values, config.methods[method], known.bounds.get(method, {})),
-                    known.untuned(method, config),
-                    known.winner == (method, number),
+                    lr_range_test.edges(setting.values, config.methods[method], state.bounds.get(method, {})),
+                    state.untuned(method, config),
+                    state.winner == (method, number),
                 )
             )
     return tuple(sorted(found, key=lambda f: (f.untuned or f.failed > 0, f.dev.value if f.dev else float("inf"))))
 
 
-def _of_seeds(known: Known, method: str, number: int) -> list[TrialRecord]:
-    return [t for t in known.of(method, "final") if t.number == number]
+def _of_seeds(state: StudyState, method: str, number: int) -> list[TrialRecord]:
+    return [t for t in state.of(method, "final") if t.number == number]
 
 
-def _stacked(known: Known, trials: Sequence[TrialRecord]) -> Losses | None:
+def _stacked(state: StudyState, trials: Sequence[TrialRecord]) -> Losses | None:
     """Returns the test losses of the seeds that finished, seed by example; None before the test part is opened."""
-    sums = [known.test[t.name] for t in trials if t.name in known.test]
+    sums = [state.test[t.name] for t in trials if t.name in state.test]
     return np.stack(sums) if sums else None
 
 
-def _pruning(config: StudyConfig, known: Known, methods: Sequence[str]) -> Pruning:
+def _pruning(config: StudyConfig, state: StudyState, methods: Sequence[str]) -> Pruning:
     pruned = audited = wrong = 0
     for method in methods:
-        trials = known.of(method, "search")
+        trials = state.of(method, "search")
         pruned += sum(t.status == "pruned" for t in trials)
         checked = [t for t in trials if t.audited and t.status != "running"]
         audited += len(checked)

@@ -27,7 +27,7 @@ class Best:
 
 
 @dataclass(frozen=True, slots=True)
-class MethodStanding:
+class MethodStatus:
     """How a method stands.
 
     Attributes:
@@ -48,7 +48,7 @@ class MethodStanding:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class StudyStatus:
     """How a study stands.
 
     Attributes:
@@ -72,20 +72,20 @@ class Standing:
     began: datetime | None
     elapsed: timedelta | None
     base: Estimate | None
-    methods: tuple[MethodStanding, ...]
+    methods: tuple[MethodStatus, ...]
     under_way: tuple[tuple[str, int, int | None], ...]
     winner: str | None
     disk: dict[str, int]
 
 
-def standing(study: Study) -> Standing:
+def study_status(study: Study) -> StudyStatus:
     """Returns how a study stands."""
     state, reason = _state(study)
     path = study.folder.path
     given = shlex.quote(str(path / "config.given.json"))
     stopped = state not in ("running", "unclear", "finished")
-    winner = study.known.winner
-    return Standing(
+    winner = study.state.winner
+    return StudyStatus(
         state,
         reason,
         study.owner,
@@ -122,10 +122,10 @@ def _elapsed(study: Study, state: str) -> timedelta | None:
     return max(end - study.began, timedelta())
 
 
-def _method(study: Study, method: str) -> MethodStanding:
-    known, config, examples = study.known, study.config, study.examples
-    searched, tests = known.of(method, "search"), known.of(method, "range_test")
-    finals, all_finals = known.finals(method, config)
+def _method(study: Study, method: str) -> MethodStatus:
+    state, config, examples = study.state, study.config, study.examples
+    searched, tests = state.of(method, "search"), state.of(method, "range_test")
+    finals, all_finals = state.finals(method, config)
     done = [trial for trial in searched if trial.last is not None]
     best = None
     if done and examples is not None:
@@ -133,9 +133,9 @@ def _method(study: Study, method: str) -> MethodStanding:
         assert trial.last is not None
         counts_N = examples.counts_N
         best = Best(trial.name, mean_loss(trial.last, counts_N), difference(trial.last, examples.base_N, counts_N))
-    return MethodStanding(
+    return MethodStatus(
         method,
-        0 if known.deadline else known.due(method, config) - len(known.present(method)),
+        0 if state.deadline else state.due(method, config) - len(state.present(method)),
         dict(Counter(trial.status for trial in searched)),
         (sum(t.status not in ("running", "interrupted") for t in tests), len(tests)),
         (sum(t.status == "finished" for t in finals), all_finals),
@@ -145,7 +145,7 @@ def _method(study: Study, method: str) -> MethodStanding:
 
 def _under_way(study: Study) -> tuple[tuple[str, int, int | None], ...]:
     found = []
-    for trial in study.known.trials.values():
+    for trial in study.state.trials.values():
         if trial.status in ("running", "interrupted"):
             config = trained(study, trial)
             found.append((trial.name, progress(study, trial), None if config is None else config.training.steps))

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.report.results import Row, row_of
-from peft_study.search.trials import Known, State, TrialRecord
+from peft_study.search.trials import State, StudyState, TrialRecord
 from peft_study.statistics import Estimate
 from peft_study.storage import held_out, journal, metrics
-from peft_study.storage.held_out import Examples
+from peft_study.storage.held_out import HeldOut
 from peft_study.storage.owner import Owner, owner
 from peft_study.storage.study_dir import StudyFolder
 
@@ -38,8 +38,8 @@ class Study:
 
     folder: StudyFolder
     config: StudyConfig
-    known: Known
-    examples: Examples | None
+    state: StudyState
+    examples: HeldOut | None
     began: datetime | None
     owner: Owner | None
 
@@ -101,14 +101,14 @@ def open_study(path: Path | None) -> Study:
     folder = find_study(path)
     config = folder.config()
     writer = owner(folder.run)
-    known = _folded(folder)
+    state = _folded(folder)
     kept = held_out.kept(folder.run)
-    if kept is None and known.trials:
+    if kept is None and state.trials:
         raise OutputError("examples.json is gone", where=str(folder.path), remedy="put it back, or run the study again")
     if writer is None:
-        for trial in known.running():
+        for trial in state.running():
             trial.status = "interrupted"
-    return Study(folder, config, known, kept[0] if kept else None, kept[1] if kept else None, writer)
+    return Study(folder, config, state, kept[0] if kept else None, kept[1] if kept else None, writer)
 
 
 def find_trial(name: str, study: Path | None) -> tuple[Study, TrialRecord]:
@@ -158,7 +158,7 @@ def trial_of(study: Study, name: str) -> TrialRecord:
     Raises:
         ConfigError: when there is none.
     """
-    trials = study.known.trials
+    trials = study.state.trials
     if name in trials:
         return trials[name]
     where = str(study.folder.path)
@@ -183,7 +183,7 @@ def rows(
         ConfigError: when one of these is unknown.
     """
     for given, valid, what in (
-        (method, {*study.config.methods, *(t.method for t in study.known.trials.values())}, "--method"),
+        (method, {*study.config.methods, *(t.method for t in study.state.trials.values())}, "--method"),
         (status, STATES, "--status"),
         (sort, ORDERS, "--sort"),
     ):
@@ -193,10 +193,10 @@ def rows(
         return ()
     chosen = (
         trial
-        for trial in study.known.trials.values()
+        for trial in study.state.trials.values()
         if method in (None, trial.method) and status in (None, trial.status)
     )
-    found = [row_of(trial, study.known, study.examples, study.folder) for trial in chosen]
+    found = [row_of(trial, study.state, study.examples, study.folder) for trial in chosen]
     return tuple(found if sort in (None, "began") else sorted(found, key=lambda row: _key(row, sort or "")))
 
 
@@ -220,7 +220,7 @@ def details(study: Study, trial: TrialRecord) -> Details:
         if record["event"] == "held_out"
     ]
     return Details(
-        row_of(trial, study.known, study.examples, study.folder),
+        row_of(trial, study.state, study.examples, study.folder),
         None if config is None or trial.kind == "reference" else config.training.steps,
         {} if config is None else config.method.model_dump(mode="json"),
         {} if config is None else config.training.model_dump(mode="json"),
@@ -265,18 +265,18 @@ def sizes(folder: Path) -> dict[str, int]:
     return found
 
 
-def _folded(folder: StudyFolder) -> Known:
-    known = Known()
+def _folded(folder: StudyFolder) -> StudyState:
+    state = StudyState()
     for number, event in enumerate(journal.read(folder.journal), start=1):
         try:
-            known.apply(event)
+            state.apply(event)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise OutputError(
                 f"line {number} is damaged",
                 where=str(folder.journal),
                 remedy="put the file back, or start a new study",
             ) from error
-    return known
+    return state
 
 
 def _is_study(folder: Path) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from peft_study.config import METHODS, Choices, MethodSpace, Range, StudyConfig
 from peft_study.methods.registry import is_exclusive
-from peft_study.search.trials import Known, TrialRecord
+from peft_study.search.trials import StudyState, TrialRecord
 from peft_study.statistics import difference
 
 TEST_SHARE = 0.1
@@ -135,10 +135,10 @@ def at_edge(value: float, bounds: tuple[float, float], *, log: bool) -> str | No
     return "low" if share < EDGE else "high" if share > 1 - EDGE else None
 
 
-def widened(known: Known, method: str, space: MethodSpace) -> Widened | None:
+def widened(state: StudyState, method: str, space: MethodSpace) -> Widened | None:
     """Returns the range of a method that is to be widened now, if there is one."""
-    finished = [t for t in known.present(method) if t.last is not None]
-    if len(finished) < ENOUGH or known.fresh.get(method):
+    finished = [t for t in state.present(method) if t.last is not None]
+    if len(finished) < ENOUGH or state.fresh.get(method):
         return None
     best = min(finished, key=value_of)
     for name, dimension in space.dimensions().items():
@@ -146,7 +146,7 @@ def widened(known: Known, method: str, space: MethodSpace) -> Widened | None:
         movable = isinstance(dimension, Range) and (name == "learning_rate" or space.whole(name))
         if not isinstance(dimension, Range) or not movable or not dimension.log or name not in best.values:
             continue
-        bounds = known.bounds.get(method, {}).get(name, (dimension.low, dimension.high))
+        bounds = state.bounds.get(method, {}).get(name, (dimension.low, dimension.high))
         edge = at_edge(best.values[name], bounds, log=True)
         if edge == "high" and dimension.high <= bounds[1] < dimension.high * WIDEN_LIMIT * 0.999:
             top = min(bounds[1] * WIDEN_STEP, dimension.high * WIDEN_LIMIT)

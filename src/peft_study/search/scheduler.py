@@ -26,10 +26,10 @@ from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import Suggestions
-from peft_study.search.trials import Known, TrialRecord, final_seeds
+from peft_study.search.trials import StudyState, TrialRecord, final_seeds
 from peft_study.statistics import loss_value
 from peft_study.storage.journal import Event, Journal
-from peft_study.training.loop import Ended, Measured, News
+from peft_study.training.loop import Ended, Evaluated, TrialEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Setting:
     keep: bool
 
 
-class Agenda:
+class Scheduler:
     """The decisions of a study.
 
     Args:
@@ -64,25 +64,25 @@ class Agenda:
         self._config, self._journal, self._suggestions = config, journal, suggestions
         self._steps, self._counts_N = steps, counts_N
         self._pruner = pruner(config.search.pruner, config.search.reduction)
-        self.known = Known()
+        self.state = StudyState()
         for event in journal.events:
-            self.known.apply(event)
+            self.state.apply(event)
         self.methods = config.searched
         self._tests = {
             method: {rate: config.methods[method].flat(self._at(method, rate)) for rate in rates}
             for method, rates in lr_range_test.planned(config, steps(config.training)).items()
         }
         # a grid gives out what was not tried: what is due does not change while the file stays the same
-        self._due = {method: self.known.due(method, config) for method in self.methods}
+        self._due = {method: self.state.due(method, config) for method in self.methods}
         for method, book in suggestions.items():
-            book.adopt(self.known.of(method, "search"), counts_N)
-        for trial in self.known.trials.values():
+            book.adopt(self.state.of(method, "search"), counts_N)
+        for trial in self.state.trials.values():
             self._mirror(trial)
 
     @property
     def finished(self) -> bool:
         """True when nothing is left but to open the test part."""
-        return self.known.concluded
+        return self.state.concluded
 
     def next(self, room: int, *, empty: bool) -> list[TrialRecord]:
         """Returns the trials that begin now.
@@ -101,15 +101,15 @@ class Agenda:
         if not found and empty and room > 0:
             alone = self._next(alone=True)
             found += [alone] if alone else []
-        if not found and not self.known.concluded and not any(self.known.running()):
+        if not found and not self.state.concluded and not any(self.state.running()):
             self._conclude()
         return found
 
-    def heard(self, news: Sequence[News]) -> dict[str, str]:
+    def heard(self, events: Sequence[TrialEvent]) -> dict[str, str]:
         """Takes in what happened; returns the trials that are to stop, with the reason."""
         leave: dict[str, str] = {}
-        for message in news:
-            trial = self.known.trials[message.name]
+        for message in events:
+            trial = self.state.trials[message.name]
             if trial.status != "running":
                 continue  # of a trial that ended in an earlier start, on its way to the same end
             if isinstance(message, Ended):
@@ -127,7 +127,7 @@ class Agenda:
 
     def time_is_up(self) -> None:
         """No further settings are searched; what runs is run to its end, and the finals follow."""
-        if not self.known.deadline and any(self._to_come(method) > 0 for method in self.methods):
+        if not self.state.deadline and any(self._to_come(method) > 0 for method in self.methods):
             self._add({"event": "deadline"})
 
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
@@ -151,21 +151,21 @@ class Agenda:
     # -- what begins ------------------------------------------------------------------------------------------------
 
     def _next(self, *, alone: bool) -> TrialRecord | None:
-        if not alone and not any(t.kind == "reference" for t in self.known.trials.values()):
+        if not alone and not any(t.kind == "reference" for t in self.state.trials.values()):
             return self._ask("none", "none", "reference", 0, None, {})
         methods = [m for m in self.methods if is_exclusive(self._config.methods[m].kind) == alone]
         return self._next_range_test(methods) or self._next_search(methods) or self._next_final(methods)
 
     def _next_range_test(self, methods: Sequence[str]) -> TrialRecord | None:
-        if self.known.deadline:
+        if self.state.deadline:
             return None
         for method in methods:
-            if method in self.known.tested or not self._to_come(method):
+            if method in self.state.tested or not self._to_come(method):
                 continue
             there = self._range_trials(method)
             missing = [rate for rate in self.range_rates(method) if rate not in there]
             if missing:
-                number = len(self.known.of(method, "range_test"))
+                number = len(self.state.of(method, "range_test"))
                 return self._ask(
                     f"{method}-range-{number}", method, "range_test", number, None, self._at(method, missing[0])
                 )
@@ -181,23 +181,23 @@ class Agenda:
 
     def _range_trials(self, method: str) -> dict[float, TrialRecord]:
         """Returns a method's range test by rate: the trials with its very settings, be they of an earlier space."""
-        asked = [t for t in self.known.of(method, "range_test") if t.steps == self._config.search.range_steps]
+        asked = [t for t in self.state.of(method, "range_test") if t.steps == self._config.search.range_steps]
         tests = self._tests.get(method, {})
         return {rate: trial for rate, settings in tests.items() for trial in asked if trial.settings == settings}
 
     def _to_come(self, method: str) -> int:
-        return self._due[method] - len(self.known.present(method))
+        return self._due[method] - len(self.state.present(method))
 
     def _next_search(self, methods: Sequence[str]) -> TrialRecord | None:
-        if self.known.deadline:
+        if self.state.deadline:
             return None
         open_methods = [
-            m for m in methods if self._to_come(m) > 0 and (m in self.known.tested or not self.range_rates(m))
+            m for m in methods if self._to_come(m) > 0 and (m in self.state.tested or not self.range_rates(m))
         ]
         if not open_methods:
             return None
-        method = min(open_methods, key=lambda m: len(self.known.present(m)))
-        number = len(self.known.of(method, "search"))
+        method = min(open_methods, key=lambda m: len(self.state.present(m)))
+        number = len(self.state.of(method, "search"))
         bounds = self._bounds(method)
         values = self._suggestions[method].ask(number, bounds)
         return self._ask(f"{method}-{number:03d}", method, "search", number, None, values)
@@ -206,34 +206,34 @@ class Agenda:
         """Returns the ranges of a method's next trial, after widening what wants it."""
         space = self._config.methods[method]
         if self._config.search.widen:
-            found = lr_range_test.widened(self.known, method, space)
+            found = lr_range_test.widened(self.state, method, space)
             if found is not None:
                 event = {"event": "widened", "method": method, "dimension": found.dimension}
                 self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
-        return {**self.known.bounds.get(method, {}), **self.known.fresh.get(method, {})}
+        return {**self.state.bounds.get(method, {}), **self.state.fresh.get(method, {})}
 
     def _next_final(self, methods: Sequence[str]) -> TrialRecord | None:
         for method in methods:
             if not self.searched(method):
                 continue
-            if method not in self.known.finalists:
+            if method not in self.state.finalists:
                 self._choose_finalists(method)
-            there = {(t.number, t.seed) for t in self.known.of(method, "final")}
-            for number, seed in itertools.product(self.known.finalists[method], final_seeds(self._config)):
+            there = {(t.number, t.seed) for t in self.state.of(method, "final")}
+            for number, seed in itertools.product(self.state.finalists[method], final_seeds(self._config)):
                 if (number, seed) not in there:
-                    found = self.known.setting(method, number)
+                    found = self.state.setting(method, number)
                     name = f"{method}-{number:03d}-seed-{seed}"
                     return self._ask_for(name, method, "final", number, seed, found.values, found.settings)
         return None
 
     def searched(self, method: str) -> bool:
         """True where the search of a method is over."""
-        trials = self.known.of(method, "search")
-        enough = self.known.deadline or self._to_come(method) <= 0
-        return enough and all(t.status != "running" for t in (*trials, *self.known.of(method, "range_test")))
+        trials = self.state.of(method, "search")
+        enough = self.state.deadline or self._to_come(method) <= 0
+        return enough and all(t.status != "running" for t in (*trials, *self.state.of(method, "range_test")))
 
     def _choose_finalists(self, method: str) -> None:
-        finished = [t for t in self.known.of(method, "search") if t.last is not None]
+        finished = [t for t in self.state.of(method, "search") if t.last is not None]
         best = sorted(finished, key=lr_range_test.value_of)[: self._config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
@@ -256,7 +256,7 @@ class Agenda:
         event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number, "seed": seed}
         steps = self._config.search.range_steps if kind == "range_test" else None
         self._add({**event, "values": values, "settings": settings, "steps": steps})
-        return self.known.trials[name]
+        return self.state.trials[name]
 
     # -- what stops, and how it ends --------------------------------------------------------------------------------
 
@@ -273,12 +273,12 @@ class Agenda:
             longest = max(warmup.choices) if hasattr(warmup, "choices") else warmup.high
         return rungs(steps, self._config.search.reduction, int(longest * steps))
 
-    def _judge(self, trial: TrialRecord, message: Measured) -> str | None:
+    def _judge(self, trial: TrialRecord, message: Evaluated) -> str | None:
         """Returns why a trial is to stop at this rung; a random share runs on, to see whether that was right."""
         if trial.kind != "search" or trial.audited or message.step not in self.setting(trial).rungs:
             return None
         # what diverged later is no measure for the others: it would stop them, and then be gone itself
-        group = [t for t in self.known.of(trial.method, "search") if t.status not in ("diverged", "failed")]
+        group = [t for t in self.state.of(trial.method, "search") if t.status not in ("diverged", "failed")]
         reached = {t.name: t.sums[message.step] for t in group if message.step in t.sums}
         found = self._pruner.judge(trial.name, reached, self._counts_N)
         if found is None:
@@ -307,7 +307,7 @@ class Agenda:
 
     def _close_range_test(self, method: str) -> None:
         rates = self.range_rates(method)
-        if not rates or method in self.known.tested:  # of a method or space that the file no longer has
+        if not rates or method in self.state.tested:  # of a method or space that the file no longer has
             return
         trials = list(self._range_trials(method).values())
         if len(trials) == len(rates) and all(t.status != "running" for t in trials):
@@ -319,7 +319,7 @@ class Agenda:
         means = {
             setting: mean
             for method in self.methods
-            if not self.known.untuned(method, self._config)
+            if not self.state.untuned(method, self._config)
             for setting, mean in self._finalist_means(method).items()
         }
         winner = min(means, key=lambda s: means[s], default=None)
@@ -327,8 +327,8 @@ class Agenda:
 
     def _finalist_means(self, method: str) -> dict[tuple[str, int], float]:
         found = {}
-        for number in self.known.finalists.get(method, ()):
-            finals = [t for t in self.known.of(method, "final") if t.number == number]
+        for number in self.state.finalists.get(method, ()):
+            finals = [t for t in self.state.of(method, "final") if t.number == number]
             values = [lr_range_test.value_of(t) for t in finals if t.last is not None]
             if values and len(values) == len(finals):  # one seed that failed says: not to be relied on
                 found[method, number] = sum(values) / len(values)
@@ -338,7 +338,7 @@ class Agenda:
 
     def _add(self, event: Event) -> None:
         self._journal.append([event])
-        self.known.apply(event)
+        self.state.apply(event)
 
     def _mirror(self, trial: TrialRecord) -> None:
         """Shows Optuna what is known of a trial; what it has already is left alone."""

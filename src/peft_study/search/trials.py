@@ -33,7 +33,7 @@ class TrialRecord:
         values: of the searched dimensions.
         settings: all of them, the method's and the optimizer's: the study file may change, a trial does not.
         steps: optimizer steps of a rate of the range test; None: those of the budget.
-        status, reason: how it stands; interrupted only for who looks at a study that nobody runs (report/study_reader.py).
+        status, reason: how it stands; interrupted only for who looks at a study that nobody runs (see report).
         sums: summed held-out losses of each example in nats, by optimizer step.
         audited: why it would have been pruned, where it ran on all the same to see whether that was right.
         facts: steps, tokens, seconds and parameters, once it has ended.
@@ -65,7 +65,7 @@ class TrialRecord:
 
 
 @dataclass(slots=True)
-class Known:
+class StudyState:
     """All that the journal says.
 
     Attributes:

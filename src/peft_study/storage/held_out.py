@@ -15,7 +15,7 @@ _FILE = "examples.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Examples:
+class HeldOut:
     """What turns summed losses into losses a token with their noise.
 
     Attributes:
@@ -28,7 +28,7 @@ class Examples:
     test_counts_N: npt.NDArray[np.int64]
 
 
-def keep(folder: RunFolder, examples: Examples) -> None:
+def keep(folder: RunFolder, examples: HeldOut) -> None:
     """Writes them into a study's folder; what lies there from an earlier start stays, with the time it began."""
     if folder.read_if_there(_FILE) is not None:
         return
@@ -41,12 +41,12 @@ def keep(folder: RunFolder, examples: Examples) -> None:
     folder.write(_FILE, values)
 
 
-def kept(folder: RunFolder) -> tuple[Examples, datetime] | None:
+def kept(folder: RunFolder) -> tuple[HeldOut, datetime] | None:
     """Returns the examples of a study and when it began; None where it was killed before it wrote them."""
     values = folder.read_if_there(_FILE)
     if values is None:
         return None
-    examples = Examples(
+    examples = HeldOut(
         np.array(values["dev_tokens"], dtype=np.int64),
         np.array(values["dev_base"], dtype=np.float64),
         np.array(values["test_tokens"], dtype=np.int64),

@@ -59,7 +59,7 @@ class StudyFolder:
         return self.run.checkpoints
 
     @property
-    def had_team(self) -> bool:
+    def had_pool(self) -> bool:
         """True where several workers ran the study."""
         return (self.path / TEAM).exists()
 

@@ -31,8 +31,8 @@ def spare(study: Study) -> tuple[Spare, ...]:
     not chosen yet.
     """
     found = [("checkpoints", path) for path in _checkpoints(study)]
-    kept = _kept(study) if _finished(study) else set(study.known.trials)
-    for name in study.known.trials:
+    kept = _kept(study) if _finished(study) else set(study.state.trials)
+    for name in study.state.trials:
         folder = study.folder.trial(name)
         if name not in kept:
             found.append(("adapters of trials that are no finalists", folder.adapter))
@@ -83,11 +83,11 @@ def _checkpoints(study: Study) -> list[Path]:
 
 def _kept(study: Study) -> set[str]:
     """Returns the trials whose adapters stay: finalists and their seeds, or a method's best where it has none."""
-    known = study.known
-    kept = {trial.name for trial in known.trials.values() if trial.kind == "final"}
+    state = study.state
+    kept = {trial.name for trial in state.trials.values() if trial.kind == "final"}
     for method in study.config.methods:
-        searched = known.of(method, "search")
-        numbers = known.finalists.get(method, ())
+        searched = state.of(method, "search")
+        numbers = state.finalists.get(method, ())
         kept |= {trial.name for trial in searched if trial.number in numbers} if numbers else _best(searched)
     return kept
 

@@ -13,7 +13,7 @@ from peft_study.methods.registry import create
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
-from peft_study.search.trials import Known
+from peft_study.search.trials import StudyState
 from peft_study.training.session import Say, Session, check_methods, open_session
 from peft_study.workers.local import check_spaces, largest, tried
 
@@ -92,7 +92,7 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
             slot = session.room.slot(dearest[name].method)
             found.append(_method(config, session, name, setting, slot, say))
     counts = len(session.train), len(session.held_out), len(session.test)
-    notes = [*session.notes, *filter(None, [Known().unequal(config)])]
+    notes = [*session.notes, *filter(None, [StudyState().unequal(config)])]
     return StudyEstimate(tuple(found), session.room.free, *counts, tuple(notes))
 
 

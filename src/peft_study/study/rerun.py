@@ -16,10 +16,10 @@ from peft_study.statistics import Estimate, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.interrupt import Interrupted, StopRequest
-from peft_study.training.loop import Ended, Measured, Orders, Slots
+from peft_study.training.loop import Commands, Ended, Evaluated, Slots
 from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
 from peft_study.training.slot_count import settle
-from peft_study.training.trial_run import Job, Outcome, Watcher
+from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 EXACT_STEPS = 20
 """For so many steps a float32 run repeats to `EXACT`, whatever lies beside it; then rounding has grown (AdamW)."""
@@ -173,24 +173,24 @@ def _train(
     stop: StopRequest,
 ) -> tuple[dict[int, Losses], Outcome]:
     keep = trial.kind == "final" or config.method.method != "full"
-    job = Job(trial.name, config.method, config.training, folder, tuple(trial.sums), None, keep)
+    plan = TrialPlan(trial.name, config.method, config.training, folder, tuple(trial.sums), None, keep)
     # a rerun that is stopped begins again: no checkpoints
     logging = study.config.logging.model_copy(update={"checkpoint_every": None, "checkpoint_minutes": None})
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity="rerun", tolerant=True)
     sums: dict[int, Losses] = {}
-    orders = Orders(enter=[job])
+    commands = Commands(enter=[plan])
     last = max(trial.sums, default=0)
     stop.heeded = True
     try:
         while True:
-            news, orders = slots.advance(orders), Orders()
-            for message in news:
+            events, commands = slots.advance(commands), Commands()
+            for message in events:
                 if isinstance(message, Ended):
                     return sums, message.outcome
-                assert isinstance(message, Measured)
+                assert isinstance(message, Evaluated)
                 sums[message.step] = message.sums_N
                 if trial.status == "pruned" and message.step == last:
-                    orders = Orders(leave={trial.name: f"as in the study, {trial.reason}"})
+                    commands = Commands(leave={trial.name: f"as in the study, {trial.reason}"})
             if stop.asked:
                 raise Interrupted(f"{slots.where()}; nothing is kept of a rerun that was stopped")
     finally:

@@ -19,19 +19,19 @@ from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.search.budget import steps_of
 from peft_study.search.samplers import Suggestions, open_storage
-from peft_study.search.scheduler import Agenda
-from peft_study.search.trials import Known, TrialRecord, final_seeds
+from peft_study.search.scheduler import Scheduler
+from peft_study.search.trials import StudyState, TrialRecord, final_seeds
 from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.training.interrupt import Interrupted, StopRequest
-from peft_study.training.loop import Ended, Orders
+from peft_study.training.loop import Commands, Ended
 from peft_study.training.session import Say, refuse_other_inputs
-from peft_study.training.trial_run import Job
-from peft_study.workers.local import Crew, LocalCrew
-from peft_study.workers.pool import Team
-from peft_study.workers.subprocesses import Processes
+from peft_study.training.trial_run import TrialPlan
+from peft_study.workers.local import Backend, LocalBackend
+from peft_study.workers.pool import WorkerPool
+from peft_study.workers.subprocesses import SubprocessLauncher
 from peft_study.workers.worker import Facts, Report
 
 
@@ -50,10 +50,10 @@ class StudyWatcher(Protocol):
     def say(self, line: str) -> None:
         """Receives a line for the user."""
 
-    def planned(self, config: StudyConfig, known: Known, slots: int) -> None:
+    def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """Receives the plan, and what an earlier start has done of it."""
 
-    def reported(self, report: Report, known: Known) -> None:
+    def reported(self, report: Report, state: StudyState) -> None:
         """Receives each report of a worker, after it was taken in."""
 
     def ended(self, trial: TrialRecord, facts: Facts) -> None:
@@ -87,16 +87,16 @@ def run_study(
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
-    with folder.run.locked(), choose_crew(config, folder, watcher.say, overwrite=overwrite) as crew:
+    with folder.run.locked(), choose_backend(config, folder, watcher.say, overwrite=overwrite) as backend:
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
-            refuse_other_inputs(crew.facts.record, folder.run)
-        _refuse_impossible(config, crew.facts)
+            refuse_other_inputs(backend.facts.record, folder.run)
+        _refuse_impossible(config, backend.facts)
         if not changes:
             folder.claim(config, given, overwrite=overwrite)
         folder.run.set_status("running")
         try:
-            finished = _Study(config, folder, crew, watcher, changes).run(stop, given)
+            finished = _Study(config, folder, backend, watcher, changes).run(stop, given)
         except BaseException as error:
             folder.run.end(error)
             raise
@@ -112,7 +112,7 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
         open_storage(config.storage)
 
 
-def choose_crew(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Crew:
+def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Backend:
     """Returns who runs the study: this process, or several workers.
 
     What several workers began, several go on with, be it one: its journal is ahead of every single cut.
@@ -121,22 +121,22 @@ def choose_crew(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite
         ConfigError: when there are fewer devices than workers, or Ray is not installed.
     """
     if config.ray is not None:
-        from peft_study.workers.ray_cluster import Cluster
+        from peft_study.workers.ray_cluster import RayLauncher
 
-        return Team(config, folder, say, Cluster(config.ray, config.model))
-    if config.workers > 1 or (folder.had_team and not overwrite):
-        return Team(config, folder, say, Processes(config.workers, config.model))
-    return LocalCrew(config, folder, say)
+        return WorkerPool(config, folder, say, RayLauncher(config.ray, config.model))
+    if config.workers > 1 or (folder.had_pool and not overwrite):
+        return WorkerPool(config, folder, say, SubprocessLauncher(config.workers, config.model))
+    return LocalBackend(config, folder, say)
 
 
 class _Study:
     """A study under way."""
 
     def __init__(
-        self, config: StudyConfig, folder: StudyFolder, crew: Crew, watcher: StudyWatcher, changes: Sequence[str]
+        self, config: StudyConfig, folder: StudyFolder, backend: Backend, watcher: StudyWatcher, changes: Sequence[str]
     ) -> None:
-        self._config, self._folder, self._crew, self._watcher = config, folder, crew, watcher
-        self._facts = crew.facts
+        self._config, self._folder, self._backend, self._watcher = config, folder, backend, watcher
+        self._facts = backend.facts
         for note in self._facts.notes:
             watcher.say(note)
         folder.run.write_record({**environment(), **self._facts.record})
@@ -144,9 +144,9 @@ class _Study:
         self._journal = Journal(folder.journal)
         self._waiting: list[tuple[TrialRecord, Found | None]] = []
         self._counted: dict[tuple[int | None, int, int, int], int] = {}
-        decided = [cut.decided for cut in crew.cuts()]
+        decided = [cut.decided for cut in backend.cuts()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
-        if crew.replays:
+        if backend.replays:
             # what came after the cut happens again, to the last bit: nothing then depends on when a process was killed
             self._journal.truncate(decided[0]["events"] if decided else 0)
         self._changes = changes
@@ -157,44 +157,46 @@ class _Study:
             )
             event = {"event": "continued", "changes": list(changes), "methods": methods}
             self._journal.append([{**event, "time": time.time(), "token": secrets.token_hex(4)}])
-        self._agenda = self._make_agenda()
+        self._scheduler = self._make_scheduler()
         self._started = time.monotonic()
 
     def run(self, stop: StopRequest, given: Any) -> FinishedStudy:
         """Runs what has not ended, opens the test part, and writes the results."""
-        known, crew = self._agenda.known, self._crew
-        trials = sum(self._config.trials(method) for method in self._agenda.methods)
-        self._watcher.planned(self._config, known, crew.settle(trials))
-        reports = crew.start({trial.name: self._job(trial) for trial in known.running()})
-        there = {name for _, report in reports for name in (*report.running, *(news.name for news in report.news))}
-        self._wait(trial.name for trial in known.running() if trial.name not in there)
+        state, backend = self._scheduler.state, self._backend
+        trials = sum(self._config.trials(method) for method in self._scheduler.methods)
+        self._watcher.planned(self._config, state, backend.settle(trials))
+        reports = backend.start({trial.name: self._plan_of(trial) for trial in state.running()})
+        there = {
+            name for _, report in reports for name in (*report.running, *(events.name for events in report.events))
+        }
+        self._wait(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
             # first a cut that knows of the change, then the file: killed in between, the change is asked for once more
-            crew.save(self._decided())
+            backend.save(self._decided())
             self._folder.take_over(self._config, given)
         for worker, report in reports:
             self._take(worker, report)
         stop.heeded = True
-        while not self._agenda.finished:
+        while not self._scheduler.finished:
             stopping = stop.asked
-            if stopping and crew.quiet:
-                crew.save(self._decided())
-                running = sum(1 for _ in known.running())
+            if stopping and backend.quiet:
+                backend.save(self._decided())
+                running = sum(1 for _ in state.running())
                 raise Interrupted(
-                    f"stopped with {running} trials under way and {len(known.trials) - running} ended, "
+                    f"stopped with {running} trials under way and {len(state.trials) - running} ended, "
                     "with a checkpoint; the same command (without --overwrite) goes on from there"
                 )
-            for worker, report in crew.reports():
+            for worker, report in backend.reports():
                 self._take(worker, report, stopping=stopping)
         self._open_test()
-        crew.conclude(self._decided())
-        results = collect(self._config, known, self._facts.examples, self._folder)
+        backend.conclude(self._decided())
+        results = collect(self._config, state, self._facts.examples, self._folder)
         write_rows(results, self._folder)
-        said = sentences(self._config, known, self._facts.examples, results)
+        said = sentences(self._config, state, self._facts.examples, results)
         self._folder.run.write("results.json", {**summary(results), "sentences": said})
         return FinishedStudy(self._folder.path, results, tuple(said))
 
-    def _make_agenda(self) -> Agenda:
+    def _make_scheduler(self) -> Scheduler:
         config = self._config
         storage = open_storage(config.storage or self._folder.storage)
         prefix = "" if config.storage is None else f"{self._folder.name_among_others()}-"
@@ -206,7 +208,7 @@ class _Study:
             for name, space in config.methods.items()
             if space.kind != "none"
         }
-        return Agenda(config, self._journal, suggestions, self._steps, self._facts.counts_N)
+        return Scheduler(config, self._journal, suggestions, self._steps, self._facts.counts_N)
 
     def _steps(self, training: TrainingConfig) -> int:
         """Returns a trial's steps; a budget of tokens is counted out once for each order of the data."""
@@ -217,51 +219,51 @@ class _Study:
 
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
         """Takes a report in and gives the worker its next orders; a study that stops only lets trials leave."""
-        trials = self._agenda.known.trials
-        ending = [trials[news.name] for news in report.news if isinstance(news, Ended)]
+        trials = self._scheduler.state.trials
+        ending = [trials[events.name] for events in report.events if isinstance(events, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
-        leave = self._agenda.heard(report.news)
+        leave = self._scheduler.heard(report.events)
         for trial in ending:
             self._folder.trial(trial.name).set_status(trial.status, trial.reason)
             self._watcher.ended(trial, self._facts)
         self._wait(report.lost)
         limit = self._config.budget.minutes
         if limit is not None and self._elapsed() > 60 * limit:
-            self._agenda.time_is_up()
-        begun: list[Job] = []
+            self._scheduler.time_is_up()
+        begun: list[TrialPlan] = []
         if not stopping:
             staying = set(report.running) - set(leave)
             begun = self._begin(report.room + len(leave), empty=not staying)
-        orders = Orders(enter=begun, leave=leave, decided=self._decided())
-        self._crew.order(worker, None if stopping and not leave else orders)
-        self._watcher.reported(report, self._agenda.known)
+        commands = Commands(enter=begun, leave=leave, decided=self._decided())
+        self._backend.order(worker, None if stopping and not leave else commands)
+        self._watcher.reported(report, self._scheduler.state)
 
     def _wait(self, names: Iterable[str]) -> None:
         """Has trials that no engine holds wait for a slot, where they go on from the newest cut that holds them."""
         held: dict[str, tuple[int, Found]] = {}
-        running = [name for name in names if self._agenda.known.trials[name].status == "running"]
-        for cut in self._crew.cuts() if running else ():
+        running = [name for name in names if self._scheduler.state.trials[name].status == "running"]
+        for cut in self._backend.cuts() if running else ():
             for name, step in zip(cut.trials, cut.steps, strict=True):
                 if name not in held or step > held[name][0]:
                     held[name] = (step, cut)
         for name in running:
-            self._waiting.append((self._agenda.known.trials[name], held[name][1] if name in held else None))
+            self._waiting.append((self._scheduler.state.trials[name], held[name][1] if name in held else None))
 
-    def _begin(self, room: int, *, empty: bool) -> list[Job]:
+    def _begin(self, room: int, *, empty: bool) -> list[TrialPlan]:
         """Returns what enters now: trials that were under way come first."""
-        found: list[Job] = []
+        found: list[TrialPlan] = []
         waiting, self._waiting = self._waiting, []
         for trial, cut in waiting:
-            alone = is_exclusive(self._agenda.setting(trial).method.method)
+            alone = is_exclusive(self._scheduler.setting(trial).method.method)
             if room > 0 and (not alone or (empty and not found)):
-                found.append(self._job(trial, cut))
+                found.append(self._plan_of(trial, cut))
                 room = 0 if alone else room - 1
             else:
                 self._waiting.append((trial, cut))
-        return found + [self._job(trial) for trial in self._agenda.next(room, empty=empty and not found)]
+        return found + [self._plan_of(trial) for trial in self._scheduler.next(room, empty=empty and not found)]
 
-    def _job(self, trial: TrialRecord, cut: Found | None = None) -> Job:
-        config, setting = self._config, self._agenda.setting(trial)
+    def _plan_of(self, trial: TrialRecord, cut: Found | None = None) -> TrialPlan:
+        config, setting = self._config, self._scheduler.setting(trial)
         own = TrainConfig(
             model=config.model,
             data=config.data,
@@ -272,7 +274,7 @@ class _Study:
         )
         folder = self._folder.claim_trial(own)
         every = config.logging.evaluate_every
-        return Job(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep, cut)
+        return TrialPlan(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep, cut)
 
     def _decided(self) -> Mapping[str, Any]:
         return {"events": len(self._journal), "seconds": self._elapsed()}
@@ -282,11 +284,11 @@ class _Study:
 
     def _open_test(self) -> None:
         """Measures the finalists on the test part: once, after the winner was chosen without it."""
-        known = self._agenda.known
-        if known.test:
+        state = self._scheduler.state
+        if state.test:
             return
-        finals = [t for m in self._agenda.methods for t in known.of(m, "final") if t.last is not None]
-        trained = [(t.name, self._agenda.setting(t).method, self._folder.trial(t.name).adapter) for t in finals]
+        finals = [t for m in self._scheduler.methods for t in state.of(m, "final") if t.last is not None]
+        trained = [(t.name, self._scheduler.setting(t).method, self._folder.trial(t.name).adapter) for t in finals]
         if trained:
             self._watcher.say(f"opening the test part for {len(trained)} finalists")
-            self._agenda.opened(self._crew.test(trained))
+            self._scheduler.opened(self._backend.test(trained))

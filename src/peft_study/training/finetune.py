@@ -10,14 +10,14 @@ from typing import Any
 
 from peft_study.config import TrainConfig, TrainingConfig
 from peft_study.engine import checkpoint
-from peft_study.engine.processes import ALONE, Processes
+from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import total_steps
 from peft_study.errors import OutputError
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
 from peft_study.training.interrupt import Interrupted, StopRequest
-from peft_study.training.loop import Ended, Orders, Slots
+from peft_study.training.loop import Commands, Ended, Slots
 from peft_study.training.session import (
     Session,
     bos_losses,
@@ -28,7 +28,7 @@ from peft_study.training.session import (
     refuse_other_inputs,
 )
 from peft_study.training.slot_count import Typical, settle
-from peft_study.training.trial_run import Job, Outcome, Watcher
+from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def train(
     *,
     overwrite: bool = False,
     resume_from: Path | None = None,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> Finished:
     """Runs one setting from data to adapter.
 
@@ -134,7 +134,7 @@ def _begun(folder: RunFolder, config: TrainConfig, *, overwrite: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: RunFolder, processes: Processes) -> Iterator[None]:
+def _locked(folder: RunFolder, processes: ProcessGroup) -> Iterator[None]:
     """Locks the folder in the process that writes; where that is refused, all processes raise."""
     with contextlib.ExitStack() as held:
         refusal = None
@@ -156,7 +156,7 @@ def _train(
     folder: RunFolder,
     watcher: Watcher,
     stop: StopRequest,
-    processes: Processes,
+    processes: ProcessGroup,
     resume: checkpoint.Found | None,
     *,
     begun: bool,
@@ -199,14 +199,16 @@ def _run(
     for note in session.notes:
         watcher.say(note)
     logging = config.logging
-    job = Job(config.method.method, config.method, config.training, folder, evaluate_every=logging.evaluate_every)
-    if job.evaluate_every is None:
-        job = replace(job, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
+    plan = TrialPlan(
+        config.method.method, config.method, config.training, folder, evaluate_every=logging.evaluate_every
+    )
+    if plan.evaluate_every is None:
+        plan = replace(plan, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
     settle(session, folder, [Typical(config.method, config.training)], trials=1, wanted=1)
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config))
     if session.encoder.missing_bos:
         watcher.say(bos_losses(session))
-    outcome = _to_the_end(slots, job, session, stop, resume)
+    outcome = _to_the_end(slots, plan, session, stop, resume)
     counts_N = session.held_out.counts()
     base_N = session.base_held_out.of(range(len(session.held_out)))
     end_N = outcome.end_N
@@ -222,19 +224,19 @@ def _run(
 
 
 def _to_the_end(
-    slots: Slots, job: Job, session: Session, stop: StopRequest, resume: checkpoint.Found | None
+    slots: Slots, plan: TrialPlan, session: Session, stop: StopRequest, resume: checkpoint.Found | None
 ) -> Outcome:
     stop.heeded = True
     try:
-        news = slots.resume(resume, {job.name: job}) if resume else slots.advance(Orders(enter=[job]))
+        events = slots.resume(resume, {plan.name: plan}) if resume else slots.advance(Commands(enter=[plan]))
         while True:
-            for message in news:
+            for message in events:
                 if isinstance(message, Ended):
                     return message.outcome
             if session.processes.total([float(stop.asked)])[0]:
                 slots.save({})
                 raise Interrupted(f"{slots.where()}, with a checkpoint; the same command goes on from there")
-            news = slots.advance(Orders())
+            events = slots.advance(Commands())
     finally:
         slots.close()
 

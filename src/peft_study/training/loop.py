@@ -20,19 +20,19 @@ import numpy as np
 
 from peft_study.config import LoggingConfig
 from peft_study.engine import checkpoint
-from peft_study.engine.engine import Event
+from peft_study.engine.engine import StepEvent
 from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
 from peft_study.methods.registry import size
 from peft_study.training.session import Session, refuse_unfit, room_for
-from peft_study.training.trial_run import Ending, Job, Losses, Outcome, TrialRun, Watcher
+from peft_study.training.trial_run import Ending, Losses, Outcome, TrialPlan, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05
 """Writing checkpoints by the clock may take this share of the time at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Evaluated:
     """The held-out losses of a trial after a step (0: before the first); `sums_N` in nats, summed over each example."""
 
     name: str
@@ -48,11 +48,11 @@ class Ended:
     outcome: Outcome
 
 
-News = Measured | Ended
+TrialEvent = Evaluated | Ended
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class Commands:
     """What is to happen before the next row.
 
     Attributes:
@@ -61,7 +61,7 @@ class Orders:
         decided: JSON values kept in a checkpoint made now.
     """
 
-    enter: Sequence[Job] = ()
+    enter: Sequence[TrialPlan] = ()
     leave: Mapping[str, str] = field(default_factory=dict)
     decided: Mapping[str, Any] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ class Slots:
         alone = any(trial.adapter.exclusive for trial in engine.trials)
         return 0 if alone else engine.slots - len(engine.trials)
 
-    def resume(self, found: checkpoint.Found, jobs: Mapping[str, Job]) -> list[News]:
+    def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> list[TrialEvent]:
         """Puts the engine where the cut was, and returns the news of trials that had taken their last step.
 
         Args:
@@ -130,21 +130,21 @@ class Slots:
             jobs: by name; those of its trials must be among them.
         """
         self._steps_done = found.decided["slots"]["steps_done"]
-        runs = {name: self._new(jobs[name]) for name in found.trials}
+        runs = {name: self._new(plans[name]) for name in found.trials}
         checkpoint.load(self._engine, found, {name: run.trial for name, run in runs.items()})
         self._running = runs
         marks = found.decided["slots"].get("marks", {})
         for run in runs.values():
             self._go_on(run, found)
-            self._marks[run.job.name] = marks.get(run.job.name, run.trial.step)
+            self._marks[run.plan.name] = marks.get(run.plan.name, run.trial.step)
         return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
 
     def _go_on(self, run: TrialRun, found: checkpoint.Found) -> None:
         """Opens the files of a trial that is in its slot again."""
         initial = found.decided["slots"]["initial"]
         self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
-        self._watcher.say(f"{run.job.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
-        run.begin(self._initial[run.job.start], from_step=run.trial.step)
+        self._watcher.say(f"{run.plan.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
+        run.begin(self._initial[run.plan.start], from_step=run.trial.step)
 
     def where(self) -> str:
         """Says where a stopped run stands."""
@@ -153,30 +153,30 @@ class Slots:
             return f"stopped at step {trials[0].step} of {trials[0].total_steps} of {trials[0].name}"
         return f"stopped with {len(trials)} trials under way"
 
-    def advance(self, orders: Orders) -> list[News]:
+    def advance(self, commands: Commands) -> list[TrialEvent]:
         """Follows the orders; where they make no news themselves, runs one row. Returns the news.
 
         A checkpoint is made where it is time to.
         """
-        news: list[News] = []
-        for name, reason in orders.leave.items():
+        events: list[TrialEvent] = []
+        for name, reason in commands.leave.items():
             run = self._running.get(name)
             if run is not None:
-                news.append(self._end(run, "pruned", run.last_N, reason))
-        news += self._enter(orders.enter)
-        if news:
-            return news
+                events.append(self._end(run, "pruned", run.last_N, reason))
+        events += self._enter(commands.enter)
+        if events:
+            return events
         if self._save_due():
-            self.save(orders.decided)
+            self.save(commands.decided)
         if not self._running:
             return []
         try:
-            events = self._engine.step()
+            step_events = self._engine.step()
         except DoesNotFit as error:
             if not self._tolerant:
                 raise
             return [self._end(self._run_of(error), "failed", None, str(error))]
-        return self._after(events, orders.decided)
+        return self._after(step_events, commands.decided)
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint; all news must have been answered."""
@@ -205,97 +205,97 @@ class Slots:
         with contextlib.suppress(OutputError):
             self._session.base_train.save()
 
-    def _new(self, job: Job) -> TrialRun:
-        refuse_unfit(self._session, job.method)  # found out by trying, it might take the whole study with it
-        return TrialRun(job, self._session, self._logging, self._watcher)
+    def _new(self, plan: TrialPlan) -> TrialRun:
+        refuse_unfit(self._session, plan.method)  # found out by trying, it might take the whole study with it
+        return TrialRun(plan, self._session, self._logging, self._watcher)
 
-    def _enter(self, jobs: Sequence[Job]) -> list[News]:
+    def _enter(self, plans: Sequence[TrialPlan]) -> list[TrialEvent]:
         """Gives each a slot, and measures the losses before step 1 of all that begin at once."""
-        news: list[News] = []
+        events: list[TrialEvent] = []
         entering: list[TrialRun] = []
-        for job in jobs:
+        for plan in plans:
             try:
-                with room_for(size(job.method, self._session.base).name, self._session.base.device):
-                    run = self._new(job)
-                    resumed = job.cut is not None and self._restore(run, job.cut)
+                with room_for(size(plan.method, self._session.base).name, self._session.base.device):
+                    run = self._new(plan)
+                    resumed = plan.cut is not None and self._restore(run, plan.cut)
                     if run.trial.parameters and not resumed:
                         self._engine.admit(run.trial)
             except UserError as error:
                 if not self._tolerant or isinstance(error, OutputError):
                     raise
-                news.append(Ended(job.name, Outcome("failed", str(error))))
+                events.append(Ended(plan.name, Outcome("failed", str(error))))
                 continue
-            self._running[job.name] = run
-            self._marks[job.name] = run.trial.step
+            self._running[plan.name] = run
+            self._marks[plan.name] = run.trial.step
             if not resumed:
                 entering.append(run)
             elif run.trial.finished:
-                news += self._evaluate([run], {}, told=True)
-        unknown = {run.job.start: run for run in entering if run.job.start not in self._initial}
+                events += self._evaluate([run], {}, told=True)
+        unknown = {run.plan.start: run for run in entering if run.plan.start not in self._initial}
         losses, failed = self._held_out(list(unknown.values()))
-        self._initial |= {start: losses[run.job.name] for start, run in unknown.items() if run.job.name in losses}
+        self._initial |= {start: losses[run.plan.name] for start, run in unknown.items() if run.plan.name in losses}
         for run in entering:
-            if run.job.start not in self._initial:
-                news.append(self._end(run, "failed", None, failed[unknown[run.job.start].job.name]))
+            if run.plan.start not in self._initial:
+                events.append(self._end(run, "failed", None, failed[unknown[run.plan.start].plan.name]))
                 continue
-            start_N = self._initial[run.job.start]
+            start_N = self._initial[run.plan.start]
             run.begin(start_N, from_step=None)
-            news.append(Measured(run.job.name, 0, start_N))
+            events.append(Evaluated(run.plan.name, 0, start_N))
             if not run.trial.parameters:  # the untouched base: there is nothing to train
-                news.append(self._end(run, "finished", start_N))
-        return news
+                events.append(self._end(run, "finished", start_N))
+        return events
 
     def _restore(self, run: TrialRun, cut: checkpoint.Found) -> bool:
         """Lets a trial go on from another engine's cut; one whose files are damaged begins anew."""
         try:
             checkpoint.load_one(self._engine, cut, run.trial)
         except OutputError as error:
-            self._watcher.say(f"{run.job.name}: begins anew ({error.what}: {error.where})")
+            self._watcher.say(f"{run.plan.name}: begins anew ({error.what}: {error.where})")
             return False
         self._go_on(run, cut)
         return True
 
-    def _after(self, events: Sequence[Event], decided: Mapping[str, Any]) -> list[News]:
+    def _after(self, step_events: Sequence[StepEvent], decided: Mapping[str, Any]) -> list[TrialEvent]:
         """Writes down what a row completed, and evaluates all that are due together."""
-        news: list[News] = []
+        events: list[TrialEvent] = []
         due = []
-        for event in events:
-            run = self._running[event.trial.name]
-            if event.failed is not None:
+        for step_event in step_events:
+            run = self._running[step_event.trial.name]
+            if step_event.failed is not None:
                 if not self._tolerant:
-                    raise event.failed
-                news.append(self._end(run, "failed", None, str(event.failed)))
+                    raise step_event.failed
+                events.append(self._end(run, "failed", None, str(step_event.failed)))
                 continue
-            if event.report is None:
-                news.append(self._end(run, "diverged", None, event.diverged))
+            if step_event.report is None:
+                events.append(self._end(run, "diverged", None, step_event.diverged))
                 continue
-            run.log(event.report)
-            if run.evaluation_due and not event.report.skipped:
+            run.log(step_event.report)
+            if run.evaluation_due and not step_event.report.skipped:
                 due.append(run)
-        return news + self._evaluate(due, decided)
+        return events + self._evaluate(due, decided)
 
-    def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[News]:
-        news: list[News] = []
+    def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[TrialEvent]:
+        events: list[TrialEvent] = []
         losses, failed = self._held_out(due)
         for run in due:
-            if run.job.name in failed:
-                news.append(self._end(run, "failed", None, failed[run.job.name]))
+            if run.plan.name in failed:
+                events.append(self._end(run, "failed", None, failed[run.plan.name]))
                 continue
-            step, sums_N = run.trial.step, losses[run.job.name]
+            step, sums_N = run.trial.step, losses[run.plan.name]
             if not np.isfinite(sums_N).all():
                 reason = f"the held-out loss became {sums_N.sum()} after step {step}"
-                news.append(self._end(run, "diverged", None, reason))
+                events.append(self._end(run, "diverged", None, reason))
                 continue
             if not told:
                 run.tell(sums_N)
-            news.append(Measured(run.job.name, step, sums_N))
+            events.append(Evaluated(run.plan.name, step, sums_N))
             if run.trial.finished:
                 if not self._tolerant:  # a checkpoint that was asked for at the last step is one of the trial, too
                     self._save_at_mark(decided)
-                if run.job.keep:
+                if run.plan.keep:
                     run.save_adapter()
-                news.append(self._end(run, "finished", sums_N))
-        return news
+                events.append(self._end(run, "finished", sums_N))
+        return events
 
     def _held_out(self, runs: Sequence[TrialRun]) -> tuple[dict[str, Losses], dict[str, str]]:
         """Returns the losses of these trials, and the reasons of those with an example that does not fit, by name."""
@@ -307,10 +307,10 @@ class Slots:
                 if not self._tolerant:
                     raise
                 run = self._run_of(error)
-                failed[run.job.name] = f"held-out rows: {error}"
+                failed[run.plan.name] = f"held-out rows: {error}"
                 fitting.remove(run)
             else:
-                return dict(zip((run.job.name for run in fitting), losses, strict=True)), failed
+                return dict(zip((run.plan.name for run in fitting), losses, strict=True)), failed
         return {}, failed
 
     def _run_of(self, error: DoesNotFit) -> TrialRun:
@@ -320,11 +320,11 @@ class Slots:
         run.close()
         if run.trial in self._engine.trials:
             self._engine.evict(run.trial)
-        self._running.pop(run.job.name, None)
-        self._marks.pop(run.job.name, None)
+        self._running.pop(run.plan.name, None)
+        self._marks.pop(run.plan.name, None)
         self._steps_done += run.trial.step
         self._ended_since = True
-        return Ended(run.job.name, run.outcome(status, end_N, reason))
+        return Ended(run.plan.name, run.outcome(status, end_N, reason))
 
     def _save_due(self) -> bool:
         return self._steps_due() or self._clock_due() or self._end_due()

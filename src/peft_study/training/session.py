@@ -18,7 +18,7 @@ from peft_study.data.split import check_files, make_split
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses, Losses
 from peft_study.engine.memory import Room
-from peft_study.engine.processes import ALONE, Processes
+from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.errors import ConfigError, ModelError, OutputError, TemplateError, first_line, out_of_memory
 from peft_study.methods.base import Material
 from peft_study.methods.dropout import key
@@ -65,7 +65,7 @@ class Session:
     base_held_out: BaseLosses
     base_test: BaseLosses | None
     notes: tuple[str, ...]
-    processes: Processes = ALONE
+    processes: ProcessGroup = ALONE
 
 
 def open_session(
@@ -75,7 +75,7 @@ def open_session(
     say: Say,
     *,
     test: bool = False,
-    processes: Processes = ALONE,
+    processes: ProcessGroup = ALONE,
 ) -> Session:
     """Loads the base, tokenises the data (or finds it in the cache) and splits off the held-out ones.
 
@@ -162,7 +162,7 @@ def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, no
     return base
 
 
-def _room(engine: Engine, processes: Processes) -> Room:
+def _room(engine: Engine, processes: ProcessGroup) -> Room:
     """Returns what trials can have; processes that train together have equal shares, and one figure for all of them."""
     room = Room(engine, sharing=processes.count)
     (free,) = processes.of_first([-1.0 if room.free is None else float(room.free)])

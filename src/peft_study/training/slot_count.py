@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from peft_study.config import MethodConfig, TrainingConfig
-from peft_study.engine.memory import Measured, measured, probe
+from peft_study.engine.memory import MemoryProbe, measured, probe
 from peft_study.errors import UserError
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.storage.run_dir import RunFolder
@@ -120,7 +120,7 @@ def _fits(session: Session, typical: Typical) -> bool:
     return True
 
 
-def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typical]) -> Measured | None:
+def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typical]) -> MemoryProbe | None:
     """Runs a row of the dearest setting; of one that is too large for the memory, nothing fits beside the others."""
     room = session.room
     slots = [room.slot(t.method) for t in largest if not is_exclusive(t.method.method)]
@@ -135,7 +135,7 @@ def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typ
     return measured(room.free, activations, max(slots))
 
 
-def _enough(session: Session, largest: Sequence[Typical], trials: int, measured: Measured | None) -> int:
+def _enough(session: Session, largest: Sequence[Typical], trials: int, measured: MemoryProbe | None) -> int:
     """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
 
     On an accelerator a short row is a waste: a batch ends in the middle of a row and the next one can only begin in the

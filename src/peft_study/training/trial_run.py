@@ -48,7 +48,7 @@ Ending = Literal["finished", "pruned", "diverged", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class TrialPlan:
     """A trial to be run.
 
     Attributes:
@@ -112,11 +112,11 @@ class TrialRun:
         watcher: is told.
     """
 
-    def __init__(self, job: Job, session: Session, logging: LoggingConfig, watcher: Watcher) -> None:
-        self.job, self._session, self._logging, self._watcher = job, session, logging, watcher
-        adapter = create(job.method, session.base, session.material, job.training.seed)
+    def __init__(self, plan: TrialPlan, session: Session, logging: LoggingConfig, watcher: Watcher) -> None:
+        self.plan, self._session, self._logging, self._watcher = plan, session, logging, watcher
+        adapter = create(plan.method, session.base, session.material, plan.training.seed)
         self.trial = Trial(
-            job.name, adapter, job.training, session.train, scales_loss=session.base.placement.scales_loss
+            plan.name, adapter, plan.training, session.train, scales_loss=session.base.placement.scales_loss
         )
         self.trainable = count_trainable(session.base, adapter)
         self._started = time.perf_counter()
@@ -137,7 +137,7 @@ class TrialRun:
         self._start_N = start_N
         self._watcher.counted(self.trial, self.trainable)
         if self._session.processes.writes:
-            folder = self.job.folder
+            folder = self.plan.folder
             folder.write("parameters.json", asdict(self.trainable))
             events = folder.path / "tensorboard" if self._logging.tensorboard else None
             self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step)
@@ -147,8 +147,8 @@ class TrialRun:
     @property
     def evaluation_due(self) -> bool:
         """True where the held-out losses are to be measured now."""
-        step, every = self.trial.step, self.job.evaluate_every
-        return self.trial.finished or step in self.job.rungs or (every is not None and step % every == 0)
+        step, every = self.trial.step, self.plan.evaluate_every
+        return self.trial.finished or step in self.plan.rungs or (every is not None and step % every == 0)
 
     def log(self, report: StepReport) -> None:
         """Writes an optimizer step down."""
@@ -198,7 +198,7 @@ class TrialRun:
     def save_adapter(self) -> None:
         """Writes the adapter; an exclusive trial must still be in its slot."""
         if self._session.processes.writes and self.trial.parameters:
-            with atomic_folder(self.job.folder.adapter) as place:
+            with atomic_folder(self.plan.folder.adapter) as place:
                 self.trial.adapter.save(place, self._session.base)
                 note_encoding(place, self._session.encoder.template_text, add_bos=self._session.add_bos)
 
@@ -213,7 +213,7 @@ class TrialRun:
             trainable=self.trainable,
             steps=trial.step,
             tokens=trial.tokens,
-            virtual_tokens=getattr(self.job.method, "tokens", 0) * trial.step * trial.training.batch_size,
+            virtual_tokens=getattr(self.plan.method, "tokens", 0) * trial.step * trial.training.batch_size,
             seconds=time.perf_counter() - self._started,
         )
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from peft_study.workers.worker_process import Answer
 
 
-class Gone(Exception):
+class WorkerDied(Exception):
     """The process or actor behind a link is dead; says how it died."""
 
 
@@ -34,7 +34,7 @@ class Link(Protocol):
         """Ends the host at once, whatever it does."""
 
 
-class Fleet(Protocol):
+class Launcher(Protocol):
     """Starts hosts.
 
     Attributes:
@@ -49,7 +49,7 @@ class Fleet(Protocol):
     sharing: int
     restarts: int
 
-    def __enter__(self) -> Fleet: ...
+    def __enter__(self) -> Launcher: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

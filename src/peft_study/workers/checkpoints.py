@@ -22,7 +22,7 @@ from peft_study.errors import ConfigError, OutputError, first_line
 _TOKEN = "token"
 
 
-class Cuts:
+class WorkerCheckpoints:
     """All checkpoints of a study's workers.
 
     Args:

@@ -21,17 +21,17 @@ from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.lr_range_test import central
 from peft_study.storage.study_dir import StudyFolder, basis
-from peft_study.training.loop import Orders
+from peft_study.training.loop import Commands
 from peft_study.training.session import Say, Session, check_methods, open_session, past_context
 from peft_study.training.slot_count import Typical, settle
-from peft_study.training.trial_run import Job
+from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.worker import Facts, Report, Worker, facts
 
 Losses = npt.NDArray[np.float64]
 Trained = Sequence[tuple[str, MethodConfig, Path]]
 
 
-class Crew(Protocol):
+class Backend(Protocol):
     """Who runs the trials.
 
     Attributes:
@@ -42,7 +42,7 @@ class Crew(Protocol):
     facts: Facts
     replays: bool
 
-    def __enter__(self) -> Crew: ...
+    def __enter__(self) -> Backend: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -58,14 +58,14 @@ class Crew(Protocol):
     def settle(self, trials: int) -> int:
         """Fixes slots, row budget and threads, once the folder is claimed; returns the slots of all workers."""
 
-    def start(self, jobs: Mapping[str, Job]) -> Sequence[tuple[str, Report]]:
+    def start(self, plans: Mapping[str, TrialPlan]) -> Sequence[tuple[str, Report]]:
         """Returns a first report of workers that are there; one that replays has put the trials of its cut back.
 
         Args:
             jobs: of the trials under way, by name.
         """
 
-    def order(self, worker: str, orders: Orders | None) -> None:
+    def order(self, worker: str, commands: Commands | None) -> None:
         """Gives a worker that has reported its next orders; None: it waits."""
 
     def reports(self) -> Sequence[tuple[str, Report]]:
@@ -85,16 +85,16 @@ class Crew(Protocol):
         """Returns the losses of each test example, of trained adapters and of the untouched base (``none``)."""
 
 
-class LocalCrew:
+class LocalBackend:
     """One worker, in this process."""
 
     replays = True
 
     def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say) -> None:
         self._config, self._folder, self._say = config, folder, say
-        self._orders: Orders | None = None
+        self._commands: Commands | None = None
 
-    def __enter__(self) -> LocalCrew:
+    def __enter__(self) -> LocalBackend:
         config = self._config
         self._session = open_session(config.model, config.data, config.training, self._say, test=True)
         for note in check_spaces(self._session, config):
@@ -113,7 +113,7 @@ class LocalCrew:
     @property
     def quiet(self) -> bool:
         """True where there are no orders."""
-        return self._orders is None
+        return self._commands is None
 
     def cuts(self) -> list[checkpoint.Found]:
         """Returns the newest checkpoint of these settings, if there is one."""
@@ -121,27 +121,27 @@ class LocalCrew:
 
     def settle(self, trials: int) -> int:
         """Fixes the engine's slots, row budget and threads."""
-        dearest = list(largest(self._config).values())
-        news = settle(self._session, self._folder.run, dearest, trials=trials, wanted=self._config.slots)
-        if news:
-            self._say(news)
+        settings = list(largest(self._config).values())
+        note = settle(self._session, self._folder.run, settings, trials=trials, wanted=self._config.slots)
+        if note:
+            self._say(note)
         assert self._session.engine.slots is not None
         return self._session.engine.slots
 
-    def start(self, jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
+    def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
         """Goes on from the cut, if there is one."""
         cuts = self.cuts()
-        report = self._worker.resume(cuts[0], jobs) if cuts else self._worker.follow(Orders())
+        report = self._worker.resume(cuts[0], plans) if cuts else self._worker.follow(Commands())
         return [("here", report)]
 
-    def order(self, _worker: str, orders: Orders | None) -> None:
+    def order(self, _worker: str, commands: Commands | None) -> None:
         """Keeps the orders until the next report is asked for."""
-        self._orders = orders
+        self._commands = commands
 
     def reports(self) -> list[tuple[str, Report]]:
         """Follows the orders, by one row."""
-        orders, self._orders = self._orders, None
-        return [("here", self._worker.follow(orders or Orders()))]
+        commands, self._commands = self._commands, None
+        return [("here", self._worker.follow(commands or Commands()))]
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint."""

@@ -26,15 +26,24 @@ from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.storage.files import atomic_writer
 from peft_study.storage.study_dir import TEAM, StudyFolder, basis
 from peft_study.training import slot_count
-from peft_study.training.loop import Orders
+from peft_study.training.loop import Commands
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.slot_count import Capacity
-from peft_study.training.trial_run import Job
-from peft_study.workers.backend import Fleet, Gone, Link
-from peft_study.workers.checkpoints import Cuts, open_place
+from peft_study.training.trial_run import TrialPlan
+from peft_study.workers.backend import Launcher, Link, WorkerDied
+from peft_study.workers.checkpoints import WorkerCheckpoints, open_place
 from peft_study.workers.local import Trained
 from peft_study.workers.worker import Facts, Losses, Report
-from peft_study.workers.worker_process import Answer, Begun, Files, Followed, Opened, Post, read_files, write_files
+from peft_study.workers.worker_process import (
+    Answer,
+    Assignment,
+    Begun,
+    Files,
+    Followed,
+    Opened,
+    read_files,
+    write_files,
+)
 
 PACE_SECONDS = 0.5
 """Workers without news report on their pace this often, and notice a stop; but
@@ -46,7 +55,7 @@ State = Literal["opening", "beginning", "idle", "busy"]
 
 
 @dataclass(slots=True)
-class _Hand:
+class _Member:
     """One worker as the team knows it.
 
     Attributes:
@@ -65,7 +74,7 @@ class _Hand:
     trials: set[str] = field(default_factory=set)
 
 
-class Team:
+class WorkerPool:
     """Several workers.
 
     Args:
@@ -77,29 +86,29 @@ class Team:
 
     replays = False
 
-    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, fleet: Fleet) -> None:
-        self._config, self._folder, self._say, self._fleet = config, folder, say, fleet
-        self._hands: list[_Hand] = []
+    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, launcher: Launcher) -> None:
+        self._config, self._folder, self._say, self._launcher = config, folder, say, launcher
+        self._members: list[_Member] = []
         self._deaths: dict[int, int] = {}
         self._token = secrets.token_hex(16)
         self._trials = 1
         self._capacity: Capacity | None = None
-        self._places: Cuts | None = None
+        self._places: WorkerCheckpoints | None = None
         self._opened: Opened | None = None
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> WorkerPool:
         if self._config.checkpoints is not None:
             open_place(self._config.checkpoints)  # a mistake in it makes no folder
-        self._fleet.__enter__()
+        self._launcher.__enter__()
         try:
-            workers, threads = _counted(self._fleet.count, "worker"), _counted(self._fleet.threads, "thread")
+            workers, threads = _counted(self._launcher.count, "worker"), _counted(self._launcher.threads, "thread")
             self._say(f"{workers}, each with {threads}; the first one loads {self._config.model.name}")
             self._open(0)
             self._opened = opened = self._first("open")
             assert opened.facts is not None
             self.facts: Facts = opened.facts
         except BaseException as error:
-            self._fleet.__exit__(type(error), error, error.__traceback__)
+            self._launcher.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
@@ -108,23 +117,23 @@ class Team:
     ) -> None:
         if kind is None or issubclass(kind, PeftStudyError):
             self._close()
-        self._fleet.__exit__(kind, error, trace)
+        self._launcher.__exit__(kind, error, trace)
         if self._places is not None:
             self._places.close()
 
     @property
     def quiet(self) -> bool:
         """True where no worker is at work; those that are still loading do not count."""
-        return not any(hand.state == "busy" for hand in self._hands)
+        return not any(member.state == "busy" for member in self._members)
 
     @property
-    def _cuts(self) -> Cuts:
+    def _cuts(self) -> WorkerCheckpoints:
         """The checkpoints, once the study's folder is claimed."""
         if self._places is None:
             local = self._folder.checkpoints.resolve()
             study, identity = self._book()["study"], basis(self._config)
-            self._places = Cuts(local, self._config.checkpoints, study, identity)
-            Cuts(local, None, study, identity).leave_token(self._token)
+            self._places = WorkerCheckpoints(local, self._config.checkpoints, study, identity)
+            WorkerCheckpoints(local, None, study, identity).leave_token(self._token)
             self._places.leave_token(self._token)
         return self._places
 
@@ -134,65 +143,65 @@ class Team:
 
     def settle(self, trials: int) -> int:
         """Has the first worker measure what it can hold, and keeps that for all."""
-        self._trials = math.ceil(trials / self._fleet.count)
+        self._trials = math.ceil(trials / self._launcher.count)
         self._capacity = before = slot_count.kept(self._folder.run)
-        hand = self._hands[0]
-        self._begin(hand)
+        member = self._members[0]
+        self._begin(member)
         begun: Begun = self._first("begin")
-        self._begun(hand, begun)
-        self._capacity = slot_count.with_share(begun.capacity, self._fleet.threads, self._fleet.count)
+        self._begun(member, begun)
+        self._capacity = slot_count.with_share(begun.capacity, self._launcher.threads, self._launcher.count)
         if before is None:
             self._say(f"{slot_count.sentence(self._capacity)}, in each worker")
         elif note := slot_count.differs(before, self._config.slots):
             self._say(note)
         slot_count.keep(self._folder.run, self._capacity)
-        return self._capacity.slots * self._fleet.count
+        return self._capacity.slots * self._launcher.count
 
-    def start(self, jobs: Mapping[str, Job]) -> list[tuple[str, Report]]:
+    def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
         """Lets the other workers come, and removes checkpoints that no trial needs any more."""
-        self._cuts.sweep(cut for cut in self.cuts() if set(cut.trials) & set(jobs))
-        for place in range(1, self._fleet.count):
+        self._cuts.sweep(cut for cut in self.cuts() if set(cut.trials) & set(plans))
+        for place in range(1, self._launcher.count):
             self._open(place)
-        return [(self._hands[0].name, self._free())]
+        return [(self._members[0].name, self._free())]
 
-    def order(self, worker: str, orders: Orders | None) -> None:
+    def order(self, worker: str, commands: Commands | None) -> None:
         """Sends a worker its orders; one with neither trials nor orders is idle."""
-        hand = next((hand for hand in self._hands if hand.name == worker), None)
-        if hand is None or orders is None:
+        member = next((member for member in self._members if member.name == worker), None)
+        if member is None or commands is None:
             return  # it died: its last report said so, and left no room
-        if not (hand.trials or orders.enter or orders.leave):
+        if not (member.trials or commands.enter or commands.leave):
             return
-        hand.trials |= {job.name for job in orders.enter}
-        hand.state = "busy"
-        files = {} if hand.sees else self._luggage([job.name for job in orders.enter if job.cut is not None])
-        self._call(hand, "follow", orders, files, max(PACE_SECONDS, self._fleet.count / PACES_A_SECOND))
+        member.trials |= {plan.name for plan in commands.enter}
+        member.state = "busy"
+        files = {} if member.sees else self._luggage([plan.name for plan in commands.enter if plan.cut is not None])
+        self._call(member, "follow", commands, files, max(PACE_SECONDS, self._launcher.count / PACES_A_SECOND))
 
     def reports(self) -> list[tuple[str, Report]]:
         """Waits until something is heard of a worker that is at work or coming.
 
         Where that is more than how far trials are, those without trials report as well: there may be one for them.
         """
-        idle = [hand for hand in self._hands if hand.state == "idle" and not hand.trials]
-        waited = [hand for hand in self._hands if hand.state != "idle"]
+        idle = [member for member in self._members if member.state == "idle" and not member.trials]
+        waited = [member for member in self._members if member.state != "idle"]
         if not waited:
             self._nobody("no worker is left" if not idle else "no worker has anything to do")
-        by_link = {id(hand.link): hand for hand in waited}
-        ready = [by_link[id(link)] for link in self._fleet.wait([hand.link for hand in waited])]
-        found = [report for hand in ready if (report := self._heard(hand)) is not None]
-        if any(report.news or report.lost for _, report in found):
-            found += [(hand.name, self._free()) for hand in idle]
+        by_link = {id(member.link): member for member in waited}
+        ready = [by_link[id(link)] for link in self._launcher.wait([member.link for member in waited])]
+        found = [report for member in ready if (report := self._heard(member)) is not None]
+        if any(report.events or report.lost for _, report in found):
+            found += [(member.name, self._free()) for member in idle]
         return found
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Has every worker with trials write a checkpoint; one that dies meanwhile has its earlier ones."""
-        saving = [hand for hand in self._hands if hand.state == "idle" and hand.trials]
-        for hand in saving:
-            self._call(hand, "save", decided)
-        for hand in saving:
+        saving = [member for member in self._members if member.state == "idle" and member.trials]
+        for member in saving:
+            self._call(member, "save", decided)
+        for member in saving:
             try:
-                _value(hand.link.answer())
-            except Gone as gone:
-                self._say(f"{hand.name} died before its last checkpoint ({gone})")
+                _value(member.link.answer())
+            except WorkerDied as died:
+                self._say(f"{member.name} died before its last checkpoint ({died})")
 
     def conclude(self, decided: Mapping[str, Any]) -> None:
         """Removes all checkpoints: the journal says everything."""
@@ -202,49 +211,51 @@ class Team:
         """Has one worker measure the test part; where it dies, the next one."""
         adapters = [(name, method) for name, method, _ in trained]
         while True:
-            hand = next((hand for hand in self._hands if hand.state == "idle"), None)
-            if hand is None:
+            member = next((member for member in self._members if member.state == "idle"), None)
+            if member is None:
                 self.reports()  # of one that is coming
                 continue
-            files = {} if hand.sees else self._luggage([name for name, _ in adapters])
+            files = {} if member.sees else self._luggage([name for name, _ in adapters])
             try:
-                hand.link.call("test", adapters, files)
-                losses: dict[str, Losses] = _value(hand.link.answer())
-            except Gone as gone:
-                self._say(self._lost(hand, gone).lines[0])
+                member.link.call("test", adapters, files)
+                losses: dict[str, Losses] = _value(member.link.answer())
+            except WorkerDied as died:
+                self._say(self._lost(member, died).lines[0])
                 continue
             return losses
 
     # -- hosts that come ---------------------------------------------------------------------------------------------
 
     def _open(self, place: int) -> None:
-        hand = _Hand(self._fleet.open(place), place)
-        self._hands.append(hand)
+        member = _Member(self._launcher.open(place), place)
+        self._members.append(member)
         first = None if self._opened is None else replace(self._opened, facts=None)
-        self._call(hand, "open", self._config.model_dump_json(), str(Path.cwd()), self._fleet.sharing, first)
+        self._call(member, "open", self._config.model_dump_json(), str(Path.cwd()), self._launcher.sharing, first)
 
-    def _begin(self, hand: _Hand) -> None:
+    def _begin(self, member: _Member) -> None:
         book = self._book()
-        hand.name, hand.state = f"worker-{book['next']}", "beginning"
+        member.name, member.state = f"worker-{book['next']}", "beginning"
         self._write_book({**book, "next": book["next"] + 1})
-        share = self._fleet.threads, self._trials, self._capacity
-        self._call(hand, "begin", Post(hand.name, self._folder.path.resolve(), book["study"], self._token, *share))
+        share = self._launcher.threads, self._trials, self._capacity
+        self._call(
+            member, "begin", Assignment(member.name, self._folder.path.resolve(), book["study"], self._token, *share)
+        )
 
-    def _begun(self, hand: _Hand, begun: Begun) -> None:
-        hand.state, hand.sees = "idle", begun.sees
+    def _begun(self, member: _Member, begun: Begun) -> None:
+        member.state, member.sees = "idle", begun.sees
 
     def _first(self, doing: str) -> Any:
         """Returns what the first host answers, without which there is no study."""
-        hand = self._hands[0]
-        self._fleet.wait([hand.link])
+        member = self._members[0]
+        self._launcher.wait([member.link])
         try:
-            return _value(hand.link.answer())
-        except Gone as gone:
+            return _value(member.link.answer())
+        except WorkerDied as died:
             raise ProcessError(
-                f"the first worker died ({gone})",
+                f"the first worker died ({died})",
                 where=doing,
                 remedy="its own message says why, if it had the time; memory that ran out is the usual cause",
-            ) from gone
+            ) from died
 
     def _book(self) -> dict[str, Any]:
         """Returns the number of the next worker, and the name that makes this study's checkpoints its own."""
@@ -257,28 +268,28 @@ class Team:
 
     # -- hosts at work -----------------------------------------------------------------------------------------------
 
-    def _call(self, hand: _Hand, method: str, *arguments: Any) -> None:
-        with contextlib.suppress(Gone):  # the pipe is closed: waiting for its answer tells
-            hand.link.call(method, *arguments)
+    def _call(self, member: _Member, method: str, *arguments: Any) -> None:
+        with contextlib.suppress(WorkerDied):  # the pipe is closed: waiting for its answer tells
+            member.link.call(method, *arguments)
 
-    def _heard(self, hand: _Hand) -> tuple[str, Report] | None:
+    def _heard(self, member: _Member) -> tuple[str, Report] | None:
         """Takes an answer in; returns what the scheduler should know of it."""
         try:
-            value = _value(hand.link.answer())
-        except Gone as gone:
-            return hand.name, self._lost(hand, gone)
-        if hand.state == "opening":
+            value = _value(member.link.answer())
+        except WorkerDied as died:
+            return member.name, self._lost(member, died)
+        if member.state == "opening":
             opened: Opened = value
             self._refuse_other_inputs(opened)
-            self._begin(hand)
+            self._begin(member)
             return None
-        if hand.state == "beginning":
-            self._begun(hand, value)
-            return hand.name, self._free()
+        if member.state == "beginning":
+            self._begun(member, value)
+            return member.name, self._free()
         followed: Followed = value
         write_files(self._folder.path / "trials", followed.files)
-        hand.state, hand.trials = "idle", set(followed.report.running)
-        return hand.name, self._one_at_a_time(followed.report)
+        member.state, member.trials = "idle", set(followed.report.running)
+        return member.name, self._one_at_a_time(followed.report)
 
     def _free(self) -> Report:
         """Returns the report of a worker without trials."""
@@ -289,21 +300,21 @@ class Team:
 
         A trial that enters is news, and its worker is asked again at once.
         """
-        return report if self._fleet.count == 1 else replace(report, room=min(report.room, 1))
+        return report if self._launcher.count == 1 else replace(report, room=min(report.room, 1))
 
-    def _lost(self, hand: _Hand, gone: Gone) -> Report:
+    def _lost(self, member: _Member, died: WorkerDied) -> Report:
         """Lays a dead worker's trials down and starts another host in its place."""
-        self._hands.remove(hand)
-        hand.link.end()
-        name = hand.name or "a worker that was loading"
-        going = _counted(len(hand.trials), "trial")
-        trials = f"; its {going} will go on from the last checkpoint" if hand.trials else ""
-        deaths = self._deaths[hand.place] = self._deaths.get(hand.place, 0) + 1
-        if deaths <= self._fleet.restarts:
-            self._open(hand.place)
+        self._members.remove(member)
+        member.link.end()
+        name = member.name or "a worker that was loading"
+        going = _counted(len(member.trials), "trial")
+        trials = f"; its {going} will go on from the last checkpoint" if member.trials else ""
+        deaths = self._deaths[member.place] = self._deaths.get(member.place, 0) + 1
+        if deaths <= self._launcher.restarts:
+            self._open(member.place)
         else:
             trials += f"; it died {deaths} times and is not started again"
-        return Report((), 0, (), {}, (f"{name} died ({gone}){trials}",), {}, tuple(sorted(hand.trials)))
+        return Report((), 0, (), {}, (f"{name} died ({died}){trials}",), {}, tuple(sorted(member.trials)))
 
     def _refuse_other_inputs(self, opened: Opened) -> None:
         """Stops a study whose machines have different models or data under one name."""
@@ -332,11 +343,11 @@ class Team:
 
     def _close(self) -> None:
         """Lets the workers that have nothing to do close their files."""
-        for hand in self._hands:
-            if hand.state == "idle":
-                with contextlib.suppress(Gone):
-                    hand.link.call("close")
-                    hand.link.answer()
+        for member in self._members:
+            if member.state == "idle":
+                with contextlib.suppress(WorkerDied):
+                    member.link.call("close")
+                    member.link.answer()
 
 
 def _value(answer: Answer) -> Any:

@@ -18,8 +18,8 @@ from typing import Any
 
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError, ProcessError, first_line
-from peft_study.workers.backend import Gone
-from peft_study.workers.worker_process import Answer, Host
+from peft_study.workers.backend import WorkerDied
+from peft_study.workers.worker_process import Answer, WorkerProcess
 
 RESTARTS = 20
 CONNECT_SECONDS = 5.0
@@ -28,7 +28,7 @@ PLACING_SECONDS = 60.0
 """So long a study without any worker waits for the cluster to have room for one."""
 
 
-class Cluster:
+class RayLauncher:
     """Actors of a Ray cluster.
 
     Args:
@@ -56,7 +56,7 @@ class Cluster:
             raise ConfigError("Ray is not installed", where="--ray", remedy="pip install 'peft-study[ray]'") from error
         self._ray = ray
 
-    def __enter__(self) -> Cluster:
+    def __enter__(self) -> RayLauncher:
         if not self._ray.is_initialized():
             self._connect()
         try:
@@ -76,7 +76,7 @@ class Cluster:
 
     def open(self, place: int) -> ActorLink:
         """Asks for an actor; it comes when the cluster has room."""
-        actor = self._ray.remote(Host).options(max_restarts=0, max_task_retries=0, **self._options).remote()
+        actor = self._ray.remote(WorkerProcess).options(max_restarts=0, max_task_retries=0, **self._options).remote()
         link = ActorLink(self._ray, actor)
         self._links.append(link)
         return link
@@ -107,7 +107,7 @@ class Cluster:
     def _connect(self) -> None:
         where = f"--ray {self._address}"
         remedy = "start one with `ray start --head`, and `ray start --address=HOST:6379` on each other machine"
-        _knock(self._address, where, remedy)
+        _check_reachable(self._address, where, remedy)
         try:
             with _own_signals():
                 self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
@@ -160,7 +160,7 @@ class ActorLink:
         except errors.RayTaskError:
             raise
         except errors.RayError as error:
-            raise Gone(type(error).__name__) from error
+            raise WorkerDied(type(error).__name__) from error
         return answer
 
     def waits_for_place(self) -> bool:
@@ -181,7 +181,7 @@ def weight_bytes(model: str) -> int:
     return sum(path.stat().st_size for name in names for path in folder.glob(name)) if folder.is_dir() else 0
 
 
-def _knock(address: str, where: str, remedy: str) -> None:
+def _check_reachable(address: str, where: str, remedy: str) -> None:
     """Refuses an address at which nobody listens; Ray itself would try for a minute, and tell it at length.
 
     Raises:

@@ -24,15 +24,15 @@ import torch
 import peft_study
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError
-from peft_study.workers.backend import Gone
+from peft_study.workers.backend import WorkerDied
 from peft_study.workers.worker_process import Answer
 
 RESTARTS = 3
-_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+_DIED = (EOFError, BrokenPipeError, ConnectionResetError)
 _PROGRAM = ("-c", "from peft_study.workers.worker_process import main; main()")
 
 
-class Processes:
+class SubprocessLauncher:
     """Processes of this machine.
 
     Args:
@@ -60,7 +60,7 @@ class Processes:
         self.sharing = count if self._gpus is None else 1
         self._links: list[ProcessLink] = []
 
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> SubprocessLauncher:
         return self
 
     def __exit__(
@@ -106,15 +106,15 @@ class ProcessLink:
         """Sends a call."""
         try:
             self.connection.send((method, arguments))
-        except _GONE as error:
-            raise self._gone() from error
+        except _DIED as error:
+            raise self._died() from error
 
     def answer(self) -> Answer:
         """Waits for its answer."""
         try:
             answer: Answer = self.connection.recv()
-        except _GONE as error:
-            raise self._gone() from error
+        except _DIED as error:
+            raise self._died() from error
         return answer
 
     def end(self) -> None:
@@ -125,13 +125,15 @@ class ProcessLink:
         if self._process.stdin is not None:
             self._process.stdin.close()
 
-    def _gone(self) -> Gone:
+    def _died(self) -> WorkerDied:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
         code = self._process.returncode
         if code is not None and code < 0:
-            return Gone(f"{signal.Signals(-code).name}{', as where memory ran out' if code == -signal.SIGKILL else ''}")
-        return Gone(f"exit code {code}")
+            return WorkerDied(
+                f"{signal.Signals(-code).name}{', as where memory ran out' if code == -signal.SIGKILL else ''}"
+            )
+        return WorkerDied(f"exit code {code}")
 
 
 def visible_gpus() -> list[str]:

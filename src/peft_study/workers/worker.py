@@ -21,10 +21,10 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
-from peft_study.storage.held_out import Examples
-from peft_study.training.loop import News, Orders, Slots
+from peft_study.storage.held_out import HeldOut
+from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
-from peft_study.training.trial_run import Job
+from peft_study.training.trial_run import TrialPlan
 
 Losses = npt.NDArray[np.float64]
 
@@ -49,9 +49,9 @@ class Facts:
     notes: tuple[str, ...]
 
     @property
-    def examples(self) -> Examples:
+    def examples(self) -> HeldOut:
         """The part of it that the study's folder keeps."""
-        return Examples(self.counts_N, self.base_N, self.test_counts_N)
+        return HeldOut(self.counts_N, self.base_N, self.test_counts_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Report:
         lost: trials that died with the worker: to be entered again.
     """
 
-    news: Sequence[News]
+    events: Sequence[TrialEvent]
     room: int
     running: tuple[str, ...]
     paces: Mapping[str, Pace]
@@ -136,17 +136,17 @@ class Worker:
             session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True, kept=kept
         )
 
-    def resume(self, found: checkpoint.Found, jobs: Mapping[str, Job]) -> Report:
+    def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> Report:
         """Goes on from a cut of this worker's engine."""
-        return self._report(self._slots.resume(found, jobs))
+        return self._report(self._slots.resume(found, plans))
 
-    def follow(self, orders: Orders, seconds: float = 0.0) -> Report:
+    def follow(self, commands: Commands, seconds: float = 0.0) -> Report:
         """Follows the orders and runs rows until there is news, or the time is over; one row at least."""
         end = time.monotonic() + seconds
-        news = self._slots.advance(orders)
-        while not news and self._slots.running and time.monotonic() < end:
-            news = self._slots.advance(Orders(decided=orders.decided))
-        return self._report(news)
+        events = self._slots.advance(commands)
+        while not events and self._slots.running and time.monotonic() < end:
+            events = self._slots.advance(Commands(decided=commands.decided))
+        return self._report(events)
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint."""
@@ -201,9 +201,9 @@ class Worker:
         finally:
             adapter.detach()
 
-    def _report(self, news: Sequence[News]) -> Report:
+    def _report(self, events: Sequence[TrialEvent]) -> Report:
         told, slots = self._collector, self._slots
-        report = Report(news, slots.room(), slots.running, dict(told.paces), tuple(told.lines), dict(told.trainable))
+        report = Report(events, slots.room(), slots.running, dict(told.paces), tuple(told.lines), dict(told.trainable))
         told.paces, told.lines, told.trainable = {}, [], {}
         return report
 

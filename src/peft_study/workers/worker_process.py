@@ -31,10 +31,10 @@ from peft_study.storage.files import AtomicFiles
 from peft_study.storage.run_dir import RunFolder
 from peft_study.storage.study_dir import basis
 from peft_study.training import slot_count
-from peft_study.training.loop import Orders
+from peft_study.training.loop import Commands
 from peft_study.training.session import Session, describe, open_session
 from peft_study.training.slot_count import Capacity
-from peft_study.workers.checkpoints import Cuts
+from peft_study.workers.checkpoints import WorkerCheckpoints
 from peft_study.workers.local import check_spaces, largest
 from peft_study.workers.worker import Facts, Losses, Report, Worker, facts
 
@@ -64,7 +64,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class Post:
+class Assignment:
     """What a worker is.
 
     Attributes:
@@ -102,13 +102,13 @@ class Followed:
     files: Files
 
 
-class Host:
+class WorkerProcess:
     """One worker, away from the scheduler."""
 
     _session: Session
     _config: StudyConfig
     _worker: Worker
-    _cuts: Cuts
+    _cuts: WorkerCheckpoints
     _trials: Path
     _outbox: Outbox | None = None
     _sent = 0
@@ -151,56 +151,60 @@ class Host:
             told = replace(told, notes=(*told.notes, *notes))
         return Opened(self.where(), describe(session), tuple(lines), told, room.free)
 
-    def begin(self, post: Post) -> Begun:
+    def begin(self, assignment: Assignment) -> Begun:
         """Takes up the work: settles or takes over the engine's capacity, finds its folders.
 
         Raises:
             OutputError: where the checkpoints' place is not shared.
         """
         config, session = self._config, self._session
-        self._cuts = Cuts(post.output / "checkpoints", config.checkpoints, post.study, basis(config))
-        if not self._cuts.sees_token(post.token):
+        self._cuts = WorkerCheckpoints(
+            assignment.output / "checkpoints", config.checkpoints, assignment.study, basis(config)
+        )
+        if not self._cuts.sees_token(assignment.token):
             raise OutputError(
-                f"{self.where()} does not see {config.checkpoints or post.output}",
-                where=post.name,
+                f"{self.where()} does not see {config.checkpoints or assignment.output}",
+                where=assignment.name,
                 remedy="give an output folder that all machines see, or a folder or URL that they reach as checkpoints",
             )
-        sees = Cuts(post.output / "checkpoints", None, post.study, "").sees_token(post.token)
+        sees = WorkerCheckpoints(assignment.output / "checkpoints", None, assignment.study, "").sees_token(
+            assignment.token
+        )
         if sees:
-            self._trials = post.output / "trials"
+            self._trials = assignment.output / "trials"
         else:
             self._trials = Path(tempfile.mkdtemp(prefix="peft-study-trials-"))
             self._outbox = Outbox(self._trials)
-        torch.set_num_threads(post.threads)
-        found = post.capacity
+        torch.set_num_threads(assignment.threads)
+        found = assignment.capacity
         if found is None:
-            dearest = list(largest(config).values())
-            found = slot_count.found(session, dearest, trials=post.trials, wanted=config.slots)
-        found = replace(found, threads=post.threads)
+            settings = list(largest(config).values())
+            found = slot_count.found(session, settings, trials=assignment.trials, wanted=config.slots)
+        found = replace(found, threads=assignment.threads)
         slot_count.use(session, found)
         self._worker = Worker(
             session,
             config.logging,
-            checkpoints=self._cuts.folder(post.name),
+            checkpoints=self._cuts.folder(assignment.name),
             identity=basis(config),
-            kept=lambda path: self._keep(post.name, path),
+            kept=lambda path: self._keep(assignment.name, path),
         )
         return Begun(found, sees)
 
-    def follow(self, orders: Orders, files: Files, seconds: float) -> Followed:
+    def follow(self, commands: Commands, files: Files, seconds: float) -> Followed:
         """Follows orders until there is news, or the time has passed."""
         self._receive(files)
-        for job in orders.enter:  # claimed by the scheduler, where this machine may not see it
-            (self._trials / job.name).mkdir(parents=True, exist_ok=True)
+        for plan in commands.enter:  # claimed by the scheduler, where this machine may not see it
+            (self._trials / plan.name).mkdir(parents=True, exist_ok=True)
         enter = [
             replace(
-                job,
-                folder=RunFolder(self._trials / job.name),
-                cut=None if job.cut is None else self._cuts.fetch(job.cut),
+                plan,
+                folder=RunFolder(self._trials / plan.name),
+                cut=None if plan.cut is None else self._cuts.fetch(plan.cut),
             )
-            for job in orders.enter
+            for plan in commands.enter
         ]
-        report = self._worker.follow(replace(orders, enter=enter), seconds)
+        report = self._worker.follow(replace(commands, enter=enter), seconds)
         return Followed(report, self._outbox.changed() if self._outbox else {})
 
     def save(self, decided: Mapping[str, Any]) -> None:
@@ -274,11 +278,11 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_scheduler, daemon=True).start()
-    connection, host = Connection(int(sys.argv[1])), Host()
+    connection, worker = Connection(int(sys.argv[1])), WorkerProcess()
     while True:
         try:
             method, arguments = connection.recv()
-            connection.send(host.answer(method, arguments))
+            connection.send(worker.answer(method, arguments))
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return
 

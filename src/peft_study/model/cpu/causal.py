@@ -138,8 +138,8 @@ class _Attention(torch.autograd.Function):
             d_key_GTD[:, own], d_value_GTD[:, own] = (x[:, -length:] for x in d_pair)
             if piece.prefix is not None:
                 before = torch.stack([x[:, :-length] for x in d_pair])
-                known = d_prefixes[piece.prefix]
-                d_prefixes[piece.prefix] = before if known is None else known.add_(before)
+                state = d_prefixes[piece.prefix]
+                d_prefixes[piece.prefix] = before if state is None else state.add_(before)
         d_query_TGRD = torch.empty_like(query_GTRD.transpose(0, 1), memory_format=torch.contiguous_format)
         torch.mul(d_query_GTRD.transpose(0, 1), ctx.scale, out=d_query_TGRD)
         d_query_HTD = d_query_TGRD.flatten(1, 2).transpose(0, 1)
