@@ -1,6 +1,7 @@
 """The errors a person can cause, as one tree.
 
     PeftStudyError
+    ├── Interrupted          the run was asked to stop, and did
     └── UserError            what went wrong, where, and the remedy; the CLI prints one line and exits with 2
         ├── ConfigError      a setting that cannot be used (the field, its value)
         ├── DataError        a file or one of its rows (file, row counted from 1)
@@ -71,6 +72,10 @@ class ProcessError(UserError):
 
 class OutputError(UserError):
     """An output that cannot be written, or a folder that holds another run."""
+
+
+class Interrupted(PeftStudyError):
+    """The run was asked to stop, and did so between two steps, with a checkpoint."""
 
 
 def first_line(error: Exception) -> str:

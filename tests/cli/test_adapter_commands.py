@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import CommandLine
-from peft_study.methods.peft_format import encoding
+from peft_study.methods.peft_files import encoding
 
 
 @pytest.fixture(scope="module")

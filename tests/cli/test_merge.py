@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_world
 from command_line import CommandLine
-from peft_study.methods.peft_format import encoding
+from peft_study.methods.peft_files import encoding
 from tiny_tokenizer import tiny_tokenizer
 
 Trained = Callable[..., Path]

@@ -138,7 +138,9 @@ def test_a_process_that_was_killed_or_is_elsewhere(cli: CommandLine, made: HandM
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner.write_text(json.dumps({"process": gone.pid, "machine": socket.gethostname()}))
-    with patch("peft_study.storage.owner._locked", side_effect=AssertionError("the lock of a dead process was tried")):
+    with patch(
+        "peft_study.storage.study_dir._locked", side_effect=AssertionError("the lock of a dead process was tried")
+    ):
         assert "its process was killed" in cli("status", folder).ok().out
     # its number has been given to another process
     owner.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))

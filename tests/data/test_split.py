@@ -25,8 +25,8 @@ from peft_study.data.conversation import Example
 from peft_study.data.dataset import Rows
 from peft_study.data.split import Split, make_split
 from peft_study.errors import ConfigError, OutputError, UserError
-from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
+from peft_study.seeds import key
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
 

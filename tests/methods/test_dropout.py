@@ -13,8 +13,9 @@ import peft_reference as pr
 import tiny_world as tw
 from peft_study.config import LoraConfig
 from peft_study.engine.row import Item, RowRunner
-from peft_study.methods.dropout import keep_mask, key
+from peft_study.methods.dropout import keep_mask
 from peft_study.methods.hooks import DropoutKey
+from peft_study.seeds import key
 
 HERE: dict[str, Any] = {"seed": 1, "step": 2, "example": 3, "module": "model.layers.0.q_proj"}
 

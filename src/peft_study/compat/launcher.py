@@ -1,6 +1,6 @@
 """accelerate's launch arguments, which stand before the script's own in ``accelerate launch ... finetune.py ...``.
 
-    argv --split--> Split: tokens for our parser | LaunchArguments | the YAML file
+    argv --split--> CommandLineParts: tokens for our parser | LaunchArguments | the YAML file
 
 Their names and how many values each takes come from accelerate's own parser. Written behind ``peft-study finetune``
 they start no processes; what they say about the numbers counts: the batch they make together, the precision, and the
@@ -102,7 +102,7 @@ class LaunchArguments:
 
 
 @dataclass
-class Split:
+class CommandLineParts:
     """A command line taken apart.
 
     Attributes:
@@ -129,7 +129,7 @@ def launch_options() -> dict[str, argparse.Action]:
     return {name: action for name, action in actions.items() if action.dest != "help"}
 
 
-def split(argv: Sequence[str], ours: Mapping[str, argparse.Action]) -> Split:
+def split(argv: Sequence[str], ours: Mapping[str, argparse.Action]) -> CommandLineParts:
     """Takes a command line apart into our arguments and accelerate's; where both know a name, it is ours.
 
     Names are taken whole, never abbreviated: what is short for one side may be a name of the other.
@@ -142,7 +142,7 @@ def split(argv: Sequence[str], ours: Mapping[str, argparse.Action]) -> Split:
         ConfigError: an unknown argument, or a value that belongs to none.
     """
     theirs = launch_options()
-    parts = Split()
+    parts = CommandLineParts()
     tokens = list(argv)
     while tokens:
         token = tokens.pop(0)
@@ -163,7 +163,7 @@ def split(argv: Sequence[str], ours: Mapping[str, argparse.Action]) -> Split:
     return parts
 
 
-def launch_arguments(parts: Split, environ: Mapping[str, str]) -> LaunchArguments:
+def launch_arguments(parts: CommandLineParts, environ: Mapping[str, str]) -> LaunchArguments:
     """Builds the launch arguments of a command line, reading accelerate's configuration file where one is named.
 
     Args:
@@ -223,7 +223,7 @@ def _unknown(name: str, options: Sequence[str]) -> ConfigError:
     return ConfigError(f"unknown argument {name!r}", remedy=remedy)
 
 
-def _positional(token: str, parts: Split) -> None:
+def _positional(token: str, parts: CommandLineParts) -> None:
     """Files a token that no option claimed."""
     if token.endswith((".yaml", ".yml")) and parts.config is None:
         parts.config = token
@@ -236,7 +236,9 @@ def _positional(token: str, parts: Split) -> None:
         )
 
 
-def _take_ours(name: str, value: str | None, action: argparse.Action, tokens: list[str], parts: Split) -> None:
+def _take_ours(
+    name: str, value: str | None, action: argparse.Action, tokens: list[str], parts: CommandLineParts
+) -> None:
     """Moves one of our options with its values from ``tokens`` to ``parts``."""
     parts.given.add(action.dest)
     if value is not None or action.nargs == 0:
@@ -254,7 +256,7 @@ def _take_ours(name: str, value: str | None, action: argparse.Action, tokens: li
         parts.ours.append(name)
 
 
-def _store(name: str, value: str, action: argparse.Action, parts: Split) -> None:
+def _store(name: str, value: str, action: argparse.Action, parts: CommandLineParts) -> None:
     """Puts one launch argument, converted and checked as accelerate does, into ``parts``."""
     if action.nargs == 0:
         parts.launch[action.dest] = True

@@ -29,7 +29,7 @@ from peft_study.config.run import (
     LoggingConfig,
     ModelConfig,
     Schedule,
-    Source,
+    SourceConfig,
     TrainConfig,
     TrainingConfig,
 )
@@ -74,7 +74,7 @@ __all__ = [
     "Schedule",
     "SearchConfig",
     "SettingError",
-    "Source",
+    "SourceConfig",
     "Strict",
     "StudyConfig",
     "TrainConfig",

@@ -27,7 +27,7 @@ class ModelConfig(Strict):
     trust_remote_code: bool = Field(False, description="run code that ships with the model")
 
 
-class Source(Strict):
+class SourceConfig(Strict):
     """One data source and how much of it is used."""
 
     path: str = Field(description="what `peft-study data convert` takes, or the embedded 'skills'")
@@ -37,7 +37,7 @@ class Source(Strict):
 class DataConfig(Strict):
     """Rows, their tokens, and the part that is held out."""
 
-    train: tuple[Source, ...] = Field(description="training sources, in order", min_length=1)
+    train: tuple[SourceConfig, ...] = Field(description="training sources, in order", min_length=1)
     held_out: float | str | None = Field(
         None, description="from 1: rows; below 1: share; a path: rows of that file; None: 64, at most a tenth"
     )

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from peft_study.config import DataConfig, Source
+from peft_study.config import DataConfig, SourceConfig
 from peft_study.data import skills
 from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Pool, Rows
 from peft_study.data.survey import check_heads
 from peft_study.errors import ConfigError, UserError
-from peft_study.methods.dropout import key
+from peft_study.seeds import key
 from peft_study.storage.cache_dir import cache_root
 
 HELD_OUT_ROWS = 64
@@ -208,7 +208,7 @@ def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[st
     return tokens
 
 
-def _taken(source: Source, available: int, seed: int) -> Sequence[int]:
+def _taken(source: SourceConfig, available: int, seed: int) -> Sequence[int]:
     """Returns which rows of a source are used: all, a random share, or a random number of them."""
     count = round(source.take * available) if source.take <= 1 else int(source.take)
     if count > available:

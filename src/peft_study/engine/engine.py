@@ -19,13 +19,14 @@ from typing import TypeVar
 import torch
 
 from peft_study.engine.guards import refuse_unexpected
-from peft_study.engine.heldout import Losses, example_losses
+from peft_study.engine.heldout import example_losses
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import DoesNotFit, Item, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
 from peft_study.errors import ConfigError, ModelError, out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.model.load import Base
+from peft_study.statistics import Losses
 
 Result = TypeVar("Result")
 

@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.methods.base import Adapter
+from peft_study.statistics import Losses
 from peft_study.storage.files import AtomicFiles
-
-Losses = npt.NDArray[np.float64]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from peft_study.engine.trial import Examples
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
 from peft_study.methods.registry import create, size, smallest
+from peft_study.storage.environment import resident
 
 MARGIN = 0.1
 """Share of the free memory that is left alone."""
@@ -229,15 +230,3 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
     before = resident("VmRSS") or 0
     yield found
     found[0] = max(0, (resident("VmHWM") or 0) - before)
-
-
-def resident(name: str) -> int | None:
-    """Returns a figure of the process in bytes: VmRSS (now) or VmHWM (peak); None where the system has no such file.
-
-    The peak that getrusage tells is, in a child, at least its parent's.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

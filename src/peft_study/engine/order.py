@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.methods.dropout import key
+from peft_study.seeds import key
 
 
 class DataOrder:

@@ -18,7 +18,7 @@ from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.data.turns import turns_of
 from peft_study.errors import DataError, ModelError, first_line
-from peft_study.methods.peft_format import CONFIG, WEIGHTS, base_mismatch, encoding, read_config, read_note
+from peft_study.methods.peft_files import CONFIG, WEIGHTS, base_mismatch, encoding, read_config, read_note
 from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import DESCRIPTION, EMBEDDED
 from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model

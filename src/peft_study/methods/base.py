@@ -20,8 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from peft_study.methods.dropout import key
 from peft_study.model.load import Base
+from peft_study.seeds import key
 
 
 @dataclass(frozen=True, slots=True)

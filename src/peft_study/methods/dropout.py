@@ -6,16 +6,10 @@ order of segments in the row, neighbours and a resume therefore cannot change it
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 
-
-def key(*parts: object) -> int:
-    """Returns a 63-bit seed for the parts, the same on every machine."""
-    digest = hashlib.blake2b("|".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from peft_study.seeds import key
 
 
 def keep_mask(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peft_study.config import LoraConfig
 from peft_study.errors import ModelError, nearest
 from peft_study.methods.base import Adapter, LowRank, Material, Size, seeded
+from peft_study.methods.peft_files import write
 from peft_study.model.load import Base
 
 
@@ -65,8 +66,6 @@ class LoraAdapter(Adapter):
     def save(self, folder: Path, base: Base) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``."""
         from peft import LoraConfig as PeftLoraConfig
-
-        from peft_study.methods.peft_format import write
 
         config = PeftLoraConfig(
             task_type="CAUSAL_LM",

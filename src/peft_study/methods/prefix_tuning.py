@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_study.config import PrefixTuningConfig
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter, Material, Size, seeded
+from peft_study.methods.peft_files import write
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.load import Base
 
@@ -86,8 +87,6 @@ class PrefixAdapter(Adapter):
     def save(self, folder: Path, base: Base) -> None:
         """Writes PEFT's files, without projection: the table that training produced."""
         from peft import PrefixTuningConfig as PeftPrefixTuningConfig
-
-        from peft_study.methods.peft_format import write
 
         config = PeftPrefixTuningConfig(
             task_type="CAUSAL_LM",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_study.config import PromptTuningConfig
 from peft_study.methods.base import Adapter, Material, Size, seeded
+from peft_study.methods.peft_files import write
 from peft_study.model.load import Base
 
 FREQUENT = 5000
@@ -57,8 +58,6 @@ class PromptAdapter(Adapter):
     def save(self, folder: Path, base: Base) -> None:
         """Writes PEFT's files, with an initialisation that needs no tokenizer when they are loaded."""
         from peft import PromptTuningConfig as PeftPromptTuningConfig
-
-        from peft_study.methods.peft_format import write
 
         config = PeftPromptTuningConfig(
             task_type="CAUSAL_LM",

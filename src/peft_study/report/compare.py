@@ -11,8 +11,8 @@ import numpy.typing as npt
 from peft_study.errors import ConfigError
 from peft_study.report.results import settings_of
 from peft_study.report.study_reader import Study
-from peft_study.search.trials import Losses, TrialRecord
-from peft_study.statistics import Estimate, mean_over_seeds, seeds_difference
+from peft_study.search.trials import TrialRecord
+from peft_study.statistics import Estimate, Losses, mean_over_seeds, seeds_difference
 
 
 @dataclass(frozen=True, slots=True)

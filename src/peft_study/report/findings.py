@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
-from peft_study.search import lr_range_test
-from peft_study.search.trials import StudyState
+from peft_study.search import range_expansion
+from peft_study.search.trials import StudyState, value_of
 from peft_study.statistics import Estimate, difference, few_examples
 from peft_study.storage.held_out import HeldOut
 
@@ -66,14 +66,14 @@ def _search(config: StudyConfig, state: StudyState, examples: HeldOut, results: 
     if not finished:
         which = "its only setting did not finish" if len(own) == 1 else f"none of its {len(own)} settings finished"
         return f"{title}: {which} ({own[0].trial.reason})"
-    best = min(finished, key=lambda row: lr_range_test.value_of(row.trial))
+    best = min(finished, key=lambda row: value_of(row.trial))
     assert best.dev is not None
     assert best.minus_base is not None
     rank = "the only setting tried" if len(own) == 1 else f"best of {len(own)} settings"
     level = _level(best.dev, results.dev_examples)
     text = f"{title}: {label(best, config, method)} is {rank}: {level}, one seed)"
     if len(own) > 1:
-        edges = lr_range_test.edges(best.trial.values, config.methods[method], state.bounds.get(method, {}))
+        edges = range_expansion.edges(best.trial.values, config.methods[method], state.bounds.get(method, {}))
         text += "".join(f"; {name} lies at the edge of its range: try {_way(edge)}" for name, edge in edges.items())
     if best.minus_base.low > 0:
         text += "; even so it is worse than the untouched base"

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from peft_study.config import METHODS, StudyConfig
-from peft_study.search import lr_range_test
-from peft_study.search.trials import Losses, StudyState, TrialRecord
-from peft_study.statistics import Estimate, difference, mean_loss, mean_over_seeds, seeds_difference
+from peft_study.search import range_expansion
+from peft_study.search.trials import StudyState, TrialRecord, value_of
+from peft_study.statistics import Estimate, Losses, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
 from peft_study.storage.held_out import HeldOut
@@ -197,7 +197,7 @@ def _finalists(
                     None
                     if test_SN is None or winner_test is None or state.winner == (method, number)
                     else seeds_difference(test_SN, winner_test, counts_N),
-                    lr_range_test.edges(setting.values, config.methods[method], state.bounds.get(method, {})),
+                    range_expansion.edges(setting.values, config.methods[method], state.bounds.get(method, {})),
                     state.untuned(method, config),
                     state.winner == (method, number),
                 )
@@ -222,9 +222,7 @@ def _pruning(config: StudyConfig, state: StudyState, methods: Sequence[str]) -> 
         pruned += sum(t.status == "pruned" for t in trials)
         checked = [t for t in trials if t.audited and t.status != "running"]
         audited += len(checked)
-        best = sorted((t for t in trials if t.last is not None), key=lr_range_test.value_of)[
-            : max(1, config.finals.best)
-        ]
+        best = sorted((t for t in trials if t.last is not None), key=value_of)[: max(1, config.finals.best)]
         wrong += sum(any(t is b for b in best) for t in checked)
     return Pruning(pruned, audited, wrong)
 

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from peft_study.report.study_reader import Study, progress, sizes, trained
-from peft_study.search import lr_range_test
+from peft_study.search.trials import value_of
 from peft_study.statistics import Estimate, difference, mean_loss
-from peft_study.storage.owner import Owner
+from peft_study.storage.study_dir import Owner
 
 PARTS = ("checkpoints", "adapters", "event files", "everything else")
 
@@ -129,7 +129,7 @@ def _method(study: Study, method: str) -> MethodStatus:
     done = [trial for trial in searched if trial.last is not None]
     best = None
     if done and examples is not None:
-        trial = min(done, key=lr_range_test.value_of)
+        trial = min(done, key=value_of)
         assert trial.last is not None
         counts_N = examples.counts_N
         best = Best(trial.name, mean_loss(trial.last, counts_N), difference(trial.last, examples.base_N, counts_N))

@@ -15,8 +15,7 @@ from peft_study.search.trials import State, StudyState, TrialRecord
 from peft_study.statistics import Estimate
 from peft_study.storage import held_out, journal, metrics
 from peft_study.storage.held_out import HeldOut
-from peft_study.storage.owner import Owner, owner
-from peft_study.storage.study_dir import StudyFolder
+from peft_study.storage.study_dir import Owner, StudyFolder, owner
 
 RUNS = Path("runs")
 """Where a study is looked for when none is named and the current folder is none."""

@@ -20,9 +20,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.statistics import difference
+from peft_study.statistics import Losses, difference
 
-Losses = npt.NDArray[np.float64]
 RUNGS = 2
 """Times a trial is judged at most."""
 STARTUP = 5

@@ -24,8 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from peft_study.config import Choices, Dimension, MethodSpace, cells
 from peft_study.errors import ConfigError, OutputError
-from peft_study.methods.dropout import key
 from peft_study.search.trials import TrialRecord
+from peft_study.seeds import key
 from peft_study.statistics import loss_value
 
 Result = TypeVar("Result")

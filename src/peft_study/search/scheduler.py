@@ -21,12 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import StudyConfig, TrainingConfig, setting_of
-from peft_study.methods.dropout import key
 from peft_study.methods.registry import is_exclusive
-from peft_study.search import lr_range_test
+from peft_study.search import lr_range_test, range_expansion
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import Suggestions
-from peft_study.search.trials import StudyState, TrialRecord, final_seeds
+from peft_study.search.trials import StudyState, TrialRecord, final_seeds, value_of
+from peft_study.seeds import key
 from peft_study.statistics import loss_value
 from peft_study.storage.journal import Event, Journal
 from peft_study.training.loop import Ended, Evaluated, TrialEvent
@@ -206,7 +206,7 @@ class Scheduler:
         """Returns the ranges of a method's next trial, after widening what wants it."""
         space = self._config.methods[method]
         if self._config.search.widen:
-            found = lr_range_test.widened(self.state, method, space)
+            found = range_expansion.widened(self.state, method, space)
             if found is not None:
                 event = {"event": "widened", "method": method, "dimension": found.dimension}
                 self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
@@ -234,7 +234,7 @@ class Scheduler:
 
     def _choose_finalists(self, method: str) -> None:
         finished = [t for t in self.state.of(method, "search") if t.last is not None]
-        best = sorted(finished, key=lr_range_test.value_of)[: self._config.finals.best]
+        best = sorted(finished, key=value_of)[: self._config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
     def _ask(
@@ -329,7 +329,7 @@ class Scheduler:
         found = {}
         for number in self.state.finalists.get(method, ()):
             finals = [t for t in self.state.of(method, "final") if t.number == number]
-            values = [lr_range_test.value_of(t) for t in finals if t.last is not None]
+            values = [value_of(t) for t in finals if t.last is not None]
             if values and len(values) == len(finals):  # one seed that failed says: not to be relied on
                 found[method, number] = sum(values) / len(values)
         return found

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from peft_study.config import StudyConfig, cells, grid_size
+from peft_study.statistics import Losses
 from peft_study.storage.journal import Event
 
-Losses = npt.NDArray[np.float64]
 Kind = Literal["reference", "range_test", "search", "final"]
 State = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
 
@@ -241,3 +240,9 @@ def final_seeds(config: StudyConfig) -> tuple[int, ...]:
     """Returns the finals' seeds: none of them is the search's."""
     first = config.training.seed + 1
     return tuple(range(first, first + config.finals.seeds))
+
+
+def value_of(trial: TrialRecord) -> float:
+    """Returns the summed held-out loss after the last step of a finished trial: what settings are ranked by."""
+    assert trial.last is not None
+    return float(trial.last.sum())

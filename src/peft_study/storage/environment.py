@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-from peft_study.engine.memory import resident
-
 _PACKAGES = ("peft-study", "torch", "transformers", "peft", "tokenizers", "numpy", "safetensors", "optuna", "ray")
 
 
@@ -80,3 +78,15 @@ def _code_state() -> dict[str, object] | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return {"commit": commit, "changed": bool(changed)}
+
+
+def resident(name: str) -> int | None:
+    """Returns a figure of the process in bytes: VmRSS (now) or VmHWM (peak); None where the system has no such file.
+
+    The peak that getrusage tells is, in a child, at least its parent's.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.search.trials import Losses
+from peft_study.statistics import Losses
 from peft_study.storage.run_dir import RunFolder
 
 _FILE = "examples.json"

@@ -29,9 +29,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
-from peft_study.errors import OutputError, PeftStudyError
+from peft_study.errors import Interrupted, OutputError, PeftStudyError
 from peft_study.storage.files import atomic_writer, json_text, made_folder, output_error
-from peft_study.training.interrupt import Interrupted
 
 Status = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
 SCHEMA_VERSION = 1

@@ -21,17 +21,21 @@ STUDY/
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import secrets
 import shutil
+import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import OutputError
-from peft_study.storage.run_dir import FREE, RunFolder, identity
+from peft_study.storage.run_dir import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
@@ -196,3 +200,55 @@ def basis(config: StudyConfig) -> str:
     values = config.model_dump(mode="json", exclude={**exclude, "data": {"workers"}})
     shared = {**values, "steps": config.budget.steps, "tokens": config.budget.tokens}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that writes to a folder.
+
+    Attributes:
+        process: its id.
+        machine: where it runs.
+        certain: False where it began on another machine and its lock cannot be seen from here.
+    """
+
+    process: int
+    machine: str
+    certain: bool
+
+
+def owner(folder: RunFolder) -> Owner | None:
+    """Returns the process that writes to a folder, or None where nobody does.
+
+    A process that was killed leaves its name behind, so its lock is looked at too: shared and for an instant, and only
+    where a name lies there and its process is not known to be dead. A run that starts is not in the way of that.
+    """
+    said = folder.read_if_there(OWNER)
+    if said is None:
+        return None
+    here = said["machine"] == socket.gethostname()
+    if here and not _alive(said["process"]):
+        return None
+    locked = _locked(folder)
+    return Owner(said["process"], said["machine"], locked) if locked or not here else None
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's, and alive
+    return True
+
+
+def _locked(folder: RunFolder) -> bool:
+    try:
+        with (folder.path / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # there is no lock, or the file system knows none
+    return False

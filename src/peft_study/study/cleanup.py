@@ -9,8 +9,7 @@ from pathlib import Path
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
 from peft_study.report.study_reader import Study, sizes
-from peft_study.search import lr_range_test
-from peft_study.search.trials import TrialRecord
+from peft_study.search.trials import TrialRecord, value_of
 from peft_study.storage.files import output_error
 
 
@@ -94,4 +93,4 @@ def _kept(study: Study) -> set[str]:
 
 def _best(searched: list[TrialRecord]) -> set[str]:
     done = [trial for trial in searched if trial.last is not None]
-    return {min(done, key=lr_range_test.value_of).name} if done else set()
+    return {min(done, key=value_of).name} if done else set()

@@ -13,9 +13,9 @@ from peft_study.methods.registry import create
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
+from peft_study.search.space_check import check_spaces, largest, tried
 from peft_study.search.trials import StudyState
 from peft_study.training.session import Say, Session, check_methods, open_session
-from peft_study.workers.local import check_spaces, largest, tried
 
 MEASURED_STEPS = 2
 """Optimizer steps that are timed, after one that is not."""

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.config import TrainConfig
-from peft_study.errors import ConfigError, OutputError
+from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.report.study_reader import Study, trained
-from peft_study.search.trials import Losses, TrialRecord
-from peft_study.statistics import Estimate, mean_loss
+from peft_study.search.trials import TrialRecord
+from peft_study.statistics import Estimate, Losses, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder
-from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Evaluated, Slots
 from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
 from peft_study.training.slot_count import settle

@@ -1,6 +1,6 @@
 """A study from its file to its results: opens everything, keeps the workers busy, writes down what comes of it.
 
-agenda --orders--> worker (engine, slots) --report--> journal, Optuna, agenda --orders--> ...
+scheduler --commands--> worker (engine, slots) --report--> journal, Optuna, scheduler --commands--> ...
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
+from peft_study.errors import Interrupted
 from peft_study.methods.registry import is_exclusive
 from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect, summary, write_rows
@@ -25,11 +26,12 @@ from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
-from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.trial_run import TrialPlan
-from peft_study.workers.local import Backend, LocalBackend
+from peft_study.workers.backend import Backend
+from peft_study.workers.local import LocalBackend
 from peft_study.workers.pool import WorkerPool
 from peft_study.workers.subprocesses import SubprocessLauncher
 from peft_study.workers.worker import Facts, Report
@@ -166,9 +168,7 @@ class _Study:
         trials = sum(self._config.trials(method) for method in self._scheduler.methods)
         self._watcher.planned(self._config, state, backend.settle(trials))
         reports = backend.start({trial.name: self._plan_of(trial) for trial in state.running()})
-        there = {
-            name for _, report in reports for name in (*report.running, *(events.name for events in report.events))
-        }
+        there = {name for _, report in reports for name in (*report.running, *(event.name for event in report.events))}
         self._wait(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
             # first a cut that knows of the change, then the file: killed in between, the change is asked for once more
@@ -220,7 +220,7 @@ class _Study:
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
         """Takes a report in and gives the worker its next orders; a study that stops only lets trials leave."""
         trials = self._scheduler.state.trials
-        ending = [trials[events.name] for events in report.events if isinstance(events, Ended)]
+        ending = [trials[event.name] for event in report.events if isinstance(event, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
         leave = self._scheduler.heard(report.events)
         for trial in ending:

@@ -12,11 +12,11 @@ from peft_study.config import TrainConfig, TrainingConfig
 from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import total_steps
-from peft_study.errors import OutputError
+from peft_study.errors import Interrupted, OutputError
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
-from peft_study.training.interrupt import Interrupted, StopRequest
+from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Slots
 from peft_study.training.session import (
     Session,

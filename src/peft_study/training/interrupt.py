@@ -7,12 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from peft_study.errors import PeftStudyError
-
-
-class Interrupted(PeftStudyError):
-    """The run was asked to stop, and did so between two steps, with a checkpoint."""
-
 
 class StopRequest:
     """Whether somebody asked the run to stop.

@@ -24,8 +24,9 @@ from peft_study.engine.engine import StepEvent
 from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
 from peft_study.methods.registry import size
+from peft_study.statistics import Losses
 from peft_study.training.session import Session, refuse_unfit, room_for
-from peft_study.training.trial_run import Ending, Losses, Outcome, TrialPlan, TrialRun, Watcher
+from peft_study.training.trial_run import Ending, Outcome, TrialPlan, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05
 """Writing checkpoints by the clock may take this share of the time at most."""

@@ -24,7 +24,8 @@ from peft_study.data.dataset import Rows
 from peft_study.engine.engine import Engine
 from peft_study.errors import ConfigError, ModelError, OutputError, UserError
 from peft_study.evaluation.generation import find_base, is_whole_model, load_adapter_base, put_on
-from peft_study.methods.peft_format import CONFIG, encoding, load_adapter, note_encoding, read_config
+from peft_study.methods.peft_files import CONFIG, encoding, note_encoding, read_config
+from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import load_base
 from peft_study.model.precision import Placement, choose

@@ -16,16 +16,17 @@ from peft_study.data.conversation import Example
 from peft_study.data.dataset import Rows
 from peft_study.data.split import check_files, make_split
 from peft_study.engine.engine import Engine
-from peft_study.engine.heldout import BaseLosses, Losses
+from peft_study.engine.heldout import BaseLosses
 from peft_study.engine.memory import Room
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.errors import ConfigError, ModelError, OutputError, TemplateError, first_line, out_of_memory
 from peft_study.methods.base import Material
-from peft_study.methods.dropout import key
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create, size
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import Placement, choose
+from peft_study.seeds import key
+from peft_study.statistics import Losses
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.run_dir import RunFolder
 

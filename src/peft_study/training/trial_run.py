@@ -6,16 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods import create
-from peft_study.methods.peft_format import note_encoding
-from peft_study.statistics import difference, mean_loss
+from peft_study.methods.peft_files import note_encoding
+from peft_study.statistics import Losses, difference, mean_loss
 from peft_study.storage.environment import peak_memory
 from peft_study.storage.files import atomic_folder
 from peft_study.storage.metrics import MetricsWriter
@@ -24,8 +21,6 @@ from peft_study.training.session import Session
 
 BASE_LOSS_STEPS = 50
 """Training steps of a run at which the base's loss on the same batch is measured at most: each costs a forward pass."""
-
-Losses = npt.NDArray[np.float64]
 
 
 class Watcher(Protocol):

@@ -23,6 +23,7 @@ from typing import Any, Literal, NoReturn
 from peft_study.config import StudyConfig
 from peft_study.engine.checkpoint import Found
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
+from peft_study.statistics import Losses
 from peft_study.storage.files import atomic_writer
 from peft_study.storage.study_dir import TEAM, StudyFolder, basis
 from peft_study.training import slot_count
@@ -30,10 +31,9 @@ from peft_study.training.loop import Commands
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.slot_count import Capacity
 from peft_study.training.trial_run import TrialPlan
-from peft_study.workers.backend import Launcher, Link, WorkerDied
+from peft_study.workers.backend import Launcher, Link, Trained, WorkerDied
 from peft_study.workers.checkpoints import WorkerCheckpoints, open_place
-from peft_study.workers.local import Trained
-from peft_study.workers.worker import Facts, Losses, Report
+from peft_study.workers.worker import Facts, Report
 from peft_study.workers.worker_process import (
     Answer,
     Assignment,

@@ -21,12 +21,11 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
+from peft_study.statistics import Losses
 from peft_study.storage.held_out import HeldOut
 from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
 from peft_study.training.trial_run import TrialPlan
-
-Losses = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)

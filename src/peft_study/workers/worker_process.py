@@ -27,6 +27,8 @@ import torch
 from peft_study.config import MethodConfig, StudyConfig
 from peft_study.engine.memory import Room
 from peft_study.errors import OutputError, UserError
+from peft_study.search.space_check import check_spaces, largest
+from peft_study.statistics import Losses
 from peft_study.storage.files import AtomicFiles
 from peft_study.storage.run_dir import RunFolder
 from peft_study.storage.study_dir import basis
@@ -35,8 +37,7 @@ from peft_study.training.loop import Commands
 from peft_study.training.session import Session, describe, open_session
 from peft_study.training.slot_count import Capacity
 from peft_study.workers.checkpoints import WorkerCheckpoints
-from peft_study.workers.local import check_spaces, largest
-from peft_study.workers.worker import Facts, Losses, Report, Worker, facts
+from peft_study.workers.worker import Facts, Report, Worker, facts
 
 Files = dict[str, bytes]
 """Contents by path below the folder of all trials."""
