@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def conversation(number: int) -> dict[str, Any]:
     """Returns one row in Tulu's form."""
@@ -77,3 +79,24 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def study_file(folder: Path, model: Path, data: Path, *, steps: int = 9, out: str = "out") -> Path:
+    """Writes the file of a small study of two methods, and returns its path."""
+    values: dict[str, Any] = {
+        "model": {"name": str(model), "dtype": "float32"},
+        "data": {"train": str(data), "held_out": 8, "max_length": 64},
+        "training": {"steps": steps, "batch_size": 5, "row_tokens": 130},
+        "methods": {
+            "lora": {"rank": 2, "dropout": 0.2, "learning_rate": [1e-3, 1e-2]},
+            "prefix_tuning": {"tokens": 4, "learning_rate": [0.1, 0.3]},
+        },
+        "finals": {"best": 1, "seeds": 2},
+        "search": {"pruner": "none"},
+        "logging": {"checkpoint_every": 3},
+        "slots": 3,
+        "output": str(folder / out),
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

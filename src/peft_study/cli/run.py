@@ -61,14 +61,8 @@ def run(
     import os
 
     from peft_study.cli.display import quiet_libraries
-    from peft_study.cli.study_display import StudyDisplay, show_estimate
     from peft_study.cli.yaml_file import load_yaml
-    from peft_study.config import StudyConfig, validate
     from peft_study.engine.processes import refuse_several_processes
-    from peft_study.errors import UserError
-    from peft_study.study.dry_run import estimate
-    from peft_study.study.run import run_study
-    from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()
     refuse_several_processes(os.environ)
@@ -77,7 +71,19 @@ def run(
     _set(file, {**given, "workers": workers, "ray": ray, "output": None if output is None else str(output)})
     for assignment in settings or ():
         file.assign(assignment)
-    config = validate(StudyConfig, file.values, where=str(study), place=file.place)
+    _run(file, where=str(study), overwrite=overwrite, go_on=go_on, dry_run=dry_run)
+
+
+def _run(file: SettingsFile, *, where: str, overwrite: bool, go_on: bool, dry_run: bool) -> None:
+    """Runs the study of a file, or says what it would take; errors name the file's line."""
+    from peft_study.cli.study_display import StudyDisplay, show_estimate
+    from peft_study.config import StudyConfig, validate
+    from peft_study.errors import UserError
+    from peft_study.study.dry_run import estimate
+    from peft_study.study.run import run_study
+    from peft_study.training.interrupt import StopRequest
+
+    config = validate(StudyConfig, file.values, where=where, place=file.place)
     try:
         if dry_run:
             show_estimate(estimate(config, typer.echo))
