@@ -44,7 +44,7 @@ def study(trials: int, sampler: str, folder: Path) -> StudyConfig:
 
 
 def opened(config: StudyConfig, folder: Path, examples: int) -> Scheduler:
-    """Returns the agenda of the study in `folder`, as a start or a resume makes it."""
+    """Returns the scheduler of the study in `folder`, as a start or a resume makes it."""
     storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
     space = config.methods["lora"]
     suggestions = {"lora": Suggestions(storage, "lora", "lora", space, config.search.sampler, config.search.seed)}

@@ -10,7 +10,7 @@
 Live: every cell of the grid trained once by our engine, with its losses at the rungs, at the end and on the test part;
 seconds of TRL's, Ray Tune's and our steps, evaluations and start-ups. Replayed: the order of the grid (10 search
 seeds, the same orders for all systems) and the rules that stop trials: Ray Tune's own scheduler class and our own
-agenda, on a virtual clock. TRL trains no cell to its end: its time does not depend on the learning rate, and the
+scheduler, on a virtual clock. TRL trains no cell to its end: its time does not depend on the learning rate, and the
 losses of the two engines at the same parameters are equal.
 """
 

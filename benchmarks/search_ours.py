@@ -1,6 +1,6 @@
-"""Our search replayed: the study's own agenda gives the orders, a worker on a virtual clock follows them.
+"""Our search replayed: the study's own scheduler gives the commands, a worker on a virtual clock follows them.
 
-    Agenda (search/scheduler.py, as it is) --orders--> VirtualWorker --news: measured dev losses--> Agenda
+    Scheduler (search/scheduler.py, as it is) --commands--> VirtualWorker --events: dev losses--> Scheduler
 
 The worker fills rows as engine/engine.py does (the slot served least comes first; a batch begins in the row after the
 one that ended it), takes the measured seconds for them, and tells the measured losses.

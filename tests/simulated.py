@@ -58,10 +58,10 @@ def losses(level: float) -> npt.NDArray[np.float64]:
 
 
 class World:
-    """An agenda with the trials that it started.
+    """A scheduler with the trials that it started.
 
     Attributes:
-        agenda, config: of the study.
+        scheduler, config: of the study.
         most: trials that were under way at once.
         order: names in the order in which they began.
     """
@@ -96,7 +96,7 @@ class World:
         return World(config, self._folder, self._curves, slots=self._slots)
 
     def run(self, *, until: Callable[[World], bool] = lambda _w: False) -> World:
-        """Plays until the agenda is finished."""
+        """Plays until the scheduler is finished."""
         events: list[TrialEvent] = []
         while not self.scheduler.finished and not until(self):
             leave = self.scheduler.heard(events)

@@ -117,7 +117,8 @@ def test_reports_are_read_without_torch() -> None:
 
 _EACH_ALONE = """
 import importlib, os, sys, traceback
-import accelerate, datasets, optuna, peft, pydantic, pyarrow.parquet, scipy.stats, torch, transformers, typer  # once for all
+# what takes long, once for all children
+import accelerate, datasets, optuna, peft, pydantic, pyarrow.parquet, scipy.stats, torch, transformers, typer
 for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:

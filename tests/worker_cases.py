@@ -138,7 +138,7 @@ def each_once(out: Path) -> None:
 
 def resumed(said: str) -> dict[str, int]:
     """Returns trial -> the step that it went on from."""
-    return {name: int(step) for name, step in re.findall(r"^(\S+): goes on from step (\d+) of", said, re.M)}
+    return {name: int(step) for name, step in re.findall(r"^(\S+): resumes at step (\d+) of", said, re.M)}
 
 
 def kill(process: int) -> None:

@@ -26,7 +26,7 @@ class PeftStudyError(Exception):
 
 
 class UserError(PeftStudyError):
-    """A mistake the user can mend.
+    """A mistake the user can fix.
 
     Args:
         what: what is wrong, naming the field and the value.

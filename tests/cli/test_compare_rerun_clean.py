@@ -77,7 +77,7 @@ def test_what_has_no_value_is_not_compared(cli: CommandLine, made: HandMade) -> 
     assert "prompt_tuning-001 diverged (the loss became nan at step 3), so" in error("none", "prompt_tuning-001")
     assert "lora-002 was interrupted, so it has no final loss" in error("lora-002", "none")
     assert "lora-000: 1 of its 2 seeds did not finish (lora-000-seed-2: the loss" in error("lora-000", "none")
-    assert "lora-000-seed-1 is both of them" in error("lora-000-seed-1", "lora-000-seed-1")
+    assert "both arguments name lora-000-seed-1" in error("lora-000-seed-1", "lora-000-seed-1")
     assert "has no trial 'lora-0'" in error("none", "lora-0")
 
 

@@ -146,7 +146,7 @@ def test_stopped_and_started_again_is_the_same_run(
     assert not (tmp_path / "cut" / "adapter").exists()
 
     again = cli(*words, "--output_dir", tmp_path / "cut").ok()
-    assert "goes on from step " in again.out
+    assert "resumes at step " in again.out
     whole, cut = (load_file(tmp_path / run / "adapter" / name) for run in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     for key, tensor in whole.items():
@@ -165,7 +165,7 @@ def test_resume_from_checkpoint(cli: CommandLine, flags: tuple[Any, ...], tmp_pa
     cli(*words, "--output_dir", first).ok()
     checkpoint = first / "checkpoints" / "step_4"
     ran = cli(*words, "--output_dir", tmp_path / "second", "--resume_from_checkpoint", checkpoint).ok()
-    assert "goes on from step 4 of 6" in ran.out
+    assert "resumes at step 4 of 6" in ran.out
     one, two = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, tmp_path / "second"))
     assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
 

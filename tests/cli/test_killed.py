@@ -97,7 +97,7 @@ def killed_until_done(cli: CommandLine, words: Sequence[object], out: Path, targ
         code = interrupt(process, out, target, draw.uniform(0, 0.03), signal.SIGKILL)
         assert code == -signal.SIGKILL, f"it ended by itself before the kill at step {target}"
     assert "Traceback" not in log.read_text()
-    assert "goes on from step" in here(cli, words, out)
+    assert "resumes at step" in here(cli, words, out)
 
 
 def numbers(out: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_a_run_killed_and_then_terminated_is_bit_equal(
     log.write_text("")
     assert interrupt(start((*words, cut), cache_of(cut), log), cut, 15, 0.0, signal.SIGTERM) == 130
     said = log.read_text()
-    assert "goes on from step " in said
+    assert "resumes at step " in said
     assert "with a checkpoint; the same command goes on from there" in said
     assert "Traceback" not in said
     status = RunFolder(cut).status()
@@ -224,7 +224,7 @@ def test_a_run_killed_and_then_terminated_is_bit_equal(
     stopped = checkpoint.newest(cut / "checkpoints")
     assert stopped is not None
     assert stopped.step >= 15
-    assert f"goes on from step {stopped.step} of 30" in here(cli, words, cut)
+    assert f"resumes at step {stopped.step} of 30" in here(cli, words, cut)
     same(cut, whole)
 
 

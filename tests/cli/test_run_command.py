@@ -131,7 +131,7 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(cli: CommandLine, study: Pa
     assert "the same command (without --overwrite) goes on" in stopped.err
     assert json.loads((tmp_path / "out/status.json").read_text())["status"] == "interrupted"
     ran = cli("run", study).ok()
-    assert "goes on from step" in ran.out
+    assert "resumes at step" in ran.out
     assert dev_losses(tmp_path / "out") == dev_losses(tmp_path / "whole")
 
 

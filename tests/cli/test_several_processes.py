@@ -82,7 +82,7 @@ def test_two_processes_stop_together_and_go_on(cli: CommandLine, words: tuple[An
     assert 0 < int(place.name.removeprefix("step_")) < 60
     again = launch(*long, "--output_dir", tmp_path / "cut")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("goes on from step") == 1
+    assert again.stdout.count("resumes at step") == 1
     ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("cut", "alone"))
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-5)

@@ -128,7 +128,7 @@ def test_kill_nine_status_and_the_command_it_names(
     assert "its process was killed; nothing runs it now" in said
     (command,) = (line.split(": peft-study ")[1] for line in said.splitlines() if line.startswith("to go on"))
     assert "would lose the checkpoint" in cli("clean", out).error()
-    assert "goes on from step" in cli(*command.split()).ok().out
+    assert "resumes at step" in cli(*command.split()).ok().out
     assert "finished" in cli("status", out).ok().out
 
 

@@ -177,12 +177,14 @@ def test_no_finalist_finished(lora: HandMade) -> None:
         (
             2,
             [0.1],
-            "2 trials were stopped early; 1 more was to be, but ran on as a check: none would have been a finalist",
+            "2 trials were stopped early; 1 more met the rule but was kept as a control: none would have been a "
+            "finalist",
         ),
         (
             1,
             [0.9, 0.1],
-            "1 trial was stopped early; 2 more were to be, but ran on as a check: 1 of 2 would have been a finalist",
+            "1 trial was stopped early; 2 more met the rule but were kept as controls: 1 of 2 would have been a "
+            "finalist",
         ),
     ],
 )

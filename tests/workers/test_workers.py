@@ -66,7 +66,7 @@ def under_way(out: Path, worker: str, least: int = 3) -> bool:
 
 
 def test_two_processes_run_the_same_study_as_one(cli: CommandLine, study: Path, tmp_path: Path) -> None:
-    """Contract of every crew; the trial of all weights must be alone in its worker, and is there once."""
+    """Contract of every backend; the trial of all weights must be alone in its worker, and is there once."""
     cli("run", study, "-o", tmp_path / "one").ok()
     said = cli("run", study, "--workers", 2, "-o", tmp_path / "two").ok().out
     assert "2 workers, each with" in said

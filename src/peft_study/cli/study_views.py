@@ -33,7 +33,7 @@ def show_status(study: Study, found: StudyStatus) -> None:
     who = "" if found.owner is None else f" by process {found.owner.process} on {found.owner.machine}"
     told = {
         "running": f"running{who}",
-        "unclear": f"begun{who}; whether that still runs cannot be seen from here",
+        "unclear": f"begun{who}; cannot tell from this machine whether it is still running",
         "killed": "its process was killed; nothing runs it now",
     }
     _say(console, f"{path}: {told.get(found.state, found.state)}{f' ({found.reason})' if found.reason else ''}")

@@ -129,7 +129,7 @@ def _wrong(error: argparse.ArgumentError) -> ConfigError:
     typed = re.fullmatch(r"invalid (\w+) value: (.*)", error.message)
     if typed:
         return ConfigError(
-            f"{typed[2]} is not {_KINDS.get(typed[1], f'a {typed[1]}')}", where=flag, remedy="mend the value"
+            f"{typed[2]} is not {_KINDS.get(typed[1], f'a {typed[1]}')}", where=flag, remedy="fix the value"
         )
     if "Truthy value expected" in error.message:
         said = re.search(r"got (\S+)", error.message)
@@ -171,7 +171,7 @@ def _converted(value: Any, action: argparse.Action, where: str) -> Any:
     """Converts one YAML value by the action of its argument."""
     convert: Callable[[str], Any] = action.type if callable(action.type) else str
     wrong = ConfigError(
-        f"{value!r} is not {_KINDS.get(convert.__name__, 'a usable value')}", where=where, remedy="mend the value"
+        f"{value!r} is not {_KINDS.get(convert.__name__, 'a usable value')}", where=where, remedy="fix the value"
     )
     if action.nargs == "+":
         items = value if isinstance(value, list) else str(value).split(",")

@@ -47,7 +47,7 @@ class MemoryProbe:
     Attributes:
         free: before the row, with the base loaded; None where the system does not say.
         activations: peak that a full row added.
-        slot: cost of the dearest adapter in a slot.
+        slot: cost of the largest adapter in a slot.
         fits: slots by these figures, at least 1; None where `free` is not known.
     """
 

@@ -62,7 +62,7 @@ def compare(study: Study, first: TrialRecord, second: TrialRecord) -> Comparison
         ConfigError: when one of them has no value, or both are the same.
     """
     if first is second:
-        raise ConfigError(f"{first.name} is both of them", remedy="give two trials")
+        raise ConfigError(f"both arguments name {first.name}", remedy="give two trials")
     examples = study.examples
     assert examples is not None
     pair = (first, second)

@@ -190,6 +190,10 @@ def _pruning(results: Results) -> str:
     text = "1 trial was stopped early" if pruning.pruned == 1 else f"{pruning.pruned} trials were stopped early"
     if not pruning.audited:
         return f"{text}; none was run on to check that"
-    more = "1 more was" if pruning.audited == 1 else f"{pruning.audited} more were"
+    more = (
+        "1 more met the rule but was kept as a control"
+        if pruning.audited == 1
+        else (f"{pruning.audited} more met the rule but were kept as controls")
+    )
     share = f"{pruning.wrong} of {pruning.audited}" if pruning.wrong else "none"
-    return f"{text}; {more} to be, but ran on as a check: {share} would have been a finalist"
+    return f"{text}; {more}: {share} would have been a finalist"

@@ -1,4 +1,4 @@
-"""Where things that can be made again are kept."""
+"""Cache location."""
 
 from __future__ import annotations
 

@@ -83,13 +83,13 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
         say(note)
     assert session.test is not None
     session.engine.slots = 1
-    dearest = largest(config)
+    largest_settings = largest(config)
     found = []
     for name, space in config.methods.items():
         setting = _timed(session, tried(space), config.training.seed)
         if space.kind != "none" and setting is not None:
             session.room.cut_rows([setting])
-            slot = session.room.slot(dearest[name].method)
+            slot = session.room.slot(largest_settings[name].method)
             found.append(_method(config, session, name, setting, slot, say))
     counts = len(session.train), len(session.held_out), len(session.test)
     notes = [*session.notes, *filter(None, [StudyState().unequal(config)])]

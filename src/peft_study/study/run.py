@@ -117,7 +117,8 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
 def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Backend:
     """Returns who runs the study: this process, or several workers.
 
-    What several workers began, several go on with, be it one: its journal is ahead of every single cut.
+    A study begun with several workers resumes in multi-worker mode, even with one: its journal is ahead of each of
+    their checkpoints.
 
     Raises:
         ConfigError: when there are fewer devices than workers, or Ray is not installed.
@@ -149,7 +150,7 @@ class _Study:
         decided = [cut.decided for cut in backend.cuts()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
         if backend.replays:
-            # what came after the cut happens again, to the last bit: nothing then depends on when a process was killed
+            # what came after the checkpoint is repeated, to the last bit: nothing depends on when a process was killed
             self._journal.truncate(decided[0]["events"] if decided else 0)
         self._changes = changes
         if changes:
@@ -171,7 +172,7 @@ class _Study:
         there = {name for _, report in reports for name in (*report.running, *(event.name for event in report.events))}
         self._wait(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
-            # first a cut that knows of the change, then the file: killed in between, the change is asked for once more
+            # first a checkpoint that knows of the change, then the file: killed in between, the change is asked for again
             backend.save(self._decided())
             self._folder.take_over(self._config, given)
         for worker, report in reports:
@@ -218,7 +219,7 @@ class _Study:
         return self._counted[key]
 
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
-        """Takes a report in and gives the worker its next orders; a study that stops only lets trials leave."""
+        """Takes a report in and gives the worker its next commands; a study that stops only lets trials leave."""
         trials = self._scheduler.state.trials
         ending = [trials[event.name] for event in report.events if isinstance(event, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
@@ -239,7 +240,7 @@ class _Study:
         self._watcher.reported(report, self._scheduler.state)
 
     def _wait(self, names: Iterable[str]) -> None:
-        """Has trials that no engine holds wait for a slot, where they go on from the newest cut that holds them."""
+        """Queues trials that no worker is running; they resume from the newest checkpoint that holds them."""
         held: dict[str, tuple[int, Found]] = {}
         running = [name for name in names if self._scheduler.state.trials[name].status == "running"]
         for cut in self._backend.cuts() if running else ():

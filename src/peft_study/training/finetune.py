@@ -99,7 +99,7 @@ def train(
         stop: asked between steps.
         overwrite: replace what lies in the output folder.
         resume_from: a checkpoint folder, or a run's folder (its newest checkpoint). Left out, an unfinished run of the
-            same settings in the output folder is gone on with.
+            same settings in the output folder is resumed.
         processes: that train together; all call this with the same arguments, one of them writes.
 
     Raises:
@@ -162,7 +162,7 @@ def _train(
     begun: bool,
     overwrite: bool,
 ) -> Finished:
-    """Runs a setting once its folder is locked; arguments as of `train`, and whether a run there is gone on with."""
+    """Runs a setting once its folder is locked; arguments as of `train`, and whether a run there is resumed."""
     session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
     check_methods(session, [config.method], config.training.seed)
     if warning := past_context(session, [config.method]):

@@ -1,8 +1,8 @@
 """The trials of a run on their way through the engine's slots.
 
-    orders --enter--> in a slot --row, row, row--> news: measured | ended --> the caller decides --> orders
+    commands --enter--> in a slot --row, row, row--> events: evaluated | ended --> the caller decides --> commands
                           |  held-out losses of all that are due, in the same rows
-                          +-- checkpoint of all slots at once, when all news has been answered
+                          +-- checkpoint of all slots at once, when all events have been answered
 
 The caller decides what enters and what leaves; nothing here knows why.
 """
@@ -124,11 +124,11 @@ class Slots:
         return 0 if alone else engine.slots - len(engine.trials)
 
     def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> list[TrialEvent]:
-        """Puts the engine where the cut was, and returns the news of trials that had taken their last step.
+        """Puts the engine where the checkpoint was, and returns the events of trials that had taken their last step.
 
         Args:
-            found: the cut.
-            jobs: by name; those of its trials must be among them.
+            found: the checkpoint.
+            plans: by name; those of its trials must be among them.
         """
         self._steps_done = found.decided["slots"]["steps_done"]
         runs = {name: self._new(plans[name]) for name in found.trials}
@@ -144,7 +144,7 @@ class Slots:
         """Opens the files of a trial that is in its slot again."""
         initial = found.decided["slots"]["initial"]
         self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
-        self._watcher.say(f"{run.plan.name}: goes on from step {run.trial.step} of {run.trial.total_steps}")
+        self._watcher.say(f"{run.plan.name}: resumes at step {run.trial.step} of {run.trial.total_steps}")
         run.begin(self._initial[run.plan.start], from_step=run.trial.step)
 
     def where(self) -> str:
@@ -155,7 +155,7 @@ class Slots:
         return f"stopped with {len(trials)} trials under way"
 
     def advance(self, commands: Commands) -> list[TrialEvent]:
-        """Follows the orders; where they make no news themselves, runs one row. Returns the news.
+        """Runs the commands; where they make no events themselves, runs one row. Returns the events.
 
         A checkpoint is made where it is time to.
         """
@@ -180,11 +180,11 @@ class Slots:
         return self._after(step_events, commands.decided)
 
     def save(self, decided: Mapping[str, Any]) -> None:
-        """Writes a checkpoint; all news must have been answered."""
+        """Writes a checkpoint; all events must have been answered."""
         if not self._session.processes.writes:
             return
         started = time.monotonic()
-        self._session.base_train.save()  # what the cut's later numbers may draw on
+        self._session.base_train.save()  # what numbers after the checkpoint may draw on
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
         own = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
         decided = {**decided, "slots": own}
@@ -247,11 +247,11 @@ class Slots:
         return events
 
     def _restore(self, run: TrialRun, cut: checkpoint.Found) -> bool:
-        """Lets a trial go on from another engine's cut; one whose files are damaged begins anew."""
+        """Resumes a trial from another engine's checkpoint; one whose files are damaged restarts."""
         try:
             checkpoint.load_one(self._engine, cut, run.trial)
         except OutputError as error:
-            self._watcher.say(f"{run.plan.name}: begins anew ({error.what}: {error.where})")
+            self._watcher.say(f"{run.plan.name}: restarts ({error.what}: {error.where})")
             return False
         self._go_on(run, cut)
         return True

@@ -121,7 +121,7 @@ def _fits(session: Session, typical: Typical) -> bool:
 
 
 def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typical]) -> MemoryProbe | None:
-    """Runs a row of the dearest setting; of one that is too large for the memory, nothing fits beside the others."""
+    """Runs a row of the largest setting; of one that is too large for the memory, nothing fits beside the others."""
     room = session.room
     slots = [room.slot(t.method) for t in largest if not is_exclusive(t.method.method)]
     if not slots:
@@ -129,8 +129,8 @@ def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typ
     side_by_side = [t for t in fitting if not is_exclusive(t.method.method)]
     activations = 0
     if side_by_side:
-        dearest = max(side_by_side, key=lambda t: room.slot(t.method))
-        adapter = create(dearest.method, session.base, session.material, dearest.training.seed)
+        largest_setting = max(side_by_side, key=lambda t: room.slot(t.method))
+        adapter = create(largest_setting.method, session.base, session.material, largest_setting.training.seed)
         activations = probe(session.engine, adapter, session.train)
     return measured(room.free, activations, max(slots))
 

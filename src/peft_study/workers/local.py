@@ -51,7 +51,7 @@ class LocalBackend:
 
     @property
     def quiet(self) -> bool:
-        """True where there are no orders."""
+        """True where there are no commands."""
         return self._commands is None
 
     def cuts(self) -> list[checkpoint.Found]:
@@ -68,17 +68,17 @@ class LocalBackend:
         return self._session.engine.slots
 
     def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
-        """Goes on from the cut, if there is one."""
+        """Resumes from the checkpoint, if there is one."""
         cuts = self.cuts()
         report = self._worker.resume(cuts[0], plans) if cuts else self._worker.follow(Commands())
         return [("here", report)]
 
     def order(self, _worker: str, commands: Commands | None) -> None:
-        """Keeps the orders until the next report is asked for."""
+        """Keeps the commands until the next report is asked for."""
         self._commands = commands
 
     def reports(self) -> list[tuple[str, Report]]:
-        """Follows the orders, by one row."""
+        """Runs the commands, then one row."""
         commands, self._commands = self._commands, None
         return [("here", self._worker.follow(commands or Commands()))]
 

@@ -1,10 +1,10 @@
-"""A crew of several workers, each with an engine of its own, in processes or on a cluster.
+"""Several workers, each with an engine of its own, in processes of this machine or on a Ray cluster.
 
-    hand: opening --model and data are loaded--> beginning --capacity, folders--> idle <--orders | report--> busy
+    member: opening --model and data are loaded--> beginning --capacity, folders--> idle <--commands | report--> busy
           dead, from anywhere --> its trials are lost, to go on elsewhere from their last checkpoints
-                              --> its place gets a new host, with a new name, a few times
+                              --> its place gets a new worker, with a new name, a few times
 
-The first host is opened alone: it fills the caches of tokens and base losses that the others then find, and measures
+The first worker is started alone: it fills the caches of tokens and base losses that the others then find, and measures
 the capacity that all work with. The others join while it is at work.
 """
 
@@ -46,7 +46,7 @@ from peft_study.workers.worker_process import (
 )
 
 PACE_SECONDS = 0.5
-"""Workers without news report on their pace this often, and notice a stop; but
+"""Workers without events report their progress this often, and notice a stop; but
 """
 PACES_A_SECOND = 50
 """of all workers together, the scheduler hears no more reports than these: each costs it a millisecond or two."""
@@ -56,14 +56,14 @@ State = Literal["opening", "beginning", "idle", "busy"]
 
 @dataclass(slots=True)
 class _Member:
-    """One worker as the team knows it.
+    """One worker as the pool knows it.
 
     Attributes:
-        link, place: to its host; the device it has.
+        link, place: to its process; the device it has.
         name: of the worker; empty until it begins.
         state: what it is at.
         sees: the study's folder is visible to it.
-        trials: in its slots, as of its last report and orders.
+        trials: in its slots, as of its last report and commands.
     """
 
     link: Link
@@ -81,7 +81,7 @@ class WorkerPool:
         config: filled.
         folder: of the study.
         say: receives lines for the user.
-        fleet: starts the hosts.
+        launcher: starts the workers.
     """
 
     replays = False
@@ -165,7 +165,7 @@ class WorkerPool:
         return [(self._members[0].name, self._free())]
 
     def order(self, worker: str, commands: Commands | None) -> None:
-        """Sends a worker its orders; one with neither trials nor orders is idle."""
+        """Sends a worker its commands; one with neither trials nor commands is idle."""
         member = next((member for member in self._members if member.name == worker), None)
         if member is None or commands is None:
             return  # it died: its last report said so, and left no room
@@ -224,7 +224,7 @@ class WorkerPool:
                 continue
             return losses
 
-    # -- hosts that come ---------------------------------------------------------------------------------------------
+    # -- workers that start -------------------------------------------------------------------------------------------
 
     def _open(self, place: int) -> None:
         member = _Member(self._launcher.open(place), place)
@@ -245,7 +245,7 @@ class WorkerPool:
         member.state, member.sees = "idle", begun.sees
 
     def _first(self, doing: str) -> Any:
-        """Returns what the first host answers, without which there is no study."""
+        """Returns what the first worker answers, without which there is no study."""
         member = self._members[0]
         self._launcher.wait([member.link])
         try:
@@ -266,7 +266,7 @@ class WorkerPool:
         with atomic_writer(self._folder.path / TEAM) as file:
             file.write(json.dumps(values))
 
-    # -- hosts at work -----------------------------------------------------------------------------------------------
+    # -- workers at work ---------------------------------------------------------------------------------------------
 
     def _call(self, member: _Member, method: str, *arguments: Any) -> None:
         with contextlib.suppress(WorkerDied):  # the pipe is closed: waiting for its answer tells
@@ -298,12 +298,12 @@ class WorkerPool:
     def _one_at_a_time(self, report: Report) -> Report:
         """Shows one free slot of several, so that the trials there are spread over the workers.
 
-        A trial that enters is news, and its worker is asked again at once.
+        A trial that enters is an event, and its worker is asked again at once.
         """
         return report if self._launcher.count == 1 else replace(report, room=min(report.room, 1))
 
     def _lost(self, member: _Member, died: WorkerDied) -> Report:
-        """Lays a dead worker's trials down and starts another host in its place."""
+        """Requeues a dead worker's trials and restarts it."""
         self._members.remove(member)
         member.link.end()
         name = member.name or "a worker that was loading"
@@ -351,7 +351,7 @@ class WorkerPool:
 
 
 def _value(answer: Answer) -> Any:
-    """Returns what a host's call returned, or raises what it raised."""
+    """Returns what a worker's call returned, or raises what it raised."""
     if answer.error is not None:
         raise answer.error
     if answer.defect is not None:

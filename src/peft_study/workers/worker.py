@@ -1,4 +1,4 @@
-"""One device's part of a study: an engine with its slots, driven by orders, answering with reports."""
+"""One device's part of a study: an engine with its slots, driven by commands, answering with reports."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of some orders.
+    """What came of some commands.
 
     Attributes:
-        news: of trials, in the order in which it happened.
+        events: of trials, in the order in which they happened.
         room: free slots; 0 where a trial must be alone.
         running: names of the trials in the slots.
         paces: of the trials that took a step.
@@ -106,7 +106,7 @@ class _Collector:
         self.paces[trial.name] = Pace(report.step, trial.total_steps, report.loss, tokens)
 
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
-        pass  # the news has the losses
+        pass  # the event has the losses
 
 
 class Worker:
@@ -136,11 +136,11 @@ class Worker:
         )
 
     def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> Report:
-        """Goes on from a cut of this worker's engine."""
+        """Resumes from a checkpoint of this worker's engine."""
         return self._report(self._slots.resume(found, plans))
 
     def follow(self, commands: Commands, seconds: float = 0.0) -> Report:
-        """Follows the orders and runs rows until there is news, or the time is over; one row at least."""
+        """Runs the commands and then rows until there is an event, or the time is over; one row at least."""
         end = time.monotonic() + seconds
         events = self._slots.advance(commands)
         while not events and self._slots.running and time.monotonic() < end:

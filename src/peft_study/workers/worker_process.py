@@ -1,9 +1,9 @@
-"""The far side of a worker of several: a session and an engine in a process or Ray actor of their own.
+"""Worker process: serves calls from the scheduler: a session and an engine in a process or Ray actor of their own.
 
-    team: call(method, arguments) --> host: open, begin, then follow, follow, ..., save, test --> team: Answer
+    pool: call(method, arguments) --> worker: open, begin, then follow, follow, ..., save, test --> pool: Answer
 
 Nothing here writes to the journal, to Optuna's database or to the study's own files: only to the folders of the trials
-it has, and to its own checkpoints. A host that does not see the study's folder sends what it wrote with its answers.
+it has, and to its own checkpoints. A worker that does not see the study's folder sends what it wrote with its answers.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A host with its model and data: where it runs, what its numbers are computed from, lines for the user, its share
-    of the memory in bytes; the first one also tells the scheduler's facts."""
+    """A worker with its model and data: where it runs, what its numbers are computed from, lines for the user, its
+    share of the memory in bytes; the first one also tells the scheduler's facts."""
 
     where: str
     record: dict[str, dict[str, object]]
@@ -134,7 +134,7 @@ class WorkerProcess:
             settings: of the filled study, as JSON.
             folder: the scheduler's current one, for paths that are relative to it.
             sharing: workers on one machine's memory.
-            first: what the first host answered; None: this is it, and it checks that every method fits, and tells the
+            first: what the first worker answered; None: this is it, and it checks that every method fits, and tells the
                 facts.
         """
         if Path(folder).is_dir():
@@ -193,7 +193,7 @@ class WorkerProcess:
         return Begun(found, sees)
 
     def follow(self, commands: Commands, files: Files, seconds: float) -> Followed:
-        """Follows orders until there is news, or the time has passed."""
+        """Runs commands, then rows until there is an event, or the time has passed."""
         self._receive(files)
         for plan in commands.enter:  # claimed by the scheduler, where this machine may not see it
             (self._trials / plan.name).mkdir(parents=True, exist_ok=True)
