@@ -172,7 +172,7 @@ class _Study:
         there = {name for _, report in reports for name in (*report.running, *(event.name for event in report.events))}
         self._wait(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
-            # first a checkpoint that knows of the change, then the file: killed in between, the change is asked for again
+            # first a checkpoint that knows of the change, then the file: a kill in between asks for the change again
             backend.save(self._decided())
             self._folder.take_over(self._config, given)
         for worker, report in reports:
