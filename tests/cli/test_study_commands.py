@@ -90,7 +90,7 @@ def test_a_process_that_was_killed_or_is_elsewhere(cli: CommandLine, made: HandM
     owner.write_text(json.dumps({"process": os.getpid(), "machine": socket.gethostname()}))
     assert "its process was killed" in cli("status", folder).ok().out
     owner.write_text(json.dumps({"process": 7, "machine": "elsewhere"}))
-    assert "begun by process 7 on elsewhere; whether that still runs" in cli("status", folder).ok().out
+    assert "begun by process 7 on elsewhere; cannot tell from this machine" in cli("status", folder).ok().out
 
 
 def test_a_study_killed_before_it_had_trials(cli: CommandLine, tmp_path: Path) -> None:
