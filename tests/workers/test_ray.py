@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from command_line import CommandLine
-from crew_cases import SOURCE, resumed, same, start, steps, until, write_study
 from peft_study.engine import checkpoint
+from worker_cases import SOURCE, resumed, same, start, steps, until, write_study
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow

@@ -12,13 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from crew_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
 
 from command_line import CommandLine, listing
 from peft_study.engine import checkpoint, memory
 from peft_study.storage import journal
 from peft_study.storage.run_dir import RunFolder
 from peft_study.workers.checkpoints import WorkerCheckpoints
+from worker_cases import alive, each_once, kill, resumed, same, start, steps, table, until, workers_of, write_study
 
 LONG = {
     "training": {"steps": 60, "batch_size": 5, "row_tokens": 130},

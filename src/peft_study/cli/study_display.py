@@ -168,8 +168,8 @@ def show_estimate(found: StudyEstimate) -> None:
     console = Console(highlight=False, soft_wrap=True)
     title = "What it would take (nothing was written)"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("method", "range test", "trials", "steps", "million tokens", "minutes", "MB a slot"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    for name in ("method", "range test", "trials", "steps", "million tokens", "minutes", "MB/slot"):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
     for m in found.methods:
         table.add_row(
             m.method,
