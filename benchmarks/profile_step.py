@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from worlds import METHODS, MODELS, adapter_of, open_world
 
 from peft_study.config import TrainingConfig
-from peft_study.engine.engine import Engine, Event
+from peft_study.engine.engine import Engine, StepEvent
 from peft_study.engine.trial import Trial
 from peft_study.model.load import Base
 
@@ -89,7 +89,7 @@ def main(words: list[str] | None = None) -> None:
         engine.step()
     speeds = []
     for _ in range(options.steps):
-        found: list[Event] = []
+        found: list[StepEvent] = []
         taken = seconds(lambda found=found: found.extend(engine.step()), base.device)  # type: ignore[misc]
         speeds.append(sum(event.report.tokens for event in found if event.report) / taken)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if base.device.type == "cuda" else [])]

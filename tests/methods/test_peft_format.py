@@ -18,7 +18,7 @@ import tiny_world as tw
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.engine.row import Item, RowRunner
 from peft_study.errors import ModelError, OutputError
-from peft_study.methods import Adapter, peft_format
+from peft_study.methods import Adapter, peft_files
 from peft_study.methods.hooks import Span
 from peft_study.methods.peft_format import load_adapter
 from peft_study.model.load import Base, wrap
@@ -303,7 +303,7 @@ def test_a_full_disk_is_one_error(error: Exception, tmp_path: Path, monkeypatch:
         raise error
 
     base = saved_base(tmp_path)
-    monkeypatch.setattr(peft_format, "save_file", full)
+    monkeypatch.setattr(peft_files, "save_file", full)
     with pytest.raises(OutputError, match="No space left on device"):
         pr.adapter_of(pr.METHODS["lora"], base).save(tmp_path / "adapter", base)
 
