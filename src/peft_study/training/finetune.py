@@ -54,18 +54,21 @@ class Finished:
     @property
     def worse(self) -> str | None:
         """What is wrong with a run that ended above the untouched base, its whole interval; None of any other."""
-        if self.minus_base is None or self.after is None or not self.minus_base.low > 0:
+        if self.minus_base is None or not self.minus_base.low > 0:
             return None
         why = "training made the model worse; lower --learning_rate"
-        if not self.harmed:
+        if self._improved:
             why = "it began higher still; start from a text (--prefix_init text, --prompt_init text), or train longer"
         return f"ended {self.minus_base.value:.3g} nats a token above the untouched base: {why}"
 
     @property
     def harmed(self) -> bool:
         """True where the training itself made the model worse than the untouched base."""
-        above = self.minus_base is not None and self.minus_base.low > 0
-        return above and self.after is not None and self.after.value >= self.before.value
+        return self.worse is not None and not self._improved
+
+    @property
+    def _improved(self) -> bool:
+        return self.after is not None and self.after.value < self.before.value
 
 
 def with_rate(training: TrainingConfig, rate: float | None) -> TrainingConfig:
