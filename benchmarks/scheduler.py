@@ -19,7 +19,6 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from peft_study.config import StudyConfig
-from peft_study.search.samplers import Suggestions, open_storage
 from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
@@ -45,13 +44,8 @@ def study(trials: int, sampler: str, folder: Path) -> StudyConfig:
 
 def opened(config: StudyConfig, folder: Path, examples: int) -> Scheduler:
     """Returns the scheduler of the study in `folder`, as a start or a resume makes it."""
-    storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
-    space = config.methods["lora"]
-    suggestions = {"lora": Suggestions(storage, "lora", "lora", space, config.search.sampler, config.search.seed)}
     counts_N = np.full(examples, 100)
-    return Scheduler(
-        config, Journal(folder / "journal.jsonl"), suggestions, lambda training: training.steps or 0, counts_N
-    )
+    return Scheduler(config, Journal(folder / "journal.jsonl"), lambda training: training.steps or 0, counts_N)
 
 
 def main() -> None:
@@ -78,7 +72,7 @@ def main() -> None:
                 found = scheduler.next(1, empty=False)
                 asking += [time.perf_counter() - started] * len(found)
                 for trial in found:
-                    going.append((trial, deque([0, *scheduler.setting(trial).rungs, 1000])))
+                    going.append((trial, deque([0, *trial.settings.rungs, 1000])))
                 if found:
                     continue
             if not going:

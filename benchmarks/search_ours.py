@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import optuna
-from search_grid import METHOD, Cell, Curves, cell_of, config_of
+from search_grid import Cell, Curves, cell_of, config_of
 from search_replay import Search, Seen
 
-from peft_study.search.samplers import Suggestions
 from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Event, Journal
@@ -133,14 +131,10 @@ class VirtualWorker:
 
 def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Event]]:
     """Replays the study with a search seed; returns what it saw when, and its journal."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     config = config_of(curves.values, Path("unused"), seed)
-    space = config.methods[METHOD]
     with tempfile.TemporaryDirectory() as folder:
-        storage = optuna.storages.InMemoryStorage()
-        suggestions = {METHOD: Suggestions(storage, METHOD, METHOD, space, config.search.sampler, seed)}
         journal = Journal(Path(folder) / "journal.jsonl")
-        scheduler = Scheduler(config, journal, suggestions, lambda _training: curves.steps, curves.counts_N)
+        scheduler = Scheduler(config, journal, lambda _training: curves.steps, curves.counts_N)
         worker, seen = VirtualWorker(curves, costs), list[Seen]()
         events: list[TrialEvent] = []
         while not scheduler.finished:  # as study/run.py takes a report and answers it
@@ -148,7 +142,7 @@ def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Ev
             leave = scheduler.heard(events)
             staying = set(worker.running) - set(leave)
             begun = scheduler.next(worker.room + len(leave), empty=not staying)
-            events = worker.follow([(trial, scheduler.setting(trial).rungs) for trial in begun], leave)
+            events = worker.follow([(trial, trial.settings.rungs) for trial in begun], leave)
         return Search(seen, worker.clock), list(journal.events)
 
 

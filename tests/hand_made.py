@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import StudyConfig, validate
+from peft_study.config import NoneConfig, StudyConfig, TrialSettings, validate
 from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect
 from peft_study.search.trials import StudyState
 from peft_study.storage import held_out
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.journal import Event, Journal
-from peft_study.storage.run_dir import identity
+from peft_study.storage.run_dir import SCHEMA_VERSION, identity
 from peft_study.storage.study_dir import StudyFolder
 
 N = 64
@@ -66,8 +66,12 @@ class HandMade:
         self, name: str, method: str, kind: str, number: int, seed: int | None, values: Mapping[str, Any]
     ) -> None:
         event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number}
-        settings = {"method": "none"} if kind == "reference" else self.config.methods[method].flat(values)
-        self.events.append({**event, "seed": seed, "values": dict(values), "settings": settings})
+        training = self.config.training.model_copy(update={} if seed is None else {"seed": seed, "data_seed": seed})
+        if kind == "reference":
+            settings = TrialSettings(method=NoneConfig(), training=training)
+        else:
+            settings = self.config.methods[method].at(values, training)
+        self.events.append({**event, "values": dict(values), "settings": settings.model_dump(mode="json")})
 
     def measured(self, name: str, step: int, sums: Sequence[float]) -> None:
         self.events.append({"event": "measured", "name": name, "step": step, "sums": list(sums)})
@@ -148,7 +152,8 @@ class HandMade:
         self.folder.path.mkdir(parents=True)
         run.write("config.given.json", {})
         run.write("config.resolved.json", self.config.model_dump(mode="json"))
-        run.write("status.json", {"status": status, "reason": reason, "identity": identity(self.config), "version": 1})
+        own = identity(self.config.model_dump(mode="json"))
+        run.write("status.json", {"status": status, "reason": reason, "identity": own, "version": SCHEMA_VERSION})
         held_out.keep(run, self.examples)
         Journal(self.folder.journal).append(self.events)
         return self.folder.path

@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from peft_study.config import StudyConfig, validate
 from peft_study.search.budget import steps_of
-from peft_study.search.samplers import Suggestions, open_storage
 from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import TrialRecord
 from peft_study.storage.journal import Journal
@@ -69,18 +68,7 @@ class World:
     def __init__(self, config: StudyConfig, folder: Path, curves: Mapping[str, Curve], *, slots: int = 4) -> None:
         self.config, self._folder, self._curves, self._slots = config, folder, curves, slots
         self.journal = Journal(folder / "journal.jsonl")
-        changes = sum(event["event"] == "continued" for event in self.journal.events)
-        suffix = f"/{changes}" if changes else ""
-        storage = open_storage(f"sqlite:///{folder / 'optuna.db'}")
-        search = config.search
-        books = {
-            name: Suggestions(storage, f"{name}{suffix}", name, space, config.sampler(name), search.seed)
-            for name, space in config.methods.items()
-            if space.kind != "none"
-        }
-        self.scheduler = Scheduler(
-            config, self.journal, books, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS
-        )
+        self.scheduler = Scheduler(config, self.journal, lambda t: steps_of(t, config.budget.tokens, LENGTHS), COUNTS)
         self._at = dict.fromkeys((trial.name for trial in self.scheduler.state.running()), 0)
         self.most = 0
         self.order: list[str] = []
@@ -119,7 +107,7 @@ class World:
 
     def _step(self, name: str) -> list[TrialEvent]:
         trial = self.scheduler.state.trials[name]
-        setting = self.scheduler.setting(trial)
+        setting = trial.settings
         total = setting.training.steps
         assert total is not None
         self._at[name] += 1

@@ -78,7 +78,7 @@ class Interrupted(PeftStudyError):
     """The run was asked to stop, and did so between two steps, with a checkpoint."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns what a library's error says, cut to its first line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 

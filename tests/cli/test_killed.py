@@ -122,13 +122,13 @@ def timeless(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def optuna_trials(out: Path) -> list[Any]:
-    """Returns what Optuna's database says of every trial of every method."""
-    storage = optuna.storages.RDBStorage(f"sqlite:///{out / 'optuna.db'}")
-    return [
-        (study.study_name, trial.number, trial.state, trial.value, trial.params, trial.intermediate_values)
-        for study in sorted(storage.get_all_studies(), key=lambda study: study.study_name)
-        for trial in storage.get_all_trials(study._study_id)
-    ]
+    """Returns what `optuna.db` says of every trial of every method."""
+    url = f"sqlite:///{out / 'optuna.db'}"
+    return sorted(
+        (trial.user_attrs["name"], trial.state, trial.value, trial.params, trial.intermediate_values)
+        for name in optuna.get_all_study_names(url)
+        for trial in optuna.load_study(study_name=name, storage=url).trials
+    )
 
 
 def same(killed: Path, whole: Path) -> None:

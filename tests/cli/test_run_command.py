@@ -227,11 +227,17 @@ def test_a_second_writer_is_refused(cli: CommandLine, study: Path, tmp_path: Pat
     cli("run", study, "--steps", 1).ok()
 
 
-def test_a_folder_of_a_newer_version_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (99, "a newer")])
+def test_a_folder_of_another_version_is_refused(
+    cli: CommandLine, study: Path, tmp_path: Path, version: int, age: str
+) -> None:
     cli("run", study, "--steps", 1).ok()
     status = tmp_path / "out/status.json"
-    status.write_text(json.dumps({**json.loads(status.read_text()), "version": 99}))
-    assert "was written by a newer version of this program (schema 99" in cli("run", study, "--steps", 1).error()
+    status.write_text(json.dumps({**json.loads(status.read_text()), "version": version}))
+    said = f"was written by {age} version of this program (schema {version}"
+    assert said in cli("run", study, "--steps", 1).error()
+    assert said in cli("status", tmp_path / "out").error()
+    cli("run", study, "--steps", 1, "--overwrite").ok()
 
 
 def test_a_dry_run_measures_and_writes_nothing(cli: CommandLine, study: Path, tmp_path: Path) -> None:
@@ -264,7 +270,6 @@ def test_settings_that_cannot_be_made_are_rows_with_their_reason(cli: CommandLin
             "a grid needs a list",
         ),
         (["methods.prefix_tuning.tokens=999999999"], "methods.prefix_tuning"),
-        (["storage=nonsense"], "is no database URL"),
     ],
 )
 def test_what_cannot_work_is_one_line_and_leaves_nothing(

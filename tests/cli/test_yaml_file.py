@@ -98,7 +98,7 @@ def test_no_yaml_of_settings(file: Any, text: str, said: str) -> None:
 def test_a_section_named_twice_is_not_one_given_twice(file: Any) -> None:
     settings = file(HEAD + "  lora: &a {rank: 8}\n  wide: {<<: *a, method: lora, rank: 16}\n")
     found = config(settings).methods
-    assert (found["lora"].settings({}).rank, found["wide"].settings({}).rank) == (8, 16)
+    assert (found["lora"].flat({})["rank"], found["wide"].flat({})["rank"]) == (8, 16)
 
 
 def test_a_list_that_holds_itself(file: Any) -> None:
@@ -115,7 +115,7 @@ def test_numbers_without_a_point(file: Any) -> None:
     rate = getattr(found.methods["lora"], "learning_rate")  # noqa: B009
     assert rate == Range(low=1e-5, high=1e-2, log=True)
     assert found.methods["lora"].dimensions()["rank"] == Choices(choices=(10, 20))
-    assert found.methods["lora"].settings({"rank": 10}).alpha == 10.0
+    assert found.methods["lora"].flat({"rank": 10})["alpha"] == 10.0
     assert found.methods["full"].dimensions() == {"learning_rate": Choices(choices=(1e-5, 3e-5))}
     assert found.data.held_out == 0.1
     # as texts, from whoever reads YAML 1.1, they are the same numbers
@@ -135,7 +135,7 @@ def test_numbers_without_a_point(file: Any) -> None:
         ("methods.none=", "methods.none", None),
         ("search.sampler=tpe", "search.sampler", "tpe"),
         ("finals={best: 1, seeds: 5}", "finals", {"best": 1, "seeds": 5}),
-        ("storage=postgresql://a?b=c", "storage", "postgresql://a?b=c"),
+        ("ray=ray://a?b=c", "ray", "ray://a?b=c"),
         (" budget.trials = 3", "budget.trials", 3),
     ],
 )

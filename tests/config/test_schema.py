@@ -46,7 +46,6 @@ GOOD: dict[str, Any] = {
     "budget.trials": [None, 3],
     "search.range_test": ["auto", True, False],
     "logging.checkpoint_every": ["epoch", 3, None],
-    "storage": [None, "postgresql://x"],
 }
 BAD: dict[str, Any] = {
     "methods": [None, {}, ["lora"]],

@@ -48,7 +48,7 @@ def test_both_files_have_a_row_a_trial_and_failures_are_rows(study: HandMade) ->
     assert best["dev"] == pytest.approx(1.5)
     assert best["dev_minus_base"] == pytest.approx(-0.5)
     assert best["dev_low"] < best["dev"] < best["dev_high"]
-    assert (best["rank"], best["learning_rate"], best["seed"], best["test"]) == (8, 1e-3, None, None)
+    assert (best["rank"], best["learning_rate"], best["seed"], best["test"]) == (8, 1e-3, 0, None)
     assert rows["lora-000-seed-1"]["test"] == pytest.approx(1.6)
     assert rows["lora-000-seed-1"]["seed"] == 1
     assert rows["none"]["test"] == pytest.approx(2.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from peft_study.search.samplers import export
 from simulated import World, study, valley
 
 
@@ -28,7 +29,8 @@ def test_it_shows_the_trials_of_every_method(tmp_path: Path) -> None:
     dashboard = pytest.importorskip("optuna_dashboard")
     methods = {"lora": {}, "prompt_tuning": {"tokens": 8}}
     config = study(methods=methods, budget={"trials": 3}, finals={"best": 0})
-    World(config, tmp_path, {"lora": valley(1e-3), "prompt_tuning": valley(0.1)}).run()
+    scheduler = World(config, tmp_path, {"lora": valley(1e-3), "prompt_tuning": valley(0.1)}).run().scheduler
+    export(tmp_path / "optuna.db", scheduler.samplers, scheduler.state)
     app = dashboard.wsgi(f"sqlite:///{tmp_path / 'optuna.db'}")
     studies = get(app, "/api/studies")["study_summaries"]
     assert {s["study_name"] for s in studies} == {"lora", "prompt_tuning"}

@@ -23,7 +23,7 @@ def searched(world: World, method: str) -> list[TrialRecord]:
 def test_every_method_has_the_same_trials_and_budget(tmp_path: Path) -> None:
     world = World(study(methods=TWO, budget={"trials": 7}), tmp_path, CURVES).run()
     assert {m: len(searched(world, m)) for m in TWO} == {"lora": 7, "prompt_tuning": 7}
-    settings = [world.scheduler.setting(t) for m in TWO for t in searched(world, m)]
+    settings = [t.settings for m in TWO for t in searched(world, m)]
     assert {s.training.steps for s in settings} == {90}
     assert {(s.training.seed, s.training.data_seed) for s in settings} == {(0, 0)}
     # methods take turns: neither waits for the other
@@ -57,7 +57,7 @@ def test_a_seed_that_failed_keeps_a_setting_from_winning(tmp_path: Path) -> None
 
 def test_hopeless_settings_stop_at_a_rung_after_the_longest_warmup_with_the_reason(tmp_path: Path) -> None:
     world = World(study(methods={"lora": {}}, budget={"trials": 12}), tmp_path, CURVES).run()
-    assert world.scheduler.setting(searched(world, "lora")[0]).rungs == (10, 30)
+    assert searched(world, "lora")[0].settings.rungs == (10, 30)
     pruned = [t for t in searched(world, "lora") if t.status == "pruned"]
     assert 4 <= len(pruned) <= 9
     for trial in pruned:
@@ -66,7 +66,9 @@ def test_hopeless_settings_stop_at_a_rung_after_the_longest_warmup_with_the_reas
     best = min(searched(world, "lora"), key=lambda t: abs(np.log10(t.values["learning_rate"] / 1e-3)))
     assert best.status == "finished", "the best of all must not be stopped"
     late = study(methods={"lora": {"warmup_ratio": [0.0, 0.3]}}, budget={"trials": 2})
-    assert World(late, _made(tmp_path / "late"), CURVES).run().scheduler._rungs("lora", 90) == (30,)
+    assert World(late, _made(tmp_path / "late"), CURVES).run().scheduler.state.trials["lora-000"].settings.rungs == (
+        30,
+    )
 
 
 def _made(folder: Path) -> Path:
@@ -158,7 +160,7 @@ def test_a_range_test_cuts_off_what_diverges_or_does_not_move_and_its_tokens_cou
     state = world.scheduler.state
     tests = state.of("lora", "range_test")
     assert [t.values["learning_rate"] for t in tests] == [1e-5, 3.16e-5, 1e-4, 3.16e-4, 1e-3, 3.16e-3, 1e-2]
-    assert {world.scheduler.setting(t).training.steps for t in tests} == {8}
+    assert {t.settings.training.steps for t in tests} == {8}
     assert state.bounds["lora"]["learning_rate"] == (1e-5, 1e-3)
     assert state.notes["lora"] == ["range test: 0.00316 and above make it worse; searched: 1e-05 to 0.001"]
     assert max(t.values["learning_rate"] for t in searched(world, "lora")) <= 1e-3

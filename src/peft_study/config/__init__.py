@@ -23,6 +23,7 @@ from peft_study.config.methods import (
     PromptTuningConfig,
 )
 from peft_study.config.run import (
+    TRAINING_DIMENSIONS,
     DataConfig,
     Device,
     Dtype,
@@ -32,8 +33,9 @@ from peft_study.config.run import (
     SourceConfig,
     TrainConfig,
     TrainingConfig,
+    TrialSettings,
 )
-from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range, setting_of
+from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range
 from peft_study.config.study import (
     BudgetConfig,
     FinalsConfig,
@@ -49,6 +51,7 @@ __all__ = [
     "DEFAULT_SPACES",
     "METHODS",
     "SPACES",
+    "TRAINING_DIMENSIONS",
     "BudgetConfig",
     "Choices",
     "DataConfig",
@@ -79,8 +82,8 @@ __all__ = [
     "StudyConfig",
     "TrainConfig",
     "TrainingConfig",
+    "TrialSettings",
     "cells",
     "grid_size",
-    "setting_of",
     "validate",
 ]

@@ -108,6 +108,25 @@ class TrainingConfig(Strict):
         return self
 
 
+TRAINING_DIMENSIONS = ("learning_rate", "warmup_ratio", "weight_decay")
+"""Settings of the optimizer that belong to a method's space."""
+
+
+class TrialSettings(Strict):
+    """Everything that decides the numbers of one trial; made once, when a study asks for the trial."""
+
+    method: Annotated[MethodConfig, Field(discriminator="method")]
+    training: TrainingConfig
+    rungs: tuple[int, ...] = Field((), description="optimizer steps at which the held-out losses are measured")
+    keep: bool = Field(True, description="the adapter is saved at the end")
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Returns the method's settings and the optimizer's searched ones as one JSON object."""
+        optimizer = {name: getattr(self.training, name) for name in TRAINING_DIMENSIONS}
+        return {**optimizer, **self.method.model_dump(mode="json")}
+
+
 class LoggingConfig(Strict):
     """What is written down while a trial runs, and how often."""
 

@@ -27,8 +27,8 @@ from pydantic import (
 )
 
 from peft_study.config.common import SettingError, Strict, complaint
-from peft_study.config.methods import METHODS, MethodConfig
-from peft_study.config.run import TrainingConfig
+from peft_study.config.methods import METHODS
+from peft_study.config.run import TRAINING_DIMENSIONS, TrainingConfig, TrialSettings
 
 
 class Range(Strict):
@@ -66,9 +66,6 @@ class Choices(Strict):
 
 
 Dimension = Range | Choices
-TRAINING_DIMENSIONS = ("learning_rate", "warmup_ratio", "weight_decay")
-"""Settings of the optimizer that belong to a method's space."""
-
 _COMMON: dict[str, Dimension] = {
     "warmup_ratio": Choices(choices=(0.0, 0.03, 0.1)),
     "weight_decay": Choices(choices=(0.0, 0.01, 0.1)),
@@ -136,21 +133,21 @@ class MethodSpace(Strict):
             if isinstance(value, Range) or (isinstance(value, Choices) and len(value.choices) > 1)
         }
 
-    def settings(self, values: Mapping[str, Any]) -> MethodConfig:
-        """Returns the method's setting with these values for its dimensions."""
-        fields = {n: v for n, v in self._at(values).items() if n not in TRAINING_DIMENSIONS}
-        return METHODS[self.kind](**fields)
+    def at(self, values: Mapping[str, Any], training: TrainingConfig) -> TrialSettings:
+        """Returns the settings of a trial with these values for the dimensions.
 
-    def training(self, values: Mapping[str, Any], training: TrainingConfig) -> TrainingConfig:
-        """Returns the optimizer's setting with these values; a method without a rate gets one that is never used."""
-        fields = {n: v for n, v in self._at(values).items() if n in TRAINING_DIMENSIONS}
-        return training.model_copy(update={**fields, "learning_rate": fields["learning_rate"] or 1.0})
+        Args:
+            values: by dimension.
+            training: what all trials of the study share.
+        """
+        fields = self._at(values)
+        own = {name: value for name, value in fields.items() if name not in TRAINING_DIMENSIONS}
+        optimizer = {name: fields[name] for name in TRAINING_DIMENSIONS}
+        return TrialSettings(method=METHODS[self.kind](**own), training=training.model_copy(update=optimizer))
 
     def flat(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns every setting of a trial with these values, as JSON: the method's own and the optimizer's."""
-        fields = self._at(values)
-        own = self.settings(values).model_dump(mode="json")
-        return {**{name: fields[name] for name in TRAINING_DIMENSIONS}, **own}
+        """Returns what `TrialSettings.flat` of a trial with these values is."""
+        return self.at(values, TrainingConfig()).flat
 
     def _at(self, values: Mapping[str, Any]) -> dict[str, Any]:
         fixed = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}
@@ -166,19 +163,6 @@ class MethodSpace(Strict):
 def _kinds(annotation: Any) -> tuple[Any, ...]:
     """Returns the types that a setting may have."""
     return (annotation, *get_args(annotation))
-
-
-def setting_of(flat: Mapping[str, Any], training: TrainingConfig) -> tuple[MethodConfig, TrainingConfig]:
-    """Returns the method's and the optimizer's setting of what `MethodSpace.flat` gave.
-
-    Args:
-        flat: every setting of a trial.
-        training: what all trials of the study share.
-    """
-    optimizer = {name: flat[name] for name in TRAINING_DIMENSIONS if flat.get(name) is not None}
-    own = {name: value for name, value in flat.items() if name not in TRAINING_DIMENSIONS}
-    # a method without a rate gets one that is never used
-    return METHODS[own["method"]](**own), training.model_copy(update={"learning_rate": 1.0, **optimizer})
 
 
 def _dimension(value: Any, *, one: TypeAdapter[Any], member: TypeAdapter[Any], number: bool) -> Any:

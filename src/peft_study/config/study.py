@@ -87,9 +87,6 @@ class StudyConfig(Strict):
         description="where several workers keep checkpoints: a folder or fsspec URL (s3://...) that all machines "
         "reach; None: in the study's folder",
     )
-    storage: str | None = Field(
-        None, description="URL of Optuna's database, e.g. postgresql://...; None: a SQLite file in the folder"
-    )
     output: Path = Field(description="folder of the study")
 
     @field_validator("methods", mode="before")

@@ -105,7 +105,7 @@ class Trial:
     Args:
         name: unique among the trials of a run.
         adapter: its trainable part.
-        training: optimizer, schedule and batch; `learning_rate` must be given.
+        training: optimizer, schedule and batch; `learning_rate` must be given where the adapter has parameters.
         examples: its training data.
         scales_loss: True where gradients are float16.
     """
@@ -115,7 +115,6 @@ class Trial:
     ) -> None:
         from transformers import get_scheduler
 
-        assert training.learning_rate is not None, "the method's default was not filled in"
         self.name, self.adapter, self.training, self.examples = name, adapter, training, examples
         self.order = DataOrder(len(examples), training.batch_size, training.data_seed)
         self.total_steps = total_steps(training, len(examples))
@@ -128,6 +127,7 @@ class Trial:
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters = adapter.parameters()
         if self.parameters:
+            assert training.learning_rate is not None, "the method's default was not filled in"
             values = list(self.parameters.values())
             self.optimizer = torch.optim.AdamW(
                 values,

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from peft_study.config import METHODS, StudyConfig
+from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
 from peft_study.search.trials import StudyState, TrialRecord, value_of
 from peft_study.statistics import Estimate, Losses, difference, mean_loss, mean_over_seeds, seeds_difference
@@ -147,8 +147,8 @@ def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: S
 
 
 def settings_of(trial: TrialRecord) -> dict[str, Any]:
-    """Returns every setting of a trial's method, and the searched ones of its optimizer."""
-    return {name: value for name, value in trial.settings.items() if name != "method"}
+    """Returns every setting of a trial's method, and the searched ones of its optimizer; none of the base."""
+    return {n: v for n, v in trial.settings.flat.items() if n != "method" and trial.kind != "reference"}
 
 
 def row_of(trial: TrialRecord, state: StudyState, examples: HeldOut, folder: StudyFolder) -> Row:
@@ -276,7 +276,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 def columns() -> tuple[str, ...]:
     """Returns the names of the columns, also where there is no trial yet."""
-    nobody = TrialRecord("", "", "search", 0, None, {}, {})
+    nobody = TrialRecord("", "none", "search", 0, {}, TrialSettings(method=NoneConfig(), training=TrainingConfig()))
     return tuple(flat(Row(nobody, {}, None, None, None, None, None, None)))
 
 

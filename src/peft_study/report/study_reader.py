@@ -94,7 +94,7 @@ def open_study(path: Path | None) -> Study:
     """Reads a study.
 
     Raises:
-        OutputError: when there is none, it has a newer schema, or its files are damaged.
+        OutputError: when there is none, it has another schema, or its files are damaged.
         ConfigError: when its settings cannot be used.
     """
     folder = find_study(path)

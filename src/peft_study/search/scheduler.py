@@ -14,32 +14,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import StudyConfig, TrainingConfig, setting_of
+from peft_study.config import Choices, MethodSpace, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test, range_expansion
 from peft_study.search.pruners import pruner, rungs
-from peft_study.search.samplers import Suggestions
+from peft_study.search.samplers import SpaceSampler
 from peft_study.search.trials import StudyState, TrialRecord, final_seeds, value_of
 from peft_study.seeds import key
-from peft_study.statistics import loss_value
 from peft_study.storage.journal import Event, Journal
 from peft_study.training.loop import Ended, Evaluated, TrialEvent
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a trial trains with: its method's setting, its optimizer's, and the steps at which it is judged."""
-
-    method: Any
-    training: TrainingConfig
-    rungs: tuple[int, ...]
-    keep: bool
 
 
 class Scheduler:
@@ -48,7 +36,6 @@ class Scheduler:
     Args:
         config: filled.
         journal: what happened so far.
-        suggestions: of each method's Optuna study.
         steps: returns the optimizer steps that the budget allows a trial with these settings.
         counts_N: supervised tokens of each dev example.
     """
@@ -57,11 +44,10 @@ class Scheduler:
         self,
         config: StudyConfig,
         journal: Journal,
-        suggestions: Mapping[str, Suggestions],
         steps: Callable[[TrainingConfig], int],
         counts_N: npt.NDArray[np.int64],
     ) -> None:
-        self._config, self._journal, self._suggestions = config, journal, suggestions
+        self._config, self._journal = config, journal
         self._steps, self._counts_N = steps, counts_N
         self._pruner = pruner(config.search.pruner, config.search.reduction)
         self.state = StudyState()
@@ -74,10 +60,10 @@ class Scheduler:
         }
         # a grid gives out what was not tried: what is due does not change while the file stays the same
         self._due = {method: self.state.due(method, config) for method in self.methods}
-        for method, book in suggestions.items():
-            book.adopt(self.state.of(method, "search"), counts_N)
-        for trial in self.state.trials.values():
-            self._mirror(trial)
+        self.samplers = {
+            method: SpaceSampler(method, config.methods[method], config.sampler(method), config.search.seed, counts_N)
+            for method in self.methods
+        }
 
     @property
     def finished(self) -> bool:
@@ -119,7 +105,6 @@ class Scheduler:
                 if message.step not in trial.sums:
                     sums = message.sums_N.tolist()
                     self._add({"event": "measured", "name": trial.name, "step": message.step, "sums": sums})
-                self._mirror(trial)
                 reason = self._judge(trial, message)
                 if reason is not None:
                     leave[trial.name] = reason
@@ -134,25 +119,13 @@ class Scheduler:
         """Takes in the losses of the test part, by trial."""
         self._add({"event": "opened", "sums": {name: values.tolist() for name, values in sums.items()}})
 
-    def setting(self, trial: TrialRecord) -> Setting:
-        """Returns what a trial trains with."""
-        config = self._config
-        method, training = setting_of(trial.settings, config.training)
-        if trial.kind == "reference":
-            return Setting(method, training.model_copy(update={"steps": 1}), (), False)
-        if trial.seed is not None:
-            training = training.model_copy(update={"seed": trial.seed, "data_seed": trial.seed})
-        steps = trial.steps or self._steps(training)
-        training = training.model_copy(update={"steps": steps})
-        judged = self._rungs(trial.method, steps) if trial.kind == "search" else ()
-        keep = trial.kind == "final" or (trial.kind == "search" and not is_exclusive(method.method))
-        return Setting(method, training, judged, keep)
-
     # -- what begins ------------------------------------------------------------------------------------------------
 
     def _next(self, *, alone: bool) -> TrialRecord | None:
         if not alone and not any(t.kind == "reference" for t in self.state.trials.values()):
-            return self._ask("none", "none", "reference", 0, None, {})
+            training = self._config.training.model_copy(update={"steps": 1})
+            settings = TrialSettings(method=NoneConfig(), training=training, keep=False)
+            return self._ask("none", "none", "reference", 0, {}, settings)
         methods = [m for m in self.methods if is_exclusive(self._config.methods[m].kind) == alone]
         return self._next_range_test(methods) or self._next_search(methods) or self._next_final(methods)
 
@@ -165,10 +138,11 @@ class Scheduler:
             there = self._range_trials(method)
             missing = [rate for rate in self.range_rates(method) if rate not in there]
             if missing:
-                number = len(self.state.of(method, "range_test"))
-                return self._ask(
-                    f"{method}-range-{number}", method, "range_test", number, None, self._at(method, missing[0])
-                )
+                number, values = len(self.state.of(method, "range_test")), self._at(method, missing[0])
+                steps, shared = self._config.search.range_steps, self._config.training
+                settings = self._config.methods[method].at(values, shared.model_copy(update={"steps": steps}))
+                settings = settings.model_copy(update={"keep": False})
+                return self._ask(f"{method}-range-{number}", method, "range_test", number, values, settings)
             self._close_range_test(method)  # where nothing is missing, the trials of before a change may be all
         return None
 
@@ -181,9 +155,9 @@ class Scheduler:
 
     def _range_trials(self, method: str) -> dict[float, TrialRecord]:
         """Returns a method's range test by rate: the trials with its very settings, be they of an earlier space."""
-        asked = [t for t in self.state.of(method, "range_test") if t.steps == self._config.search.range_steps]
-        tests = self._tests.get(method, {})
-        return {rate: trial for rate, settings in tests.items() for trial in asked if trial.settings == settings}
+        steps, tests = self._config.search.range_steps, self._tests.get(method, {})
+        asked = [t for t in self.state.of(method, "range_test") if t.settings.training.steps == steps]
+        return {rate: trial for rate, flat in tests.items() for trial in asked if trial.settings.flat == flat}
 
     def _to_come(self, method: str) -> int:
         return self._due[method] - len(self.state.present(method))
@@ -197,20 +171,24 @@ class Scheduler:
         if not open_methods:
             return None
         method = min(open_methods, key=lambda m: len(self.state.present(m)))
-        number = len(self.state.of(method, "search"))
-        bounds = self._bounds(method)
-        values = self._suggestions[method].ask(number, bounds)
-        return self._ask(f"{method}-{number:03d}", method, "search", number, None, values)
-
-    def _bounds(self, method: str) -> dict[str, tuple[float, float]]:
-        """Returns the ranges of a method's next trial, after widening what wants it."""
-        space = self._config.methods[method]
         if self._config.search.widen:
-            found = range_expansion.widened(self.state, method, space)
+            found = range_expansion.widened(self.state, method, self._config.methods[method])
             if found is not None:
                 event = {"event": "widened", "method": method, "dimension": found.dimension}
                 self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
-        return {**self.state.bounds.get(method, {}), **self.state.fresh.get(method, {})}
+        trials = self.state.of(method, "search")
+        bounds, fresh = self.state.bounds.get(method, {}), self.state.fresh.get(method, {})
+        values = self.samplers[method].suggest(trials, bounds, fresh)
+        space = self._config.methods[method]
+        uncounted = space.at(values, self._config.training)
+        training = self._counted(uncounted.training)
+        settings = TrialSettings(
+            method=uncounted.method,
+            training=training,
+            rungs=self._rungs(space, training),
+            keep=not is_exclusive(space.kind),
+        )
+        return self._ask(f"{method}-{len(trials):03d}", method, "search", len(trials), values, settings)
 
     def _next_final(self, methods: Sequence[str]) -> TrialRecord | None:
         for method in methods:
@@ -222,8 +200,10 @@ class Scheduler:
             for number, seed in itertools.product(self.state.finalists[method], final_seeds(self._config)):
                 if (number, seed) not in there:
                     found = self.state.setting(method, number)
+                    training = found.settings.training.model_copy(update={"seed": seed, "data_seed": seed})
+                    settings = TrialSettings(method=found.settings.method, training=self._counted(training))
                     name = f"{method}-{number:03d}-seed-{seed}"
-                    return self._ask_for(name, method, "final", number, seed, found.values, found.settings)
+                    return self._ask(name, method, "final", number, found.values, settings)
         return None
 
     def searched(self, method: str) -> bool:
@@ -237,45 +217,35 @@ class Scheduler:
         best = sorted(finished, key=value_of)[: self._config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
-    def _ask(
-        self, name: str, method: str, kind: str, number: int, seed: int | None, values: Mapping[str, Any]
-    ) -> TrialRecord:
-        settings = {"method": "none"} if kind == "reference" else self._config.methods[method].flat(values)
-        return self._ask_for(name, method, kind, number, seed, dict(values), settings)
+    def _counted(self, training: TrainingConfig) -> TrainingConfig:
+        """Returns the same with the steps that the budget allows."""
+        return training.model_copy(update={"steps": self._steps(training)})
 
-    def _ask_for(
-        self,
-        name: str,
-        method: str,
-        kind: str,
-        number: int,
-        seed: int | None,
-        values: Mapping[str, Any],
-        settings: Mapping[str, Any],
+    def _ask(
+        self, name: str, method: str, kind: str, number: int, values: Mapping[str, Any], settings: TrialSettings
     ) -> TrialRecord:
-        event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number, "seed": seed}
-        steps = self._config.search.range_steps if kind == "range_test" else None
-        self._add({**event, "values": values, "settings": settings, "steps": steps})
+        event = {"event": "asked", "name": name, "method": method, "kind": kind, "number": number}
+        self._add({**event, "values": dict(values), "settings": settings.model_dump(mode="json")})
         return self.state.trials[name]
 
     # -- what stops, and how it ends --------------------------------------------------------------------------------
 
-    def _rungs(self, method: str, steps: int) -> tuple[int, ...]:
+    def _rungs(self, space: MethodSpace, training: TrainingConfig) -> tuple[int, ...]:
         if self._config.search.pruner == "none":
-            return ()
-        space = self._config.methods.get(method)
-        if space is None:  # the study file no longer has it: what runs of it is run to its end
             return ()
         warmup = space.dimensions().get("warmup_ratio")
         if warmup is None:
-            longest = space.training({}, self._config.training).warmup_ratio
+            longest = training.warmup_ratio
         else:
-            longest = max(warmup.choices) if hasattr(warmup, "choices") else warmup.high
-        return rungs(steps, self._config.search.reduction, int(longest * steps))
+            longest = max(warmup.choices) if isinstance(warmup, Choices) else warmup.high
+        assert training.steps is not None
+        return rungs(training.steps, self._config.search.reduction, int(longest * training.steps))
 
     def _judge(self, trial: TrialRecord, message: Evaluated) -> str | None:
         """Returns why a trial is to stop at this rung; a random share runs on, to see whether that was right."""
-        if trial.kind != "search" or trial.audited or message.step not in self.setting(trial).rungs:
+        if trial.audited or message.step not in trial.settings.rungs:
+            return None
+        if trial.method not in self.methods:  # the study file no longer has it: it runs to its end
             return None
         # what diverged later is no measure for the others: it would stop them, and then be gone itself
         group = [t for t in self.state.of(trial.method, "search") if t.status not in ("diverged", "failed")]
@@ -301,7 +271,6 @@ class Scheduler:
         }
         ended = {"event": "ended", "name": trial.name, "status": outcome.status, "reason": outcome.reason}
         self._add({**ended, "facts": facts})
-        self._mirror(trial)
         if trial.kind == "range_test":
             self._close_range_test(trial.method)
 
@@ -334,20 +303,8 @@ class Scheduler:
                 found[method, number] = sum(values) / len(values)
         return found
 
-    # -- books ------------------------------------------------------------------------------------------------------
+    # -- the journal -------------------------------------------------------------------------------------------------
 
     def _add(self, event: Event) -> None:
         self._journal.append([event])
         self.state.apply(event)
-
-    def _mirror(self, trial: TrialRecord) -> None:
-        """Shows Optuna what is known of a trial; what it has already is left alone."""
-        if trial.kind != "search" or trial.method not in self._suggestions:
-            return
-        book = self._suggestions[trial.method]
-        for step, sums_N in trial.sums.items():
-            book.report(trial.number, step, loss_value(sums_N, self._counts_N))
-        if trial.status != "running":
-            last = trial.last
-            value = None if last is None else loss_value(last, self._counts_N)
-            book.tell(trial.number, trial.status, value, {"reason": trial.reason} if trial.reason else {})

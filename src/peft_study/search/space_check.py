@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from peft_study.config import Choices, MethodConfig, MethodSpace, Range, StudyConfig
+from peft_study.config import Choices, MethodConfig, MethodSpace, Range, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.lr_range_test import central
 from peft_study.training.session import Session, check_methods, past_context
-from peft_study.training.slot_count import Typical
 
 
-def largest(config: StudyConfig) -> dict[str, Typical]:
+def largest(config: StudyConfig) -> dict[str, TrialSettings]:
     """Returns the largest setting of each method of a filled study: what slots are measured with."""
     found = {}
     for method, space in config.methods.items():
@@ -22,20 +21,20 @@ def largest(config: StudyConfig) -> dict[str, Typical]:
                 values[name] = int(dimension.high) if space.whole(name) else dimension.high
             elif dimension.sorted_numbers:
                 values[name] = dimension.sorted_numbers[-1]
-        found[method] = Typical(space.settings(values), space.training(values, config.training))
+        found[method] = space.at(values, config.training)
     return found
 
 
-def tried(space: MethodSpace) -> list[MethodConfig]:
+def tried(space: MethodSpace, training: TrainingConfig) -> list[MethodConfig]:
     """Returns the middle setting of a method, and with each choice and the ends of each range of whole numbers."""
     middle = central(space)
-    settings = [space.settings(middle)]
+    tried = [middle]
     for dimension, choices in space.dimensions().items():
         if isinstance(choices, Choices):
-            settings += [space.settings({**middle, dimension: choice}) for choice in choices.choices]
+            tried += [{**middle, dimension: choice} for choice in choices.choices]
         elif space.whole(dimension):
-            settings += [space.settings({**middle, dimension: int(end)}) for end in (choices.low, choices.high)]
-    return list(dict.fromkeys(settings))
+            tried += [{**middle, dimension: int(end)} for end in (choices.low, choices.high)]
+    return list(dict.fromkeys(space.at(values, training).method for values in tried))
 
 
 def check_spaces(session: Session, config: StudyConfig) -> list[str]:
@@ -49,7 +48,7 @@ def check_spaces(session: Session, config: StudyConfig) -> list[str]:
     """
     notes, fitting, refused = [], list[MethodConfig](), dict[str, UserError]()
     for name, space in config.methods.items():
-        failed, settings = [], tried(space)
+        failed, settings = [], tried(space, config.training)
         for setting in settings:
             try:
                 check_methods(session, [setting], config.training.seed)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from peft_study.config import StudyConfig, cells, grid_size
+from peft_study.config import StudyConfig, TrialSettings, cells, grid_size
 from peft_study.statistics import Losses
 from peft_study.storage.journal import Event
 
@@ -28,10 +28,8 @@ class TrialRecord:
         method: name of the space in the study file.
         kind: the untouched base, a rate of the range test, a searched setting, or a finalist's new seed.
         number: of the setting among its method's (a final has its setting's).
-        seed: of initialisation, dropout and data order; None: those of the study.
         values: of the searched dimensions.
-        settings: all of them, the method's and the optimizer's: the study file may change, a trial does not.
-        steps: optimizer steps of a rate of the range test; None: those of the budget.
+        settings: all of them: the study file may change, a trial does not.
         status, reason: how it stands; interrupted only for who looks at a study that nobody runs (see report).
         sums: summed held-out losses of each example in nats, by optimizer step.
         audited: why it would have been pruned, where it ran on all the same to see whether that was right.
@@ -42,15 +40,18 @@ class TrialRecord:
     method: str
     kind: Kind
     number: int
-    seed: int | None
     values: dict[str, Any]
-    settings: dict[str, Any]
-    steps: int | None = None
+    settings: TrialSettings
     status: State = "running"
     reason: str | None = None
     sums: dict[int, Losses] = field(default_factory=dict)
     audited: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        """Of initialisation, dropout and, in a final, the order of the data."""
+        return self.settings.training.seed
 
     @property
     def last(self) -> Losses | None:
@@ -164,7 +165,7 @@ class StudyState:
         """
         if config.sampler(method) != "grid":
             return None
-        space, tried = config.methods[method], [t.settings for t in self.of(method, "search")]
+        space, tried = config.methods[method], [t.settings.flat for t in self.of(method, "search")]
         return sum(space.flat(cell) not in tried for cell in cells(space)) if tried else grid_size(space)
 
     def _count(self, method: str, config: StudyConfig) -> int:
@@ -178,15 +179,15 @@ class StudyState:
         """Returns how many settings of before the last change do not count as cells of the present grid."""
         space, before = config.methods[method], self.of(method, "search")[: self.earlier.get(method, 0)]
         again = [space.flat(cell) for cell in cells(space)] if before and config.sampler(method) == "grid" else []
-        return sum(trial.settings not in again for trial in before)
+        return sum(trial.settings.flat not in again for trial in before)
 
     def apply(self, event: Event) -> None:
         """Adds what one event says."""
         getattr(self, f"_{event['event']}")(event)
 
     def _asked(self, e: Event) -> None:
-        fields = ("name", "method", "kind", "number", "seed", "values", "settings")
-        self.trials[e["name"]] = TrialRecord(**{field: e[field] for field in fields}, steps=e.get("steps"))
+        settings = TrialSettings.model_validate(e["settings"])
+        self.trials[e["name"]] = TrialRecord(e["name"], e["method"], e["kind"], e["number"], e["values"], settings)
         if e["kind"] == "search":
             self.fresh.pop(e["method"], None)
 

@@ -22,32 +22,30 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from peft_study.errors import Interrupted, OutputError, PeftStudyError
 from peft_study.storage.files import atomic_writer, json_text, made_folder, output_error
 
 Status = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
-SCHEMA_VERSION = 1
-"""Of what a run's or study's folder holds; raised when an older program could no longer read it."""
+SCHEMA_VERSION = 2
+"""Of what a run's or study's folder holds; raised with every change that a program of before or after cannot read."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
-FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints", "storage")
+FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints")
 """Settings that change no number."""
 LOCK, OWNER = "lock", "owner.json"
 """Files of the process that writes to the folder of a run or a study."""
 _VERSION = {"version": SCHEMA_VERSION}
 
 
-def identity(config: BaseModel) -> str:
+def identity(resolved: Mapping[str, Any]) -> str:
     """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
-    free = dict.fromkeys(FREE, True)
-    exclude: Any = {**free, "data": {"workers"}}
-    values = config.model_dump(mode="json", exclude=exclude)
+    values = {name: value for name, value in resolved.items() if name not in FREE}
+    values["data"] = {name: value for name, value in values["data"].items() if name != "workers"}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -87,13 +85,13 @@ class RunFolder:
         values = self.read_if_there(_STATUS)
         return None if values is None else values["identity"]
 
-    def check(self, config: BaseModel, *, overwrite: bool, remedy: str) -> bool:
+    def check(self, resolved: Mapping[str, Any], *, overwrite: bool, remedy: str) -> bool:
         """Returns True where a run of the same settings lies here that is to be gone on with; changes nothing.
 
         Asked before anything is loaded, so that a folder in use is refused at once.
 
         Args:
-            config: the resolved settings.
+            resolved: every setting, as JSON.
             overwrite: another run that lies here may be deleted.
             remedy: how this command replaces or resumes, for the error.
 
@@ -111,32 +109,33 @@ class RunFolder:
             raise OutputError("holds files that are no run", where=str(self.path), remedy="give an empty folder")
         if found is None or overwrite:
             return False
-        self.refuse_newer()
-        if found != identity(config):
+        self.refuse_other_version()
+        if found != identity(resolved):
             raise OutputError("holds another run, with other settings", where=str(self.path), remedy=remedy)
         return True
 
-    def refuse_newer(self) -> None:
-        """Refuses a folder that a newer version of this program wrote.
+    def refuse_other_version(self) -> None:
+        """Refuses a folder that another version of this program wrote.
 
         Raises:
             OutputError: then.
         """
         version = (self.read_if_there(_STATUS) or {}).get("version", SCHEMA_VERSION)
-        if version > SCHEMA_VERSION:
+        if version != SCHEMA_VERSION:
+            age, change = ("a newer", "upgrade") if version > SCHEMA_VERSION else ("an older", "install the older")
             raise OutputError(
-                f"was written by a newer version of this program (schema {version}, this one knows {SCHEMA_VERSION})",
+                f"was written by {age} version of this program (schema {version}, this one reads {SCHEMA_VERSION})",
                 where=str(self.path),
-                remedy="upgrade peft-study, or give another folder",
+                remedy=f"{change} peft-study, or give another folder",
             )
 
-    def claim(self, config: BaseModel, given: Any, *, overwrite: bool, remedy: str) -> bool:
+    def claim(self, resolved: Mapping[str, Any], given: Any, *, overwrite: bool, remedy: str) -> bool:
         """Makes the folder this run's; returns True where a run of the same settings is gone on with.
 
         Called once model and data are known to be good: a mistake in them makes no folder and deletes no old run.
 
         Args:
-            config: the resolved settings.
+            resolved: every setting, as JSON.
             given: what the user said, to be kept.
             overwrite: delete the run that lies here.
             remedy: as in `check`.
@@ -144,15 +143,15 @@ class RunFolder:
         Raises:
             OutputError: when the folder holds another run or other files, or cannot be written.
         """
-        if self.check(config, overwrite=overwrite, remedy=remedy):
+        if self.check(resolved, overwrite=overwrite, remedy=remedy):
             return True
         if self.identity() is not None:
             self._clear()
         with made_folder(self.path):
             try:
                 self.write(_GIVEN, given)
-                self.write(_RESOLVED, config.model_dump(mode="json"))
-                self.set_status("running", own=identity(config))
+                self.write(_RESOLVED, resolved)
+                self.set_status("running", own=identity(resolved))
             except BaseException:
                 for name in (_GIVEN, _RESOLVED, _STATUS):
                     (self.path / name).unlink(missing_ok=True)

@@ -8,12 +8,11 @@ STUDY/
     capacity.json         slots, row budget and threads: settled once, the same on resume
     examples.json         held-out examples: their tokens and the untouched base's losses (storage/held_out.py)
     journal.jsonl         every decision and result, in order (storage/journal.py)
-    optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
+    optuna.db             the search as `optuna-dashboard sqlite:///STUDY/optuna.db` shows it; made from the journal
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (storage/run_dir.py)
     reruns/NAME/          a trial trained again (study/rerun.py)
     checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
     team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
-    name.json             only with a database of several studies: how this one is called there
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
     lock, owner.json      held by the process that writes, and which that is
@@ -26,14 +25,13 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.config import StudyConfig, TrainConfig, validate
+from peft_study.config import StudyConfig, TrialSettings, validate
 from peft_study.errors import OutputError
 from peft_study.storage.run_dir import FREE, LOCK, OWNER, RunFolder, identity
 
@@ -41,7 +39,6 @@ _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
 
 TEAM = "team.json"
-NAME = "name.json"
 """Made by a start with several workers, and kept: from then on the journal is ahead of every single cut."""
 
 
@@ -72,18 +69,9 @@ class StudyFolder:
         return RunFolder(self.path / "trials" / name)
 
     @property
-    def storage(self) -> str:
-        """URL of the study's own Optuna database."""
-        return f"sqlite:///{self.path.resolve() / 'optuna.db'}"
-
-    def name_among_others(self) -> str:
-        """Returns a name that no other study has, for places that several share; it is the folder's for good."""
-        found = self.run.read_if_there(NAME)
-        if found is None:
-            found = {"name": f"{self.path.resolve().name}-{secrets.token_hex(6)}"}
-            self.run.write(NAME, found)
-        name: str = found["name"]
-        return name
+    def optuna(self) -> Path:
+        """A copy of the search for optuna-dashboard."""
+        return self.path / "optuna.db"
 
     def check(self, config: StudyConfig, *, overwrite: bool, go_on: bool) -> list[str]:
         """Returns what changed in the study file since this folder's study began; changes nothing itself.
@@ -97,15 +85,15 @@ class StudyFolder:
             OutputError: when the folder holds something else, a newer schema, or a study whose file differs and neither
                 was said; or changes that no old trial can be compared across.
         """
-        found = self.run.identity()
-        if found is None or overwrite or found == identity(config):
-            self.run.check(config, overwrite=overwrite, remedy="")
+        found, resolved = self.run.identity(), config.model_dump(mode="json")
+        if found is None or overwrite or found == identity(resolved):
+            self.run.check(resolved, overwrite=overwrite, remedy="")
             return []
         before = self.run.read_if_there("config.resolved.json")
         if before is None or "methods" not in before:
             raise OutputError("holds a run that is no study", where=str(self.path), remedy="give another output folder")
-        self.run.refuse_newer()
-        changes = differences(before, json.loads(config.model_dump_json()))
+        self.run.refuse_other_version()
+        changes = differences(before, resolved)
         said = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         if not go_on:
             raise OutputError(
@@ -134,23 +122,29 @@ class StudyFolder:
 
     def claim(self, config: StudyConfig, given: Any, *, overwrite: bool) -> None:
         """Makes the folder this study's."""
-        self.run.claim(config, given, overwrite=overwrite, remedy="")
+        self.run.claim(config.model_dump(mode="json"), given, overwrite=overwrite, remedy="")
 
     def take_over(self, config: StudyConfig, given: Any) -> None:
         """Makes a changed file the one that the folder's study goes on with."""
+        resolved = config.model_dump(mode="json")
         self.run.write("config.given.json", given)
-        self.run.write("config.resolved.json", config.model_dump(mode="json"))
-        self.run.set_status("running", own=identity(config))
+        self.run.write("config.resolved.json", resolved)
+        self.run.set_status("running", own=identity(resolved))
 
-    def claim_trial(self, config: TrainConfig) -> RunFolder:
-        """Returns the claimed folder of a trial; one that was begun before is used again.
+    def claim_trial(self, name: str, config: StudyConfig, settings: TrialSettings) -> RunFolder:
+        """Returns the claimed folder of a trial, which then is a run's; one that was begun before is used again.
 
-        What lies there of other settings is of a history that a kill and a changed study file ended.
+        A trial of other settings that lies there was begun under an earlier study file and never reached a checkpoint.
         """
-        folder = RunFolder(config.output)
-        if folder.identity() not in (None, identity(config)):
+        folder = self.trial(name)
+        resolved = {
+            **config.model_dump(mode="json", include={"model", "data", "logging"}),
+            **settings.model_dump(mode="json", include={"method", "training"}),
+            "output": str(folder.path),
+        }
+        if folder.identity() not in (None, identity(resolved)):
             shutil.rmtree(folder.path)
-        folder.claim(config, config.model_dump(mode="json"), overwrite=False, remedy="give another output folder")
+        folder.claim(resolved, resolved, overwrite=False, remedy="give another output folder")
         folder.set_status("running")
         return folder
 
@@ -158,12 +152,12 @@ class StudyFolder:
         """Returns the study's resolved settings.
 
         Raises:
-            OutputError: when the folder holds no study, or one of a newer version.
+            OutputError: when the folder holds no study, or one of another version.
         """
         values = self.run.read_if_there("config.resolved.json")
         if values is None or "methods" not in values:
             raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
-        self.run.refuse_newer()
+        self.run.refuse_other_version()
         return validate(StudyConfig, values, where=str(self.path / "config.resolved.json"))
 
 

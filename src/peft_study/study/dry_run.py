@@ -86,7 +86,7 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
     largest_settings = largest(config)
     found = []
     for name, space in config.methods.items():
-        setting = _timed(session, tried(space), config.training.seed)
+        setting = _timed(session, tried(space, config.training), config.training.seed)
         if space.kind != "none" and setting is not None:
             session.room.cut_rows([setting])
             slot = session.room.slot(largest_settings[name].method)
@@ -111,8 +111,7 @@ def _method(
     config: StudyConfig, session: Session, name: str, setting: MethodConfig, slot: int, say: Say
 ) -> MethodEstimate:
     space = config.methods[name]
-    values = lr_range_test.central(space)
-    training = space.training(values, config.training)
+    training = space.at(lr_range_test.central(space), config.training).training
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
     say(f"timing {MEASURED_STEPS} steps of {name}")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.config import TrainConfig
+from peft_study.config import TrainConfig, TrialSettings
 from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.report.study_reader import Study, trained
 from peft_study.search.trials import TrialRecord
@@ -82,7 +82,7 @@ def _rerun(
         watcher.say(note)
     settle(session, study.folder.run, [], trials=1, wanted="auto")
     own = config.model_copy(update={"output": folder.path})
-    folder.claim(own, config.model_dump(mode="json"), overwrite=False, remedy="")
+    folder.claim(own.model_dump(mode="json"), config.model_dump(mode="json"), overwrite=False, remedy="")
     try:
         folder.write_record(record)
         sums, outcome = _train(study, trial, config, session, folder, watcher, stop)
@@ -173,7 +173,8 @@ def _train(
     stop: StopRequest,
 ) -> tuple[dict[int, Losses], Outcome]:
     keep = trial.kind == "final" or config.method.method != "full"
-    plan = TrialPlan(trial.name, config.method, config.training, folder, tuple(trial.sums), None, keep)
+    settings = TrialSettings(method=config.method, training=config.training, rungs=tuple(trial.sums), keep=keep)
+    plan = TrialPlan(trial.name, settings, folder)
     # a rerun that is stopped begins again: no checkpoints
     logging = study.config.logging.model_copy(update={"checkpoint_every": None, "checkpoint_minutes": None})
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity="rerun", tolerant=True)

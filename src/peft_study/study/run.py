@@ -5,21 +5,20 @@ scheduler --commands--> worker (engine, slots) --report--> journal, Optuna, sche
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_study.config import StudyConfig, TrainConfig, TrainingConfig
+from peft_study.config import StudyConfig, TrainingConfig
 from peft_study.engine.checkpoint import Found
-from peft_study.errors import Interrupted
+from peft_study.errors import Interrupted, OutputError
 from peft_study.methods.registry import is_exclusive
 from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.search.budget import steps_of
-from peft_study.search.samplers import Suggestions, open_storage
+from peft_study.search.samplers import export
 from peft_study.search.scheduler import Scheduler
 from peft_study.search.trials import StudyState, TrialRecord, final_seeds
 from peft_study.storage import held_out
@@ -107,11 +106,9 @@ def run_study(
 
 
 def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
-    """Refuses, before anything is written, a budget below one step and a database that cannot be opened."""
+    """Refuses a budget below one step before anything is written."""
     for data_seed in (config.training.data_seed, *final_seeds(config)):
         steps_of(config.training.model_copy(update={"data_seed": data_seed}), config.budget.tokens, facts.train_lengths)
-    if config.storage is not None:
-        open_storage(config.storage)
 
 
 def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Backend:
@@ -146,6 +143,7 @@ class _Study:
         held_out.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
         self._waiting: list[tuple[TrialRecord, Found | None]] = []
+        self._exported_at = time.monotonic()
         self._counted: dict[tuple[int | None, int, int, int], int] = {}
         decided = [cut.decided for cut in backend.cuts()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
@@ -155,12 +153,13 @@ class _Study:
         self._changes = changes
         if changes:
             self._elapsed_before = 0.0
+            folder.optuna.unlink(missing_ok=True)  # choices of another space cannot be added to it
             methods = sorted(
                 {change.split(".")[1].split(":")[0] for change in changes if change.startswith("methods.")}
             )
             event = {"event": "continued", "changes": list(changes), "methods": methods}
-            self._journal.append([{**event, "time": time.time(), "token": secrets.token_hex(4)}])
-        self._scheduler = self._make_scheduler()
+            self._journal.append([{**event, "time": time.time()}])
+        self._scheduler = Scheduler(config, self._journal, self._steps, self._facts.counts_N)
         self._started = time.monotonic()
 
     def run(self, stop: StopRequest, given: Any) -> FinishedStudy:
@@ -182,6 +181,7 @@ class _Study:
             stopping = stop.asked
             if stopping and backend.quiet:
                 backend.save(self._decided())
+                self._export()
                 running = sum(1 for _ in state.running())
                 raise Interrupted(
                     f"stopped with {running} trials under way and {len(state.trials) - running} ended, "
@@ -191,25 +191,12 @@ class _Study:
                 self._take(worker, report, stopping=stopping)
         self._open_test()
         backend.conclude(self._decided())
+        self._export()
         results = collect(self._config, state, self._facts.examples, self._folder)
         write_rows(results, self._folder)
         said = sentences(self._config, state, self._facts.examples, results)
         self._folder.run.write("results.json", {**summary(results), "sentences": said})
         return FinishedStudy(self._folder.path, results, tuple(said))
-
-    def _make_scheduler(self) -> Scheduler:
-        config = self._config
-        storage = open_storage(config.storage or self._folder.storage)
-        prefix = "" if config.storage is None else f"{self._folder.name_among_others()}-"
-        # a changed space begins an Optuna study, with what was tried before: choices cannot be put into an old one
-        changes = [event["token"] for event in self._journal.events if event["event"] == "continued"]
-        suffix = f"/{changes[-1]}" if changes else ""
-        suggestions = {
-            name: Suggestions(storage, f"{prefix}{name}{suffix}", name, space, config.sampler(name), config.search.seed)
-            for name, space in config.methods.items()
-            if space.kind != "none"
-        }
-        return Scheduler(config, self._journal, suggestions, self._steps, self._facts.counts_N)
 
     def _steps(self, training: TrainingConfig) -> int:
         """Returns a trial's steps; a budget of tokens is counted out once for each order of the data."""
@@ -227,6 +214,9 @@ class _Study:
         for trial in ending:
             self._folder.trial(trial.name).set_status(trial.status, trial.reason)
             self._watcher.ended(trial, self._facts)
+        minutes = self._config.logging.checkpoint_minutes
+        if ending and minutes is not None and time.monotonic() - self._exported_at > 60 * minutes:
+            self._export()
         self._wait(report.lost)
         limit = self._config.budget.minutes
         if limit is not None and self._elapsed() > 60 * limit:
@@ -255,7 +245,7 @@ class _Study:
         found: list[TrialPlan] = []
         waiting, self._waiting = self._waiting, []
         for trial, cut in waiting:
-            alone = is_exclusive(self._scheduler.setting(trial).method.method)
+            alone = is_exclusive(trial.settings.method.method)
             if room > 0 and (not alone or (empty and not found)):
                 found.append(self._plan_of(trial, cut))
                 room = 0 if alone else room - 1
@@ -264,18 +254,16 @@ class _Study:
         return found + [self._plan_of(trial) for trial in self._scheduler.next(room, empty=empty and not found)]
 
     def _plan_of(self, trial: TrialRecord, cut: Found | None = None) -> TrialPlan:
-        config, setting = self._config, self._scheduler.setting(trial)
-        own = TrainConfig(
-            model=config.model,
-            data=config.data,
-            method=setting.method,
-            training=setting.training,
-            logging=config.logging,
-            output=self._folder.trial(trial.name).path,
-        )
-        folder = self._folder.claim_trial(own)
-        every = config.logging.evaluate_every
-        return TrialPlan(trial.name, setting.method, setting.training, folder, setting.rungs, every, setting.keep, cut)
+        folder = self._folder.claim_trial(trial.name, self._config, trial.settings)
+        return TrialPlan(trial.name, trial.settings, folder, self._config.logging.evaluate_every, cut)
+
+    def _export(self) -> None:
+        """Brings `optuna.db` up to date; the study does not need it, so that an error is only a line."""
+        try:
+            export(self._folder.optuna, self._scheduler.samplers, self._scheduler.state)
+        except OutputError as error:
+            self._watcher.say(str(error))
+        self._exported_at = time.monotonic()
 
     def _decided(self) -> Mapping[str, Any]:
         return {"events": len(self._journal), "seconds": self._elapsed()}
@@ -289,7 +277,7 @@ class _Study:
         if state.test:
             return
         finals = [t for m in self._scheduler.methods for t in state.of(m, "final") if t.last is not None]
-        trained = [(t.name, self._scheduler.setting(t).method, self._folder.trial(t.name).adapter) for t in finals]
+        trained = [(t.name, t.settings.method, self._folder.trial(t.name).adapter) for t in finals]
         if trained:
             self._watcher.say(f"opening the test part for {len(trained)} finalists")
             self._scheduler.opened(self._backend.test(trained))

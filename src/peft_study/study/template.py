@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from peft_study.config import METHODS, SPACES, Choices, Range, Strict, StudyConfig, TrainingConfig
+from peft_study.config import METHODS, SPACES, TRAINING_DIMENSIONS, Choices, Range, Strict, StudyConfig, TrainingConfig
 from peft_study.config.schema import SCHEMA_FILE
-from peft_study.config.space import TRAINING_DIMENSIONS
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.survey import Survey, check_heads, survey
 from peft_study.errors import DataError

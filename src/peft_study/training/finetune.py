@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.config import TrainConfig, TrainingConfig
+from peft_study.config import TrainConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import total_steps
@@ -27,7 +27,7 @@ from peft_study.training.session import (
     past_context,
     refuse_other_inputs,
 )
-from peft_study.training.slot_count import Typical, settle
+from peft_study.training.slot_count import settle
 from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 
@@ -71,16 +71,11 @@ class Finished:
         return self.after is not None and self.after.value < self.before.value
 
 
-def with_rate(training: TrainingConfig, rate: float | None) -> TrainingConfig:
-    """Returns the settings with the learning rate filled in (methods without one get a rate that is never used)."""
-    return training.model_copy(update={"learning_rate": rate or 1.0})
-
-
 def resolve(config: TrainConfig) -> TrainConfig:
     """Returns the settings with the method's own learning rate where none was given."""
     rates = config.method.learning_rates
     rate = config.training.learning_rate or (rates.default if rates else None)
-    return config.model_copy(update={"training": with_rate(config.training, rate)})
+    return config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": rate})})
 
 
 def train(
@@ -112,7 +107,7 @@ def train(
     config = resolve(config)
     folder = RunFolder(config.output)
     # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
-    resume = _checkpoint(resume_from, identity(config)) if resume_from else None
+    resume = _checkpoint(resume_from, identity(config.model_dump(mode="json"))) if resume_from else None
     if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
         raise OutputError(
             "would be deleted with the output folder",
@@ -130,7 +125,7 @@ _REMEDY = "replace it with --overwrite_output_dir, or give another --output_dir"
 
 def _begun(folder: RunFolder, config: TrainConfig, *, overwrite: bool) -> bool:
     """Returns True where an unfinished run of these settings lies in the folder."""
-    begun = folder.check(config, overwrite=overwrite, remedy=_REMEDY)
+    begun = folder.check(config.model_dump(mode="json"), overwrite=overwrite, remedy=_REMEDY)
     if begun and (folder.status() or ("", ""))[0] == "finished":
         raise OutputError("holds a finished run of these settings", where=str(folder.path), remedy=_REMEDY)
     return begun
@@ -179,7 +174,7 @@ def _train(
     processes.wait()  # none must look at the folder after the first has claimed it
     if not processes.writes:
         return _run(config, folder, session, watcher, stop, resume)
-    folder.claim(config, given, overwrite=overwrite, remedy=_REMEDY)
+    folder.claim(config.model_dump(mode="json"), given, overwrite=overwrite, remedy=_REMEDY)
     folder.set_status("running")
     try:
         folder.write_record({**environment(), **describe(session)})
@@ -202,13 +197,13 @@ def _run(
     for note in session.notes:
         watcher.say(note)
     logging = config.logging
-    plan = TrialPlan(
-        config.method.method, config.method, config.training, folder, evaluate_every=logging.evaluate_every
+    every = logging.evaluate_every or max(1, total_steps(config.training, len(session.train)) // 4)
+    settings = TrialSettings(method=config.method, training=config.training)
+    plan = TrialPlan(config.method.method, settings, folder, every)
+    settle(session, folder, [settings], trials=1, wanted=1)
+    slots = Slots(
+        session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config.model_dump(mode="json"))
     )
-    if plan.evaluate_every is None:
-        plan = replace(plan, evaluate_every=max(1, total_steps(config.training, len(session.train)) // 4))
-    settle(session, folder, [Typical(config.method, config.training)], trials=1, wanted=1)
-    slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config))
     if session.encoder.missing_bos:
         watcher.say(bos_losses(session))
     outcome = _to_the_end(slots, plan, session, stop, resume)

@@ -207,7 +207,7 @@ class Slots:
             self._session.base_train.save()
 
     def _new(self, plan: TrialPlan) -> TrialRun:
-        refuse_unfit(self._session, plan.method)  # found out by trying, it might take the whole study with it
+        refuse_unfit(self._session, plan.settings.method)  # found out by trying, it might take the whole study with it
         return TrialRun(plan, self._session, self._logging, self._watcher)
 
     def _enter(self, plans: Sequence[TrialPlan]) -> list[TrialEvent]:
@@ -216,7 +216,7 @@ class Slots:
         entering: list[TrialRun] = []
         for plan in plans:
             try:
-                with room_for(size(plan.method, self._session.base).name, self._session.base.device):
+                with room_for(size(plan.settings.method, self._session.base).name, self._session.base.device):
                     run = self._new(plan)
                     resumed = plan.cut is not None and self._restore(run, plan.cut)
                     if run.trial.parameters and not resumed:
@@ -293,7 +293,7 @@ class Slots:
             if run.trial.finished:
                 if not self._tolerant:  # a checkpoint that was asked for at the last step is one of the trial, too
                     self._save_at_mark(decided)
-                if run.plan.keep:
+                if run.plan.settings.keep:
                     run.save_adapter()
                 events.append(self._end(run, "finished", sums_N))
         return events

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from peft_study.config import MethodConfig, TrainingConfig
+from peft_study.config import TrialSettings
 from peft_study.engine.memory import MemoryProbe, measured, probe
 from peft_study.errors import UserError
 from peft_study.methods.registry import create, is_exclusive
@@ -39,23 +39,15 @@ class Capacity:
     workers: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Typical:
-    """The largest setting of a method that trains beside others, and its optimizer's: what slots are measured with."""
-
-    method: MethodConfig
-    training: TrainingConfig
-
-
 def settle(
-    session: Session, folder: RunFolder, largest: Sequence[Typical], *, trials: int, wanted: int | Literal["auto"]
+    session: Session, folder: RunFolder, largest: Sequence[TrialSettings], *, trials: int, wanted: int | Literal["auto"]
 ) -> str | None:
     """Gives the engine its slots and row budget, and returns a line for the user where there is news.
 
     Args:
         session: its engine has no trials yet.
         folder: of the run; what an earlier start settled is used again.
-        largest: of each method.
+        largest: setting of each method.
         trials: of the whole run.
         wanted: slots, or auto.
     """
@@ -89,7 +81,9 @@ def differs(capacity: Capacity, wanted: int | Literal["auto"]) -> str | None:
     return f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
 
 
-def found(session: Session, largest: Sequence[Typical], *, trials: int, wanted: int | Literal["auto"]) -> Capacity:
+def found(
+    session: Session, largest: Sequence[TrialSettings], *, trials: int, wanted: int | Literal["auto"]
+) -> Capacity:
     """Returns what this session's engine can hold; arguments as in `settle`."""
     fitting = [t for t in largest if _fits(session, t)]
     session.room.cut_rows([t.method for t in fitting])
@@ -112,15 +106,17 @@ def use(session: Session, capacity: Capacity) -> None:
         torch.set_num_threads(capacity.threads)
 
 
-def _fits(session: Session, typical: Typical) -> bool:
+def _fits(session: Session, settings: TrialSettings) -> bool:
     try:
-        check_methods(session, [typical.method], typical.training.seed)
+        check_methods(session, [settings.method], settings.training.seed)
     except UserError:  # its trials will be rows that failed
         return False
     return True
 
 
-def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typical]) -> MemoryProbe | None:
+def _measure(
+    session: Session, largest: Sequence[TrialSettings], fitting: Sequence[TrialSettings]
+) -> MemoryProbe | None:
     """Runs a row of the largest setting; of one that is too large for the memory, nothing fits beside the others."""
     room = session.room
     slots = [room.slot(t.method) for t in largest if not is_exclusive(t.method.method)]
@@ -135,7 +131,7 @@ def _measure(session: Session, largest: Sequence[Typical], fitting: Sequence[Typ
     return measured(room.free, activations, max(slots))
 
 
-def _enough(session: Session, largest: Sequence[Typical], trials: int, measured: MemoryProbe | None) -> int:
+def _enough(session: Session, largest: Sequence[TrialSettings], trials: int, measured: MemoryProbe | None) -> int:
     """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
 
     On an accelerator a short row is a waste: a batch ends in the middle of a row and the next one can only begin in the

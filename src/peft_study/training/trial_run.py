@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
-from peft_study.config import LoggingConfig, MethodConfig, TrainingConfig
+from peft_study.config import LoggingConfig, TrialSettings
 from peft_study.engine.checkpoint import Found
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
@@ -48,29 +48,25 @@ class TrialPlan:
 
     Attributes:
         name: unique among the run's trials.
-        method, training: the setting; the learning rate is filled in.
+        settings: what it trains with.
         folder: claimed by the caller.
-        rungs: optimizer steps at which the held-out losses are measured.
-        evaluate_every: steps between further measurements; None: none but at the rungs and the end.
-        keep: the adapter is written at the end.
+        evaluate_every: steps between measurements of the held-out losses; None: only at the rungs and the end.
         cut: a checkpoint that holds the trial, from which it goes on; None: it begins.
     """
 
     name: str
-    method: MethodConfig
-    training: TrainingConfig
+    settings: TrialSettings
     folder: RunFolder
-    rungs: tuple[int, ...] = ()
     evaluate_every: int | None = None
-    keep: bool = True
     cut: Found | None = None
 
     @property
     def start(self) -> str:
         """What decides the held-out losses before step 1: trials that differ in their rates alone share them."""
-        if self.method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
+        method = self.settings.method
+        if method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
             return "base"
-        return f"{self.method.model_dump_json()} {self.training.seed}"
+        return f"{method.model_dump_json()} {self.settings.training.seed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +94,10 @@ class Outcome:
 
 
 class TrialRun:
-    """A job's trial with its files.
+    """A trial in its slot, with its files.
 
     Args:
-        job: what to run.
+        plan: what to run.
         session: what all trials share.
         logging: how often things are written.
         watcher: is told.
@@ -109,10 +105,9 @@ class TrialRun:
 
     def __init__(self, plan: TrialPlan, session: Session, logging: LoggingConfig, watcher: Watcher) -> None:
         self.plan, self._session, self._logging, self._watcher = plan, session, logging, watcher
-        adapter = create(plan.method, session.base, session.material, plan.training.seed)
-        self.trial = Trial(
-            plan.name, adapter, plan.training, session.train, scales_loss=session.base.placement.scales_loss
-        )
+        training = plan.settings.training
+        adapter = create(plan.settings.method, session.base, session.material, training.seed)
+        self.trial = Trial(plan.name, adapter, training, session.train, scales_loss=session.base.placement.scales_loss)
         self.trainable = count_trainable(session.base, adapter)
         self._started = time.perf_counter()
         self._metrics: MetricsWriter | None = None
@@ -143,7 +138,7 @@ class TrialRun:
     def evaluation_due(self) -> bool:
         """True where the held-out losses are to be measured now."""
         step, every = self.trial.step, self.plan.evaluate_every
-        return self.trial.finished or step in self.plan.rungs or (every is not None and step % every == 0)
+        return self.trial.finished or step in self.plan.settings.rungs or (every is not None and step % every == 0)
 
     def log(self, report: StepReport) -> None:
         """Writes an optimizer step down."""
@@ -208,7 +203,7 @@ class TrialRun:
             trainable=self.trainable,
             steps=trial.step,
             tokens=trial.tokens,
-            virtual_tokens=getattr(self.plan.method, "tokens", 0) * trial.step * trial.training.batch_size,
+            virtual_tokens=getattr(self.plan.settings.method, "tokens", 0) * trial.step * trial.training.batch_size,
             seconds=time.perf_counter() - self._started,
         )
 
