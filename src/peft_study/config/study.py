@@ -82,11 +82,6 @@ class StudyConfig(Strict):
     ray: str | None = Field(
         None, description="address of a Ray cluster whose devices run the trials, or auto for the one that runs here"
     )
-    checkpoints: str | None = Field(
-        None,
-        description="where several workers keep checkpoints: a folder or fsspec URL (s3://...) that all machines "
-        "reach; None: in the study's folder",
-    )
     storage: str | None = Field(
         None, description="URL of Optuna's database, e.g. postgresql://...; None: a SQLite file in the folder"
     )

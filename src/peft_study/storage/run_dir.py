@@ -36,7 +36,7 @@ Status = Literal["running", "finished", "pruned", "diverged", "failed", "interru
 SCHEMA_VERSION = 1
 """Of what a run's or study's folder holds; raised when an older program could no longer read it."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
-FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints", "storage")
+FREE = ("output", "logging", "slots", "workers", "ray", "storage")
 """Settings that change no number."""
 LOCK, OWNER = "lock", "owner.json"
 """Files of the process that writes to the folder of a run or a study."""

@@ -11,8 +11,8 @@ STUDY/
     optuna.db             Optuna's database; `optuna-dashboard sqlite:///STUDY/optuna.db` shows it
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (storage/run_dir.py)
     reruns/NAME/          a trial trained again (study/rerun.py)
-    checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
-    team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
+    checkpoints/          of the engine, while it runs; of several workers in worker-N/
+    workers.json          only of a study that several workers ran: the next worker's number
     name.json             only with a database of several studies: how this one is called there
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
@@ -35,14 +35,15 @@ from typing import Any
 
 from peft_study.config import StudyConfig, TrainConfig, validate
 from peft_study.errors import OutputError
+from peft_study.storage.files import output_error
 from peft_study.storage.run_dir import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
 
-TEAM = "team.json"
+_WORKERS = "workers.json"
+"""Written by a start with several workers, and kept: from then on the journal is ahead of every single checkpoint."""
 NAME = "name.json"
-"""Made by a start with several workers, and kept: from then on the journal is ahead of every single cut."""
 
 
 class StudyFolder:
@@ -59,13 +60,27 @@ class StudyFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Cuts of the engine."""
+        """Of the engine; of several workers each in a folder of its own."""
         return self.run.checkpoints
 
     @property
     def had_pool(self) -> bool:
         """True where several workers ran the study."""
-        return (self.path / TEAM).exists()
+        return (self.path / _WORKERS).exists()
+
+    def claim_worker(self) -> Path:
+        """Makes the folder of checkpoints of a new worker, ``checkpoints/worker-N``; no N is ever used twice.
+
+        So a dead worker that still writes, or an old file, cannot disturb a new worker.
+        """
+        number = (self.run.read_if_there(_WORKERS) or {"next": 0})["next"]
+        self.run.write(_WORKERS, {"next": number + 1})
+        folder = self.checkpoints / f"worker-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise output_error(error, folder) from error
+        return folder
 
     def trial(self, name: str) -> RunFolder:
         """Returns the folder of a trial."""
@@ -164,6 +179,7 @@ class StudyFolder:
         if values is None or "methods" not in values:
             raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
         self.run.refuse_newer()
+        values.pop("checkpoints", None)  # a setting that earlier versions wrote
         return validate(StudyConfig, values, where=str(self.path / "config.resolved.json"))
 
 
