@@ -150,7 +150,6 @@ def test_folders_in_the_way_of_samples(cli: CommandLine, tiny_data: Path, tmp_pa
         ("run", "{study}", "--set", "data.train=''"),
         ("run", "{study}", "--set", "data.train=['']"),
         ("run", "{study}", "--set", "data.chat_template=''"),
-        ("run", "{study}", "--set", "checkpoints=''"),
         ("run", "{study}", "--set", "ray=''"),
         ("run", "{study}", "--set", "model.name=''"),
         ("status", ""),

@@ -1,8 +1,7 @@
-"""Checkpoints of several workers: at a folder or a URL, and one trial of a cut alone, in another engine."""
+"""One trial of a checkpoint, alone in another engine."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from peft_study.engine.trial import Trial
 from peft_study.errors import OutputError
 from peft_study.methods import create
 from peft_study.model.load import Base
-from peft_study.workers.checkpoints import WorkerCheckpoints
 
 
 def trial_of(base: Base, name: str, config: MethodConfig, **changed: Any) -> Trial:
@@ -113,63 +111,3 @@ def test_a_damaged_file_leaves_the_trial_as_it_was(tmp_path: Path) -> None:
     shutil.rmtree(found.folder)
     with pytest.raises(OutputError, match="damaged"):
         checkpoint.load_one(engine, found, trial)
-
-
-def written(folder: Path, trials: dict[str, int], identity: str = "mine") -> Path:
-    """Writes what looks like a checkpoint."""
-    folder.mkdir(parents=True)
-    entries = [{"name": name, "step": step} for name, step in trials.items()]
-    values = {"version": 2, "step": 3, "identity": identity, "trials": entries, "decided": {"seconds": 2.0}}
-    (folder / "slot-0.safetensors").write_bytes(b"tensors")
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(values))
-    return folder
-
-
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/away" if request.param == "file" else f"memory://{tmp_path.name}"
-
-
-def test_a_cut_sent_to_a_url_is_found_and_fetched(url: str, tmp_path: Path) -> None:
-    here, there = (WorkerCheckpoints(tmp_path / name, url, "study", "mine") for name in ("here", "there"))
-    assert here.find() == []
-    for number, step in enumerate((4, 7)):
-        here.send("worker-0", written(tmp_path / f"cut-{number}", {"a": step, "b": 1}), number)
-    (found,) = there.find()
-    assert (found.trials, found.steps) == (("a", "b"), (7, 1))
-    fetched = there.fetch(found)
-    assert (fetched.folder / "slot-0.safetensors").read_bytes() == b"tensors"
-    assert checkpoint.read(fetched.folder) is not None
-    assert WorkerCheckpoints(tmp_path / "there", url, "study", "of other settings").find() == []
-    assert WorkerCheckpoints(tmp_path / "there", url, "another", "mine").find() == []
-    there.close()
-    assert not fetched.folder.exists()
-
-
-def test_half_a_cut_is_none(url: str, tmp_path: Path) -> None:
-    cuts = WorkerCheckpoints(tmp_path / "here", url, "study", "mine")
-    cuts.send("worker-0", written(tmp_path / "whole", {"a": 4}), 0)
-    half = written(tmp_path / "half", {"a": 9})
-    (half / checkpoint.MANIFEST).unlink()  # the sender dies before it comes to the manifest
-    cuts.send("worker-1", half, 0)
-    assert [cut.steps for cut in cuts.find()] == [(4,)]
-
-
-def test_cuts_that_no_trial_needs_are_swept(url: str, tmp_path: Path) -> None:
-    cuts = WorkerCheckpoints(tmp_path / "here", url, "study", "mine")
-    for name, trials in (("worker-0", {"a": 4}), ("worker-1", {"b": 2})):
-        cuts.send(name, written(tmp_path / name, trials), 0)
-    written(tmp_path / "here" / "worker-2" / "step_3", {"c": 1})
-    cuts.sweep(cut for cut in cuts.find() if "b" in cut.trials)
-    assert [cut.trials for cut in cuts.find()] == [("b",)]
-
-
-def test_the_word_of_another_start_is_not_enough(url: str, tmp_path: Path) -> None:
-    for one, other in ((url, url), (None, None)):
-        cuts = WorkerCheckpoints(tmp_path / "here", one, "study", "mine")
-        assert not cuts.sees_token("now")
-        cuts.leave_token("before")
-        assert not cuts.sees_token("now")
-        cuts.leave_token("now")
-        assert WorkerCheckpoints(tmp_path / "here", other, "study", "mine").sees_token("now")
-        assert not WorkerCheckpoints(tmp_path / "elsewhere", None, "study", "mine").sees_token("now")

@@ -82,11 +82,6 @@ class StudyConfig(Strict):
     ray: str | None = Field(
         None, description="address of a Ray cluster whose devices run the trials, or auto for the one that runs here"
     )
-    checkpoints: str | None = Field(
-        None,
-        description="where several workers keep checkpoints: a folder or fsspec URL (s3://...) that all machines "
-        "reach; None: in the study's folder",
-    )
     output: Path = Field(description="folder of the study")
 
     @field_validator("methods", mode="before")

@@ -183,23 +183,15 @@ def find(folder: Path) -> list[Found]:
 
 
 def read(folder: Path) -> Found | None:
-    """Returns the checkpoint in `folder`, or None where there is no whole one."""
+    """Returns the checkpoint in `folder`, or None where there is no whole one of this version."""
     try:
-        return parse(folder, (folder / MANIFEST).read_text())
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def parse(folder: Path, text: str) -> Found | None:
-    """Returns the checkpoint whose manifest says `text`, or None where it is none of this version."""
-    try:
-        manifest = json.loads(text)
+        manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["version"] != _VERSION:
             return None
         names = tuple(entry["name"] for entry in manifest["trials"])
         steps = tuple(entry["step"] for entry in manifest["trials"])
         return Found(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"])
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -35,7 +35,7 @@ Status = Literal["running", "finished", "pruned", "diverged", "failed", "interru
 SCHEMA_VERSION = 2
 """Of what a run's or study's folder holds; raised with every change that a program of before or after cannot read."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
-FREE = ("output", "logging", "slots", "workers", "ray", "checkpoints")
+FREE = ("output", "logging", "slots", "workers", "ray")
 """Settings that change no number."""
 LOCK, OWNER = "lock", "owner.json"
 """Files of the process that writes to the folder of a run or a study."""

@@ -11,8 +11,8 @@ STUDY/
     optuna.db             the search as `optuna-dashboard sqlite:///STUDY/optuna.db` shows it; made from the journal
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (storage/run_dir.py)
     reruns/NAME/          a trial trained again (study/rerun.py)
-    checkpoints/          cuts of the engine while it runs; of several workers in worker-N/
-    team.json             only of a study that several workers ran: the next worker's number, and a name for URLs
+    checkpoints/          of the engine, while it runs; of several workers in worker-N/
+    workers.json          only of a study that several workers ran: the next worker's number
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
     lock, owner.json      held by the process that writes, and which that is
@@ -33,13 +33,14 @@ from typing import Any
 
 from peft_study.config import StudyConfig, TrialSettings, validate
 from peft_study.errors import OutputError
+from peft_study.storage.files import output_error
 from peft_study.storage.run_dir import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
 """Settings without which trials of before and after a change cannot be compared."""
 
-TEAM = "team.json"
-"""Made by a start with several workers, and kept: from then on the journal is ahead of every single cut."""
+_WORKERS = "workers.json"
+"""Written by a start with several workers, and kept: from then on the journal is ahead of every single checkpoint."""
 
 
 class StudyFolder:
@@ -56,13 +57,27 @@ class StudyFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Cuts of the engine."""
+        """Of the engine; of several workers each in a folder of its own."""
         return self.run.checkpoints
 
     @property
     def had_pool(self) -> bool:
         """True where several workers ran the study."""
-        return (self.path / TEAM).exists()
+        return (self.path / _WORKERS).exists()
+
+    def claim_worker(self) -> Path:
+        """Makes the folder of checkpoints of a new worker, ``checkpoints/worker-N``; no N is ever used twice.
+
+        So a dead worker that still writes, or an old file, cannot disturb a new worker.
+        """
+        number = (self.run.read_if_there(_WORKERS) or {"next": 0})["next"]
+        self.run.write(_WORKERS, {"next": number + 1})
+        folder = self.checkpoints / f"worker-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise output_error(error, folder) from error
+        return folder
 
     def trial(self, name: str) -> RunFolder:
         """Returns the folder of a trial."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,6 @@ class Slots:
         identity: of the run's settings, kept in them.
         tolerant: a trial that cannot be made, or whose example does not fit into the memory, ends as failed; else its
             error ends the run.
-        kept: is told of each checkpoint that was written.
     """
 
     def __init__(
@@ -90,9 +89,7 @@ class Slots:
         checkpoints: Path,
         identity: str,
         tolerant: bool = False,
-        kept: Callable[[Path], None] | None = None,
     ) -> None:
-        self._kept = kept
         self._session, self._logging, self._watcher = session, logging, watcher
         self._checkpoints, self._identity, self._tolerant = checkpoints, identity, tolerant
         self._engine = session.engine
@@ -188,9 +185,7 @@ class Slots:
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
         own = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
         decided = {**decided, "slots": own}
-        path = checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
-        if self._kept is not None:
-            self._kept(path)
+        checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
         checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started

@@ -70,7 +70,7 @@ class LocalBackend:
     def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
         """Resumes from the checkpoint, if there is one."""
         cuts = self.cuts()
-        report = self._worker.resume(cuts[0], plans) if cuts else self._worker.follow(Commands())
+        report = self._worker.resume(cuts[0], plans) if cuts else self._worker.advance(Commands())
         return [("here", report)]
 
     def order(self, _worker: str, commands: Commands | None) -> None:
@@ -80,7 +80,7 @@ class LocalBackend:
     def reports(self) -> list[tuple[str, Report]]:
         """Runs the commands, then one row."""
         commands, self._commands = self._commands, None
-        return [("here", self._worker.follow(commands or Commands()))]
+        return [("here", self._worker.advance(commands or Commands()))]
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Writes a checkpoint."""

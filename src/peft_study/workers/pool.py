@@ -1,68 +1,55 @@
 """Several workers, each with an engine of its own, in processes of this machine or on a Ray cluster.
 
-    member: opening --model and data are loaded--> beginning --capacity, folders--> idle <--commands | report--> busy
-          dead, from anywhere --> its trials are lost, to go on elsewhere from their last checkpoints
-                              --> its place gets a new worker, with a new name, a few times
+    a worker: opening --model and data are loaded--> beginning --slots are set--> idle <--commands | report--> busy
+              dead, from any state --> its trials resume elsewhere from their last checkpoints
+                                   --> its place gets a new worker with a new name, a few times
 
-The first worker is started alone: it fills the caches of tokens and base losses that the others then find, and measures
-the capacity that all work with. The others join while it is at work.
+The first worker starts alone: it fills the caches of tokens and base losses for the others, and measures the slots that
+all use. The others load while it trains.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from peft_study.config import StudyConfig
-from peft_study.engine.checkpoint import Found
+from peft_study.engine import checkpoint
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.statistics import Losses
-from peft_study.storage.files import atomic_writer
-from peft_study.storage.study_dir import TEAM, StudyFolder, basis
+from peft_study.storage.study_dir import StudyFolder, basis
 from peft_study.training import slot_count
 from peft_study.training.loop import Commands
 from peft_study.training.session import Say, refuse_other_inputs
 from peft_study.training.slot_count import Capacity
 from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.backend import Launcher, Link, Trained, WorkerDied
-from peft_study.workers.checkpoints import WorkerCheckpoints, open_place
 from peft_study.workers.worker import Facts, Report
-from peft_study.workers.worker_process import (
-    Answer,
-    Assignment,
-    Begun,
-    Files,
-    Followed,
-    Opened,
-    read_files,
-    write_files,
-)
+from peft_study.workers.worker_process import Answer, Opened
 
-PACE_SECONDS = 0.5
-"""Workers without events report their progress this often, and notice a stop; but
-"""
-PACES_A_SECOND = 50
-"""of all workers together, the scheduler hears no more reports than these: each costs it a millisecond or two."""
+REPORT_SECONDS = 0.5
+"""A worker without events reports its progress, and asks for commands, at least this often."""
+REPORTS_A_SECOND = 50
+"""With many workers the interval grows, to this many reports in all: each takes the scheduler a millisecond or two."""
 
 State = Literal["opening", "beginning", "idle", "busy"]
 
 
 @dataclass(slots=True)
-class _Member:
-    """One worker as the pool knows it.
+class _Handle:
+    """One worker as the pool sees it.
 
     Attributes:
-        link, place: to its process; the device it has.
-        name: of the worker; empty until it begins.
-        state: what it is at.
-        sees: the study's folder is visible to it.
+        link: to its process.
+        place: number of its device.
+        name: ``worker-N``; empty until it begins.
+        state: which call it is answering; idle: none.
         trials: in its slots, as of its last report and commands.
     """
 
@@ -70,7 +57,6 @@ class _Member:
     place: int
     name: str = ""
     state: State = "opening"
-    sees: bool = True
     trials: set[str] = field(default_factory=set)
 
 
@@ -88,23 +74,20 @@ class WorkerPool:
 
     def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, launcher: Launcher) -> None:
         self._config, self._folder, self._say, self._launcher = config, folder, say, launcher
-        self._members: list[_Member] = []
+        self._workers: list[_Handle] = []
         self._deaths: dict[int, int] = {}
-        self._token = secrets.token_hex(16)
         self._trials = 1
         self._capacity: Capacity | None = None
-        self._places: WorkerCheckpoints | None = None
-        self._opened: Opened | None = None
+        self._first_opened: Opened | None = None
 
     def __enter__(self) -> WorkerPool:
-        if self._config.checkpoints is not None:
-            open_place(self._config.checkpoints)  # a mistake in it makes no folder
         self._launcher.__enter__()
         try:
             workers, threads = _counted(self._launcher.count, "worker"), _counted(self._launcher.threads, "thread")
             self._say(f"{workers}, each with {threads}; the first one loads {self._config.model.name}")
             self._open(0)
-            self._opened = opened = self._first("open")
+            opened: Opened = self._first_answer()
+            self._first_opened = replace(opened, facts=None)
             assert opened.facts is not None
             self.facts: Facts = opened.facts
         except BaseException as error:
@@ -118,38 +101,27 @@ class WorkerPool:
         if kind is None or issubclass(kind, PeftStudyError):
             self._close()
         self._launcher.__exit__(kind, error, trace)
-        if self._places is not None:
-            self._places.close()
 
     @property
     def quiet(self) -> bool:
         """True where no worker is at work; those that are still loading do not count."""
-        return not any(member.state == "busy" for member in self._members)
+        return not any(worker.state == "busy" for worker in self._workers)
 
-    @property
-    def _cuts(self) -> WorkerCheckpoints:
-        """The checkpoints, once the study's folder is claimed."""
-        if self._places is None:
-            local = self._folder.checkpoints.resolve()
-            study, identity = self._book()["study"], basis(self._config)
-            self._places = WorkerCheckpoints(local, self._config.checkpoints, study, identity)
-            WorkerCheckpoints(local, None, study, identity).leave_token(self._token)
-            self._places.leave_token(self._token)
-        return self._places
-
-    def cuts(self) -> list[Found]:
-        """Returns the newest checkpoint of every worker there ever was."""
-        return self._cuts.find()
+    def cuts(self) -> list[checkpoint.Found]:
+        """Returns the newest checkpoint of every worker there ever was, and of one process that ran the study alone."""
+        top = self._folder.checkpoints
+        newest = [checkpoint.newest(folder) for folder in (top, *sorted(top.glob("worker-*")))]
+        return [found for found in newest if found is not None and found.identity == basis(self._config)]
 
     def settle(self, trials: int) -> int:
-        """Has the first worker measure what it can hold, and keeps that for all."""
+        """Has the first worker measure how many slots it can hold, and writes that down for all."""
         self._trials = math.ceil(trials / self._launcher.count)
         self._capacity = before = slot_count.kept(self._folder.run)
-        member = self._members[0]
-        self._begin(member)
-        begun: Begun = self._first("begin")
-        self._begun(member, begun)
-        self._capacity = slot_count.with_share(begun.capacity, self._launcher.threads, self._launcher.count)
+        first = self._workers[0]
+        self._begin(first)
+        capacity: Capacity = self._first_answer()
+        first.state = "idle"
+        self._capacity = slot_count.with_share(capacity, self._launcher.threads, self._launcher.count)
         if before is None:
             self._say(f"{slot_count.sentence(self._capacity)}, in each worker")
         elif note := slot_count.differs(before, self._config.slots):
@@ -158,166 +130,145 @@ class WorkerPool:
         return self._capacity.slots * self._launcher.count
 
     def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
-        """Lets the other workers come, and removes checkpoints that no trial needs any more."""
-        self._cuts.sweep(cut for cut in self.cuts() if set(cut.trials) & set(plans))
+        """Starts the other workers, and removes checkpoints that no trial needs any more."""
+        needed = {found.folder.parent.name for found in self.cuts() if set(found.trials) & set(plans)}
+        self._sweep(needed | {worker.name for worker in self._workers})
         for place in range(1, self._launcher.count):
             self._open(place)
-        return [(self._members[0].name, self._free())]
+        return [(self._workers[0].name, _free())]
 
-    def order(self, worker: str, commands: Commands | None) -> None:
-        """Sends a worker its commands; one with neither trials nor commands is idle."""
-        member = next((member for member in self._members if member.name == worker), None)
-        if member is None or commands is None:
-            return  # it died: its last report said so, and left no room
-        if not (member.trials or commands.enter or commands.leave):
+    def order(self, name: str, commands: Commands | None) -> None:
+        """Sends a worker its commands; one with neither trials nor commands stays idle."""
+        worker = next((worker for worker in self._workers if worker.name == name), None)
+        if worker is None or commands is None:  # None: it died, and its last report left no room
             return
-        member.trials |= {plan.name for plan in commands.enter}
-        member.state = "busy"
-        files = {} if member.sees else self._luggage([plan.name for plan in commands.enter if plan.cut is not None])
-        self._call(member, "follow", commands, files, max(PACE_SECONDS, self._launcher.count / PACES_A_SECOND))
+        if not (worker.trials or commands.enter or commands.leave):
+            return
+        worker.trials |= {plan.name for plan in commands.enter}
+        worker.state = "busy"
+        self._call(worker, "advance", commands, max(REPORT_SECONDS, self._launcher.count / REPORTS_A_SECOND))
 
     def reports(self) -> list[tuple[str, Report]]:
-        """Waits until something is heard of a worker that is at work or coming.
+        """Waits for answers of workers that train or load, and returns their reports.
 
-        Where that is more than how far trials are, those without trials report as well: there may be one for them.
+        Where a report has events or lost trials, workers without trials report as well: there may be one for them.
         """
-        idle = [member for member in self._members if member.state == "idle" and not member.trials]
-        waited = [member for member in self._members if member.state != "idle"]
+        idle = [worker for worker in self._workers if worker.state == "idle" and not worker.trials]
+        waited = {id(worker.link): worker for worker in self._workers if worker.state != "idle"}
         if not waited:
-            self._nobody("no worker is left" if not idle else "no worker has anything to do")
-        by_link = {id(member.link): member for member in waited}
-        ready = [by_link[id(link)] for link in self._launcher.wait([member.link for member in waited])]
-        found = [report for member in ready if (report := self._heard(member)) is not None]
+            what = "no worker has anything to do" if idle else "no worker is left"
+            raise ProcessError(
+                f"{what} ({sum(self._deaths.values())} died)",
+                where=str(self._folder.path),
+                remedy="see why they died (usually memory ran out: fewer --slots or --workers); the same command "
+                "resumes from their last checkpoints",
+            )
+        ready = self._launcher.wait([worker.link for worker in waited.values()])
+        found = [report for link in ready if (report := self._receive(waited[id(link)])) is not None]
         if any(report.events or report.lost for _, report in found):
-            found += [(member.name, self._free()) for member in idle]
+            found += [(worker.name, _free()) for worker in idle]
         return found
 
     def save(self, decided: Mapping[str, Any]) -> None:
         """Has every worker with trials write a checkpoint; one that dies meanwhile has its earlier ones."""
-        saving = [member for member in self._members if member.state == "idle" and member.trials]
-        for member in saving:
-            self._call(member, "save", decided)
-        for member in saving:
+        saving = [worker for worker in self._workers if worker.state == "idle" and worker.trials]
+        for worker in saving:
+            self._call(worker, "save", decided)
+        for worker in saving:
             try:
-                _value(member.link.answer())
+                _value(worker.link.answer())
             except WorkerDied as died:
-                self._say(f"{member.name} died before its last checkpoint ({died})")
+                self._say(f"{worker.name} died before its last checkpoint ({died})")
 
     def conclude(self, decided: Mapping[str, Any]) -> None:
-        """Removes all checkpoints: the journal says everything."""
-        self._cuts.sweep(())
+        """Removes the checkpoints of all workers: the journal has everything."""
+        self._sweep(set())
 
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Has one worker measure the test part; where it dies, the next one."""
-        adapters = [(name, method) for name, method, _ in trained]
         while True:
-            member = next((member for member in self._members if member.state == "idle"), None)
-            if member is None:
-                self.reports()  # of one that is coming
+            worker = next((worker for worker in self._workers if worker.state == "idle"), None)
+            if worker is None:
+                self.reports()  # of one that is loading
                 continue
-            files = {} if member.sees else self._luggage([name for name, _ in adapters])
+            self._call(worker, "test", trained)
             try:
-                member.link.call("test", adapters, files)
-                losses: dict[str, Losses] = _value(member.link.answer())
+                losses: dict[str, Losses] = _value(worker.link.answer())
             except WorkerDied as died:
-                self._say(self._lost(member, died).lines[0])
+                self._say(self._replace_dead(worker, died).lines[0])
                 continue
             return losses
 
-    # -- workers that start -------------------------------------------------------------------------------------------
+    def _sweep(self, kept: set[str]) -> None:
+        for folder in self._folder.checkpoints.glob("worker-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _open(self, place: int) -> None:
-        member = _Member(self._launcher.open(place), place)
-        self._members.append(member)
-        first = None if self._opened is None else replace(self._opened, facts=None)
-        self._call(member, "open", self._config.model_dump_json(), str(Path.cwd()), self._launcher.sharing, first)
+        worker = _Handle(self._launcher.open(place), place)
+        self._workers.append(worker)
+        settings, folder = self._config.model_dump_json(), str(Path.cwd())
+        self._call(worker, "open", settings, folder, self._launcher.sharing, self._first_opened)
 
-    def _begin(self, member: _Member) -> None:
-        book = self._book()
-        member.name, member.state = f"worker-{book['next']}", "beginning"
-        self._write_book({**book, "next": book["next"] + 1})
-        share = self._launcher.threads, self._trials, self._capacity
-        self._call(
-            member, "begin", Assignment(member.name, self._folder.path.resolve(), book["study"], self._token, *share)
-        )
+    def _begin(self, worker: _Handle) -> None:
+        checkpoints = self._folder.claim_worker()
+        worker.name, worker.state = checkpoints.name, "beginning"
+        self._call(worker, "begin", checkpoints, self._launcher.threads, self._trials, self._capacity)
 
-    def _begun(self, member: _Member, begun: Begun) -> None:
-        member.state, member.sees = "idle", begun.sees
-
-    def _first(self, doing: str) -> Any:
-        """Returns what the first worker answers, without which there is no study."""
-        member = self._members[0]
-        self._launcher.wait([member.link])
+    def _first_answer(self) -> Any:
+        """Returns what the first worker answers; without it the study cannot start."""
+        first = self._workers[0]
+        self._launcher.wait([first.link])
         try:
-            return _value(member.link.answer())
+            return _value(first.link.answer())
         except WorkerDied as died:
             raise ProcessError(
                 f"the first worker died ({died})",
-                where=doing,
-                remedy="its own message says why, if it had the time; memory that ran out is the usual cause",
+                where=str(self._folder.path),
+                remedy="read its own message above, if there is one; usually memory ran out",
             ) from died
 
-    def _book(self) -> dict[str, Any]:
-        """Returns the number of the next worker, and the name that makes this study's checkpoints its own."""
-        study = f"{self._folder.path.resolve().name}-{self._token[:12]}"
-        return self._folder.run.read_if_there(TEAM) or {"next": 0, "study": study}
+    def _call(self, worker: _Handle, method: str, *arguments: Any) -> None:
+        with contextlib.suppress(WorkerDied):  # waiting for the answer raises it again
+            worker.link.call(method, *arguments)
 
-    def _write_book(self, values: dict[str, Any]) -> None:
-        with atomic_writer(self._folder.path / TEAM) as file:
-            file.write(json.dumps(values))
-
-    # -- workers at work ---------------------------------------------------------------------------------------------
-
-    def _call(self, member: _Member, method: str, *arguments: Any) -> None:
-        with contextlib.suppress(WorkerDied):  # the pipe is closed: waiting for its answer tells
-            member.link.call(method, *arguments)
-
-    def _heard(self, member: _Member) -> tuple[str, Report] | None:
-        """Takes an answer in; returns what the scheduler should know of it."""
+    def _receive(self, worker: _Handle) -> tuple[str, Report] | None:
+        """Takes a worker's answer and returns its report, if the answer was to commands or makes it ready for them."""
         try:
-            value = _value(member.link.answer())
+            value = _value(worker.link.answer())
         except WorkerDied as died:
-            return member.name, self._lost(member, died)
-        if member.state == "opening":
-            opened: Opened = value
-            self._refuse_other_inputs(opened)
-            self._begin(member)
+            return worker.name, self._replace_dead(worker, died)
+        if worker.state == "opening":
+            self._refuse_other_inputs(value)
+            self._begin(worker)
             return None
-        if member.state == "beginning":
-            self._begun(member, value)
-            return member.name, self._free()
-        followed: Followed = value
-        write_files(self._folder.path / "trials", followed.files)
-        member.state, member.trials = "idle", set(followed.report.running)
-        return member.name, self._one_at_a_time(followed.report)
+        if worker.state == "beginning":
+            worker.state = "idle"
+            return worker.name, _free()
+        report: Report = value
+        worker.state, worker.trials = "idle", set(report.running)
+        if self._launcher.count > 1:
+            # one free slot at a time, so that trials are spread over the workers; a trial that enters is an event, and
+            # its worker is asked again at once
+            report = replace(report, room=min(report.room, 1))
+        return worker.name, report
 
-    def _free(self) -> Report:
-        """Returns the report of a worker without trials."""
-        return Report((), 1, (), {}, (), {})
-
-    def _one_at_a_time(self, report: Report) -> Report:
-        """Shows one free slot of several, so that the trials there are spread over the workers.
-
-        A trial that enters is an event, and its worker is asked again at once.
-        """
-        return report if self._launcher.count == 1 else replace(report, room=min(report.room, 1))
-
-    def _lost(self, member: _Member, died: WorkerDied) -> Report:
-        """Requeues a dead worker's trials and restarts it."""
-        self._members.remove(member)
-        member.link.end()
-        name = member.name or "a worker that was loading"
-        going = _counted(len(member.trials), "trial")
-        trials = f"; its {going} will go on from the last checkpoint" if member.trials else ""
-        deaths = self._deaths[member.place] = self._deaths.get(member.place, 0) + 1
+    def _replace_dead(self, worker: _Handle, died: WorkerDied) -> Report:
+        """Starts a new worker in a dead one's place, and returns a report that its trials are lost."""
+        self._workers.remove(worker)
+        worker.link.end()
+        line = f"{worker.name or 'a worker that was loading'} died ({died})"
+        if worker.trials:
+            line += f"; resuming {_counted(len(worker.trials), 'trial')} from the last checkpoint"
+        deaths = self._deaths[worker.place] = self._deaths.get(worker.place, 0) + 1
         if deaths <= self._launcher.restarts:
-            self._open(member.place)
+            self._open(worker.place)
         else:
-            trials += f"; it died {deaths} times and is not started again"
-        return Report((), 0, (), {}, (f"{name} died ({died}){trials}",), {}, tuple(sorted(member.trials)))
+            line += f"; it died {deaths} times and is not restarted"
+        return replace(_free(), room=0, lines=(line,), lost=tuple(sorted(worker.trials)))
 
     def _refuse_other_inputs(self, opened: Opened) -> None:
-        """Stops a study whose machines have different models or data under one name."""
+        """Refuses a worker whose machine has another model or other data under the same name."""
         try:
             refuse_other_inputs(opened.record, self._folder.run)
         except OutputError as error:
@@ -327,27 +278,18 @@ class WorkerPool:
                 remedy="give all machines the same model and data",
             ) from error
 
-    def _luggage(self, names: Sequence[str]) -> Files:
-        """Returns the files of trials for a worker that does not see them."""
-        root = self._folder.path / "trials"
-        return {name: content for trial in names for name, content in read_files(root, root / trial).items()}
-
-    def _nobody(self, what: str) -> NoReturn:
-        deaths = sum(self._deaths.values())
-        raise ProcessError(
-            f"{what} ({deaths} died)",
-            where=str(self._folder.path),
-            remedy="see why they died (memory that ran out is the usual cause: fewer --slots or --workers); the same "
-            "command goes on from their last checkpoints",
-        )
-
     def _close(self) -> None:
-        """Lets the workers that have nothing to do close their files."""
-        for member in self._members:
-            if member.state == "idle":
+        """Has idle workers close their files."""
+        for worker in self._workers:
+            if worker.state == "idle":
                 with contextlib.suppress(WorkerDied):
-                    member.link.call("close")
-                    member.link.answer()
+                    worker.link.call("close")
+                    worker.link.answer()
+
+
+def _free() -> Report:
+    """Returns the report of a worker without trials."""
+    return Report((), 1, (), {}, (), {})
 
 
 def _value(answer: Answer) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,29 +117,20 @@ class Worker:
         logging: how often things are written.
         checkpoints: folder of this worker's checkpoints.
         identity: of what its trials' numbers depend on.
-        kept: is told of each checkpoint that was written.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        logging: LoggingConfig,
-        *,
-        checkpoints: Path,
-        identity: str,
-        kept: Callable[[Path], None] | None = None,
-    ) -> None:
+    def __init__(self, session: Session, logging: LoggingConfig, *, checkpoints: Path, identity: str) -> None:
         self.session = session
         self._collector = _Collector()
         self._slots = Slots(
-            session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True, kept=kept
+            session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True
         )
 
     def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> Report:
         """Resumes from a checkpoint of this worker's engine."""
         return self._report(self._slots.resume(found, plans))
 
-    def follow(self, commands: Commands, seconds: float = 0.0) -> Report:
+    def advance(self, commands: Commands, seconds: float = 0.0) -> Report:
         """Runs the commands and then rows until there is an event, or the time is over; one row at least."""
         end = time.monotonic() + seconds
         events = self._slots.advance(commands)
