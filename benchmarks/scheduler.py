@@ -81,10 +81,10 @@ def main() -> None:
             step = steps.popleft()
             sums = 100 * (2 + draw.normal(size=given.examples) / 10 + draw.normal() / 10)
             started = time.perf_counter()
-            leave = scheduler.heard([Evaluated(trial.name, step, sums)])
+            leave = scheduler.receive([Evaluated(trial.name, step, sums)])
             if trial.kind == "reference" or trial.name in leave or not steps:
                 status = "pruned" if trial.name in leave else "finished"
-                scheduler.heard([Ended(trial.name, Outcome(status, leave.get(trial.name), steps=step))])
+                scheduler.receive([Ended(trial.name, Outcome(status, leave.get(trial.name), steps=step))])
             else:
                 going.append((trial, steps))
             hearing.append(time.perf_counter() - started)

@@ -139,7 +139,7 @@ def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Ev
         events: list[TrialEvent] = []
         while not scheduler.finished:  # as study/run.py takes a report and answers it
             seen += seen_in(events, scheduler, worker.clock)
-            leave = scheduler.heard(events)
+            leave = scheduler.receive(events)
             staying = set(worker.running) - set(leave)
             begun = scheduler.next(worker.room + len(leave), empty=not staying)
             events = worker.follow([(trial, trial.settings.rungs) for trial in begun], leave)

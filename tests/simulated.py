@@ -87,11 +87,11 @@ class World:
         """Plays until the scheduler is finished."""
         events: list[TrialEvent] = []
         while not self.scheduler.finished and not until(self):
-            leave = self.scheduler.heard(events)
+            leave = self.scheduler.receive(events)
             for name in leave:
                 del self._at[name]
             events = [Ended(name, Outcome("pruned", reason, steps=0)) for name, reason in leave.items()]
-            self.scheduler.heard(events)
+            self.scheduler.receive(events)
             events = []
             for trial in self.scheduler.next(self._slots - len(self._at), empty=not self._at):
                 self.order.append(trial.name)

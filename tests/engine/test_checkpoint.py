@@ -146,7 +146,7 @@ def test_all_slots_with_unfinished_batches_are_one_cut(rows: int, tmp_path: Path
                 assert torch.equal(tensor, values(second[name])[parameter]), (name, parameter)
 
 
-def saved(folder: Path, step: int = 2) -> tuple[Engine, Trial, checkpoint.Found]:
+def saved(folder: Path, step: int = 2) -> tuple[Engine, Trial, checkpoint.Checkpoint]:
     base = tw.base("llama")
     trial = trial_of(base, LoraConfig(rank=2))
     engine = engine_of(trial, base)

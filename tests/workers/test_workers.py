@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model_and_data: tuple[Path, 
     return folder / "out"
 
 
-def cut_of(out: Path, worker: str) -> checkpoint.Found | None:
+def cut_of(out: Path, worker: str) -> checkpoint.Checkpoint | None:
     return checkpoint.newest(out / "checkpoints" / worker)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: one consistent cut of the whole engine, between two rows; whole on the disk or not there at all.
+"""Checkpoints: the state of the whole engine between two rows; whole on the disk or not there at all.
 
     step_120/
         slot-0.safetensors   parameter/P, exp_avg/P, exp_avg_sq/P, step/P, gradient/P (of an unfinished batch)
@@ -38,7 +38,7 @@ _STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Checkpoint:
     """A checkpoint on disk.
 
     Attributes:
@@ -112,7 +112,7 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
     return target
 
 
-def load(engine: Engine, found: Found, trials: Mapping[str, Trial]) -> None:
+def load(engine: Engine, found: Checkpoint, trials: Mapping[str, Trial]) -> None:
     """Puts the engine where it was: each trial into its slot, with its tensors, progress and unfinished batch.
 
     Args:
@@ -133,7 +133,7 @@ def load(engine: Engine, found: Found, trials: Mapping[str, Trial]) -> None:
         _go_on(engine, trials[name], entry, loaded[name], slot=entry["slot"], served=entry["served"])
 
 
-def load_one(engine: Engine, found: Found, trial: Trial) -> None:
+def load_one(engine: Engine, found: Checkpoint, trial: Trial) -> None:
     """Lets one trial of a checkpoint go on in a free slot of any engine, whoever is there beside it.
 
     Its numbers are those it would have had where it was, but for the rounding of other rows.
@@ -168,13 +168,13 @@ def _go_on(
     trial.restore(Progress(*counts, sums=sums, waiting=tuple(entry["waiting"])), slot)
 
 
-def find(folder: Path) -> list[Found]:
+def find(folder: Path) -> list[Checkpoint]:
     """Returns the whole checkpoints of a run, oldest first (by number: step_900 before step_1000).
 
     One that a killed process had written to its end but not yet renamed, or had renamed away to replace it, is whole,
     too; it counts where there is none of its name.
     """
-    found: dict[int, Found] = {}
+    found: dict[int, Checkpoint] = {}
     for path in (*folder.glob("step_*"), *folder.glob(".step-*")):
         checkpoint = read(path)
         if checkpoint is not None:
@@ -182,7 +182,7 @@ def find(folder: Path) -> list[Found]:
     return [found[step] for step in sorted(found)]
 
 
-def read(folder: Path) -> Found | None:
+def read(folder: Path) -> Checkpoint | None:
     """Returns the checkpoint in `folder`, or None where there is no whole one of this version."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -190,12 +190,12 @@ def read(folder: Path) -> Found | None:
             return None
         names = tuple(entry["name"] for entry in manifest["trials"])
         steps = tuple(entry["step"] for entry in manifest["trials"])
-        return Found(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"])
+        return Checkpoint(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def newest(folder: Path) -> Found | None:
+def newest(folder: Path) -> Checkpoint | None:
     """Returns the newest whole checkpoint of a run, or None where there is none."""
     return next(iter(reversed(find(folder))), None)
 
@@ -226,7 +226,7 @@ def _tensors(trial: Trial) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(found: Found, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
+def _read(found: Checkpoint, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
     """Returns the trial's tensors, checked whole and fitting."""
     broken = _damaged(found)
     path = found.folder / _file(slot)
@@ -263,7 +263,7 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
             }
 
 
-def _manifest(found: Found) -> dict[str, Any]:
+def _manifest(found: Checkpoint) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((found.folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -271,7 +271,7 @@ def _manifest(found: Found) -> dict[str, Any]:
     return manifest
 
 
-def _damaged(found: Found) -> OutputError:
+def _damaged(found: Checkpoint) -> OutputError:
     remedy = "resume from an earlier one (delete this folder)"
     return OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
 

@@ -91,7 +91,7 @@ class Scheduler:
             self._conclude()
         return found
 
-    def heard(self, events: Sequence[TrialEvent]) -> dict[str, str]:
+    def receive(self, events: Sequence[TrialEvent]) -> dict[str, str]:
         """Takes in what happened; returns the trials that are to stop, with the reason."""
         leave: dict[str, str] = {}
         for message in events:

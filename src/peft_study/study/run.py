@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainingConfig
-from peft_study.engine.checkpoint import Found
+from peft_study.engine.checkpoint import Checkpoint
 from peft_study.errors import Interrupted, OutputError
 from peft_study.methods.registry import is_exclusive
 from peft_study.report.findings import sentences
@@ -142,10 +142,10 @@ class _Study:
         folder.run.write_record({**environment(), **self._facts.record})
         held_out.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)
-        self._waiting: list[tuple[TrialRecord, Found | None]] = []
+        self._waiting: list[tuple[TrialRecord, Checkpoint | None]] = []
         self._exported_at = time.monotonic()
         self._counted: dict[tuple[int | None, int, int, int], int] = {}
-        decided = [cut.decided for cut in backend.cuts()]
+        decided = [checkpoint.decided for checkpoint in backend.checkpoints()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
         if backend.replays:
             # what came after the checkpoint is repeated, to the last bit: nothing depends on when a process was killed
@@ -167,9 +167,9 @@ class _Study:
         state, backend = self._scheduler.state, self._backend
         trials = sum(self._config.trials(method) for method in self._scheduler.methods)
         self._watcher.planned(self._config, state, backend.settle(trials))
-        reports = backend.start({trial.name: self._plan_of(trial) for trial in state.running()})
+        reports = backend.start({trial.name: self._plan(trial) for trial in state.running()})
         there = {name for _, report in reports for name in (*report.running, *(event.name for event in report.events))}
-        self._wait(trial.name for trial in state.running() if trial.name not in there)
+        self._queue(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
             # first a checkpoint that knows of the change, then the file: a kill in between asks for the change again
             backend.save(self._decided())
@@ -210,14 +210,14 @@ class _Study:
         trials = self._scheduler.state.trials
         ending = [trials[event.name] for event in report.events if isinstance(event, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
-        leave = self._scheduler.heard(report.events)
+        leave = self._scheduler.receive(report.events)
         for trial in ending:
             self._folder.trial(trial.name).set_status(trial.status, trial.reason)
             self._watcher.ended(trial, self._facts)
         minutes = self._config.logging.checkpoint_minutes
         if ending and minutes is not None and time.monotonic() - self._exported_at > 60 * minutes:
             self._export()
-        self._wait(report.lost)
+        self._queue(report.lost)
         limit = self._config.budget.minutes
         if limit is not None and self._elapsed() > 60 * limit:
             self._scheduler.time_is_up()
@@ -226,17 +226,17 @@ class _Study:
             staying = set(report.running) - set(leave)
             begun = self._begin(report.room + len(leave), empty=not staying)
         commands = Commands(enter=begun, leave=leave, decided=self._decided())
-        self._backend.order(worker, None if stopping and not leave else commands)
+        self._backend.send(worker, None if stopping and not leave else commands)
         self._watcher.reported(report, self._scheduler.state)
 
-    def _wait(self, names: Iterable[str]) -> None:
+    def _queue(self, names: Iterable[str]) -> None:
         """Queues trials that no worker is running; they resume from the newest checkpoint that holds them."""
-        held: dict[str, tuple[int, Found]] = {}
+        held: dict[str, tuple[int, Checkpoint]] = {}
         running = [name for name in names if self._scheduler.state.trials[name].status == "running"]
-        for cut in self._backend.cuts() if running else ():
-            for name, step in zip(cut.trials, cut.steps, strict=True):
+        for checkpoint in self._backend.checkpoints() if running else ():
+            for name, step in zip(checkpoint.trials, checkpoint.steps, strict=True):
                 if name not in held or step > held[name][0]:
-                    held[name] = (step, cut)
+                    held[name] = (step, checkpoint)
         for name in running:
             self._waiting.append((self._scheduler.state.trials[name], held[name][1] if name in held else None))
 
@@ -244,18 +244,18 @@ class _Study:
         """Returns what enters now: trials that were under way come first."""
         found: list[TrialPlan] = []
         waiting, self._waiting = self._waiting, []
-        for trial, cut in waiting:
+        for trial, checkpoint in waiting:
             alone = is_exclusive(trial.settings.method.method)
             if room > 0 and (not alone or (empty and not found)):
-                found.append(self._plan_of(trial, cut))
+                found.append(self._plan(trial, checkpoint))
                 room = 0 if alone else room - 1
             else:
-                self._waiting.append((trial, cut))
-        return found + [self._plan_of(trial) for trial in self._scheduler.next(room, empty=empty and not found)]
+                self._waiting.append((trial, checkpoint))
+        return found + [self._plan(trial) for trial in self._scheduler.next(room, empty=empty and not found)]
 
-    def _plan_of(self, trial: TrialRecord, cut: Found | None = None) -> TrialPlan:
+    def _plan(self, trial: TrialRecord, checkpoint: Checkpoint | None = None) -> TrialPlan:
         folder = self._folder.claim_trial(trial.name, self._config, trial.settings)
-        return TrialPlan(trial.name, trial.settings, folder, self._config.logging.evaluate_every, cut)
+        return TrialPlan(trial.name, trial.settings, folder, self._config.logging.evaluate_every, checkpoint)
 
     def _export(self) -> None:
         """Brings `optuna.db` up to date; the study does not need it, so that an error is only a line."""

@@ -155,7 +155,7 @@ def _train(
     watcher: Watcher,
     stop: StopRequest,
     processes: ProcessGroup,
-    resume: checkpoint.Found | None,
+    resume: checkpoint.Checkpoint | None,
     *,
     begun: bool,
     overwrite: bool,
@@ -192,7 +192,7 @@ def _run(
     session: Session,
     watcher: Watcher,
     stop: StopRequest,
-    resume: checkpoint.Found | None,
+    resume: checkpoint.Checkpoint | None,
 ) -> Finished:
     for note in session.notes:
         watcher.say(note)
@@ -222,7 +222,7 @@ def _run(
 
 
 def _to_the_end(
-    slots: Slots, plan: TrialPlan, session: Session, stop: StopRequest, resume: checkpoint.Found | None
+    slots: Slots, plan: TrialPlan, session: Session, stop: StopRequest, resume: checkpoint.Checkpoint | None
 ) -> Outcome:
     stop.heeded = True
     try:
@@ -239,7 +239,7 @@ def _to_the_end(
         slots.close()
 
 
-def _checkpoint(path: Path, own: str) -> checkpoint.Found:
+def _checkpoint(path: Path, own: str) -> checkpoint.Checkpoint:
     """Returns the checkpoint in `path`, or the newest one of the run in `path`."""
     found = checkpoint.read(path)
     if found is None:

@@ -120,7 +120,7 @@ class Slots:
         alone = any(trial.adapter.exclusive for trial in engine.trials)
         return 0 if alone else engine.slots - len(engine.trials)
 
-    def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> list[TrialEvent]:
+    def resume(self, found: checkpoint.Checkpoint, plans: Mapping[str, TrialPlan]) -> list[TrialEvent]:
         """Puts the engine where the checkpoint was, and returns the events of trials that had taken their last step.
 
         Args:
@@ -133,11 +133,11 @@ class Slots:
         self._running = runs
         marks = found.decided["slots"].get("marks", {})
         for run in runs.values():
-            self._go_on(run, found)
+            self._resume(run, found)
             self._marks[run.plan.name] = marks.get(run.plan.name, run.trial.step)
         return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
 
-    def _go_on(self, run: TrialRun, found: checkpoint.Found) -> None:
+    def _resume(self, run: TrialRun, found: checkpoint.Checkpoint) -> None:
         """Opens the files of a trial that is in its slot again."""
         initial = found.decided["slots"]["initial"]
         self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
@@ -213,7 +213,7 @@ class Slots:
             try:
                 with room_for(size(plan.settings.method, self._session.base).name, self._session.base.device):
                     run = self._new(plan)
-                    resumed = plan.cut is not None and self._restore(run, plan.cut)
+                    resumed = plan.checkpoint is not None and self._restore(run, plan.checkpoint)
                     if run.trial.parameters and not resumed:
                         self._engine.admit(run.trial)
             except UserError as error:
@@ -241,14 +241,14 @@ class Slots:
                 events.append(self._end(run, "finished", start_N))
         return events
 
-    def _restore(self, run: TrialRun, cut: checkpoint.Found) -> bool:
+    def _restore(self, run: TrialRun, found: checkpoint.Checkpoint) -> bool:
         """Resumes a trial from another engine's checkpoint; one whose files are damaged restarts."""
         try:
-            checkpoint.load_one(self._engine, cut, run.trial)
+            checkpoint.load_one(self._engine, found, run.trial)
         except OutputError as error:
             self._watcher.say(f"{run.plan.name}: restarts ({error.what}: {error.where})")
             return False
-        self._go_on(run, cut)
+        self._resume(run, found)
         return True
 
     def _after(self, step_events: Sequence[StepEvent], decided: Mapping[str, Any]) -> list[TrialEvent]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 from peft_study.config import LoggingConfig, TrialSettings
-from peft_study.engine.checkpoint import Found
+from peft_study.engine.checkpoint import Checkpoint
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods import create
@@ -51,14 +51,14 @@ class TrialPlan:
         settings: what it trains with.
         folder: claimed by the caller.
         evaluate_every: steps between measurements of the held-out losses; None: only at the rungs and the end.
-        cut: a checkpoint that holds the trial, from which it goes on; None: it begins.
+        checkpoint: to resume from; None: the trial starts at step 0.
     """
 
     name: str
     settings: TrialSettings
     folder: RunFolder
     evaluate_every: int | None = None
-    cut: Found | None = None
+    checkpoint: Checkpoint | None = None
 
     @property
     def start(self) -> str:

@@ -96,7 +96,7 @@ class Backend(Protocol):
     def quiet(self) -> bool:
         """True where no worker has commands that it has not reported on."""
 
-    def cuts(self) -> Sequence[checkpoint.Found]:
+    def checkpoints(self) -> Sequence[checkpoint.Checkpoint]:
         """Returns the newest checkpoints; of several that hold a trial, the one with most of its steps counts."""
 
     def settle(self, trials: int) -> int:
@@ -109,7 +109,7 @@ class Backend(Protocol):
             plans: of the trials under way, by name.
         """
 
-    def order(self, worker: str, commands: Commands | None) -> None:
+    def send(self, worker: str, commands: Commands | None) -> None:
         """Gives a worker that has reported its next commands; None: it waits."""
 
     def reports(self) -> Sequence[tuple[str, Report]]:

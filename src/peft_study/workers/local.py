@@ -54,7 +54,7 @@ class LocalBackend:
         """True where there are no commands."""
         return self._commands is None
 
-    def cuts(self) -> list[checkpoint.Found]:
+    def checkpoints(self) -> list[checkpoint.Checkpoint]:
         """Returns the newest checkpoint of these settings, if there is one."""
         return [c for c in checkpoint.find(self._folder.checkpoints) if c.identity == basis(self._config)][-1:]
 
@@ -69,11 +69,11 @@ class LocalBackend:
 
     def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
         """Resumes from the checkpoint, if there is one."""
-        cuts = self.cuts()
-        report = self._worker.resume(cuts[0], plans) if cuts else self._worker.advance(Commands())
+        found = self.checkpoints()
+        report = self._worker.resume(found[0], plans) if found else self._worker.advance(Commands())
         return [("here", report)]
 
-    def order(self, _worker: str, commands: Commands | None) -> None:
+    def send(self, _worker: str, commands: Commands | None) -> None:
         """Keeps the commands until the next report is asked for."""
         self._commands = commands
 

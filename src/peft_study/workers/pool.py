@@ -107,7 +107,7 @@ class WorkerPool:
         """True where no worker is at work; those that are still loading do not count."""
         return not any(worker.state == "busy" for worker in self._workers)
 
-    def cuts(self) -> list[checkpoint.Found]:
+    def checkpoints(self) -> list[checkpoint.Checkpoint]:
         """Returns the newest checkpoint of every worker there ever was, and of one process that ran the study alone."""
         top = self._folder.checkpoints
         newest = [checkpoint.newest(folder) for folder in (top, *sorted(top.glob("worker-*")))]
@@ -131,13 +131,13 @@ class WorkerPool:
 
     def start(self, plans: Mapping[str, TrialPlan]) -> list[tuple[str, Report]]:
         """Starts the other workers, and removes checkpoints that no trial needs any more."""
-        needed = {found.folder.parent.name for found in self.cuts() if set(found.trials) & set(plans)}
+        needed = {found.folder.parent.name for found in self.checkpoints() if set(found.trials) & set(plans)}
         self._sweep(needed | {worker.name for worker in self._workers})
         for place in range(1, self._launcher.count):
             self._open(place)
         return [(self._workers[0].name, _free())]
 
-    def order(self, name: str, commands: Commands | None) -> None:
+    def send(self, name: str, commands: Commands | None) -> None:
         """Sends a worker its commands; one with neither trials nor commands stays idle."""
         worker = next((worker for worker in self._workers if worker.name == name), None)
         if worker is None or commands is None:  # None: it died, and its last report left no room

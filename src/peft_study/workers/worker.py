@@ -126,7 +126,7 @@ class Worker:
             session, logging, self._collector, checkpoints=checkpoints, identity=identity, tolerant=True
         )
 
-    def resume(self, found: checkpoint.Found, plans: Mapping[str, TrialPlan]) -> Report:
+    def resume(self, found: checkpoint.Checkpoint, plans: Mapping[str, TrialPlan]) -> Report:
         """Resumes from a checkpoint of this worker's engine."""
         return self._report(self._slots.resume(found, plans))
 
