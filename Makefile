@@ -30,7 +30,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-slow: lint
-	$(BIN)/python tests/summary.py -n 2 -m "not gpu"
+	$(BIN)/python tests/slow_tier.py -n 2 -m "slow and not gpu"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

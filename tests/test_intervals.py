@@ -36,19 +36,19 @@ def test_both_kinds_of_interval_agree_with_the_delta_method(examples: int) -> No
 
 
 def test_skewed_losses_are_covered_too() -> None:
-    """Over 40 skewed examples a 95 % interval covers the true mean in nearly 95 % of 200 draws."""
-    covered = sum((found := mean_loss(*draw(40, seed))).low <= 1.0 <= found.high for seed in range(200))
-    assert 176 <= covered <= 200
+    """Over 40 skewed examples a 95 % interval covered the true mean in 908 of these 1,000 draws."""
+    covered = sum((found := mean_loss(*draw(40, seed))).low <= 1.0 <= found.high for seed in range(1000))
+    assert 890 <= covered <= 960
 
 
 def test_false_alarms_are_rare() -> None:
-    """Two settings that differ by noise alone are told apart in about 5 % of studies."""
+    """Two settings that differ by noise alone were told apart in 56 of these 1,000 studies."""
     alarms = 0
-    for seed in range(100):
+    for seed in range(1000):
         sums, counts = draw(48, seed)
         noise = np.random.default_rng(1000 + seed).normal(0, 0.1, size=48)
         alarms += difference(sums + noise * counts, sums, counts).excludes_zero()
-    assert alarms <= 14  # three standard deviations above 5, and BCa's own error
+    assert 30 <= alarms <= 75
 
 
 def test_examples_are_resampled_not_tokens() -> None:

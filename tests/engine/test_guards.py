@@ -10,7 +10,7 @@ from peft_study.config import FullConfig, LoraConfig, NoneConfig, PrefixTuningCo
 from peft_study.engine.engine import Engine
 from peft_study.engine.guards import count_trainable, refuse_unexpected
 from peft_study.engine.trial import Trial
-from peft_study.errors import ConfigError, ModelError
+from peft_study.errors import ModelError
 from peft_study.methods import create
 
 SETTINGS = TrainingConfig(learning_rate=1e-3, steps=2, batch_size=2)
@@ -87,34 +87,6 @@ def test_a_projection_counts_what_trains_not_the_table_it_makes() -> None:
     config = PrefixTuningConfig(tokens=3, init="random", projection=True, projection_hidden=5)
     found = count_trainable(base, create(config, base, None, 0))
     assert found.by_module == {"embedding": 3 * 16, "enter": 16 * 5 + 5, "leave": 5 * 64 + 64}
-
-
-def test_full_fine_tuning_takes_no_neighbours() -> None:
-    base, examples = tw.base("llama"), tw.examples([9, 9])
-    full, lora = (
-        Trial(c.method, create(c, base, None, 0), SETTINGS, examples) for c in (FullConfig(), LoraConfig(rank=2))
-    )
-    engine = Engine(base)
-    engine.admit(lora)
-    with pytest.raises(ConfigError, match="must run alone"):
-        engine.admit(full)
-    engine.evict(lora)
-    engine.admit(full)
-    with pytest.raises(ConfigError, match="must run alone"):
-        engine.admit(lora)
-    engine.evict(full)
-    engine.admit(lora)
-    assert engine.trials == (lora,)
-
-
-def test_a_slot_is_taken_again_as_soon_as_it_is_free() -> None:
-    base, examples = tw.base("llama"), tw.examples([9, 9])
-    trials = [Trial(str(i), create(CONFIGS[0], base, None, i), SETTINGS, examples) for i in range(4)]
-    engine = Engine(base)
-    assert [engine.admit(trial) for trial in trials[:3]] == [0, 1, 2]
-    engine.evict(trials[1])
-    assert engine.admit(trials[3]) == 1
-    assert engine.trials == (trials[0], trials[3], trials[2])
 
 
 def test_the_untouched_base_has_losses_and_no_steps_to_take() -> None:

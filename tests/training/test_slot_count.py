@@ -38,7 +38,7 @@ def capacity(folder: Path) -> dict[str, Any]:
 def test_auto_fills_a_row_and_says_what_would_fit(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study).ok()
     found = capacity(tmp_path / "out")
-    assert 1 <= found["slots"] <= 5
+    assert found["slots"] == 2, "a batch of 4 rows of 26 tokens leaves a fifth of a row free"
     assert found["row_tokens"] == 128
     assert found["threads"] == torch.get_num_threads()
     assert found["measured"]["fits"] > 5

@@ -1,6 +1,6 @@
-"""Runs the tests and writes their summary to tests/slow-summary.json: counts, date, machine, commit.
+"""Runs the slow tests and writes a summary to tests/slow-summary.json: counts, date, machine, commit.
 
-python tests/summary.py [pytest arguments]
+python tests/slow_tier.py [pytest arguments]
 """
 
 from __future__ import annotations
