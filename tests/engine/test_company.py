@@ -80,7 +80,7 @@ def test_dropout_is_there_to_be_compared() -> None:
 def test_bfloat16_company_is_no_further_off_than_another_cut_into_rows(family: str) -> None:
     """The noise is that of the trial alone, its batches cut into rows of one or two examples, of three, and whole.
 
-    Three draws of the noise do not hold the fourth each time: twice their spread does.
+    A fourth draw often lies outside the spread of three (a tensor of tiny Gemma-3 by 2 %), so twice the spread counts.
     """
     base = tw.base(family, dtype=torch.bfloat16)
     trials = [trial(base, name, dropout=0.1) for name in NINE]
@@ -101,7 +101,7 @@ def test_bfloat16_company_is_no_further_off_than_another_cut_into_rows(family: s
         noise = max(apart(a.parameters[n], b.parameters[n]) for n in values(own) for a in cuts for b in cuts)
         for name, tensor in values(own).items():
             nearest = min(apart(tensor, cut.parameters[name]) for cut in cuts)
-            assert nearest <= max(noise, 1e-5), (own.name, name, nearest, noise)
+            assert nearest <= max(2 * noise, 1e-5), (own.name, name, nearest, noise)
     assert max(noises) < 1e-2, "noise as large as this would hide anything"
 
 
