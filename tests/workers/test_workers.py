@@ -150,7 +150,7 @@ def test_a_signal_to_all_processes_saves_and_stops(long_study: Path, tmp_path: P
         os.kill(worker, number)
     process.send_signal(number)
     assert process.wait(120) == 130, log.read_text()
-    assert "with a checkpoint; the same command (without --overwrite) goes on from there" in log.read_text()
+    assert "with a checkpoint; the same command (without --overwrite) resumes there" in log.read_text()
     assert "died" not in log.read_text()
     assert not any(alive(worker) for worker in workers)
     status = RunFolder(out).status()

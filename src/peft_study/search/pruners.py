@@ -3,10 +3,10 @@
     steps   |----------|--------------------|------------------------------------------------------------| total
           warm-up    total/9             total/3                                                        end
                      rung 1: best third    rung 2: best third of those that came so far
-                     goes on               goes on
+                     continues             continues
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) in its asynchronous form (Li et al. 2018,
-arXiv:1810.05934), as Optuna's SuccessiveHalvingPruner has it: a trial goes on where its loss is among the best
+arXiv:1810.05934), as Optuna's SuccessiveHalvingPruner has it: a trial continues where its loss is among the best
 1/reduction of all that reached the rung before it. On top of that the loss must be worse than that of the last one kept
 by more than the noise: the 95 % interval of their difference, paired by held-out example, must lie above zero.
 """
@@ -30,7 +30,7 @@ STARTUP = 5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why a trial is to stop: the name of the trial it is compared with, and by how much it is worse (nats a token)."""
+    """Why a trial should stop: the trial it is compared with, and by how much it is worse (nats a token)."""
 
     against: str
     worse: float

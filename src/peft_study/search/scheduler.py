@@ -92,31 +92,31 @@ class Scheduler:
         return found
 
     def receive(self, events: Sequence[TrialEvent]) -> dict[str, str]:
-        """Takes in what happened; returns the trials that are to stop, with the reason."""
+        """Writes events to the journal; returns the trials to stop, with the reason."""
         leave: dict[str, str] = {}
-        for message in events:
-            trial = self.state.trials[message.name]
+        for event in events:
+            trial = self.state.trials[event.name]
             if trial.status != "running":
-                continue  # of a trial that ended in an earlier start, on its way to the same end
-            if isinstance(message, Ended):
-                self._end(trial, message)
+                continue  # it ended in an earlier start, and is repeated from a checkpoint
+            if isinstance(event, Ended):
+                self._end(trial, event)
             else:
-                # a trial that went on from a checkpoint measures again what the journal has already
-                if message.step not in trial.sums:
-                    sums = message.sums_N.tolist()
-                    self._add({"event": "measured", "name": trial.name, "step": message.step, "sums": sums})
-                reason = self._judge(trial, message)
+                # a trial resumed from a checkpoint measures again what the journal has
+                if event.step not in trial.sums:
+                    sums = event.sums_N.tolist()
+                    self._add({"event": "measured", "name": trial.name, "step": event.step, "sums": sums})
+                reason = self._judge(trial, event)
                 if reason is not None:
                     leave[trial.name] = reason
         return leave
 
     def time_is_up(self) -> None:
-        """No further settings are searched; what runs is run to its end, and the finals follow."""
+        """Ends the search: no new settings are tried, running trials finish, and the finals follow."""
         if not self.state.deadline and any(self._to_come(method) > 0 for method in self.methods):
             self._add({"event": "deadline"})
 
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
-        """Takes in the losses of the test part, by trial."""
+        """Writes the test losses of each trial to the journal."""
         self._add({"event": "opened", "sums": {name: values.tolist() for name, values in sums.items()}})
 
     # -- what begins ------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ class Scheduler:
                 settings = self._config.methods[method].at(values, shared.model_copy(update={"steps": steps}))
                 settings = settings.model_copy(update={"keep": False})
                 return self._ask(f"{method}-range-{number}", method, "range_test", number, values, settings)
-            self._close_range_test(method)  # where nothing is missing, the trials of before a change may be all
+            self._close_range_test(method)  # all of its trials may be from before a change of the file
         return None
 
     def range_rates(self, method: str) -> tuple[float, ...]:
@@ -154,7 +154,7 @@ class Scheduler:
         return {**lr_range_test.central(self._config.methods[method]), "learning_rate": rate}
 
     def _range_trials(self, method: str) -> dict[float, TrialRecord]:
-        """Returns a method's range test by rate: the trials with its very settings, be they of an earlier space."""
+        """Returns the trials of a method's range test by rate, also those begun under an earlier study file."""
         steps, tests = self._config.search.range_steps, self._tests.get(method, {})
         asked = [t for t in self.state.of(method, "range_test") if t.settings.training.steps == steps]
         return {rate: trial for rate, flat in tests.items() for trial in asked if trial.settings.flat == flat}
@@ -241,27 +241,27 @@ class Scheduler:
         assert training.steps is not None
         return rungs(training.steps, self._config.search.reduction, int(longest * training.steps))
 
-    def _judge(self, trial: TrialRecord, message: Evaluated) -> str | None:
-        """Returns why a trial is to stop at this rung; a random share runs on, to see whether that was right."""
-        if trial.audited or message.step not in trial.settings.rungs:
+    def _judge(self, trial: TrialRecord, event: Evaluated) -> str | None:
+        """Returns why a trial should stop at this rung; a random share runs on as a control."""
+        if trial.audited or event.step not in trial.settings.rungs:
             return None
         if trial.method not in self.methods:  # the study file no longer has it: it runs to its end
             return None
-        # what diverged later is no measure for the others: it would stop them, and then be gone itself
+        # a trial that diverged later must not stop others: it would leave none
         group = [t for t in self.state.of(trial.method, "search") if t.status not in ("diverged", "failed")]
-        reached = {t.name: t.sums[message.step] for t in group if message.step in t.sums}
+        reached = {t.name: t.sums[event.step] for t in group if event.step in t.sums}
         found = self._pruner.judge(trial.name, reached, self._counts_N)
         if found is None:
             return None
-        reason = f"at step {message.step} {found}"
+        reason = f"at step {event.step} {found}"
         draw = np.random.default_rng(key(self._config.search.seed, "audit", trial.method, trial.number)).random()
         if draw < self._config.search.audit:
             self._add({"event": "audited", "name": trial.name, "reason": reason})
             return None
         return reason
 
-    def _end(self, trial: TrialRecord, message: Ended) -> None:
-        outcome = message.outcome
+    def _end(self, trial: TrialRecord, event: Ended) -> None:
+        outcome = event.outcome
         facts = {
             "steps": outcome.steps,
             "tokens": outcome.tokens,
@@ -276,7 +276,7 @@ class Scheduler:
 
     def _close_range_test(self, method: str) -> None:
         rates = self.range_rates(method)
-        if not rates or method in self.state.tested:  # of a method or space that the file no longer has
+        if not rates or method in self.state.tested:  # no rates: the study file no longer has the method
             return
         trials = list(self._range_trials(method).values())
         if len(trials) == len(rates) and all(t.status != "running" for t in trials):
@@ -284,7 +284,7 @@ class Scheduler:
             self._add({"event": "tested", "method": method, "bounds": bounds, "note": note})
 
     def _conclude(self) -> None:
-        """Chooses the winner: the finalist with the least mean dev loss, of methods that were searched alike."""
+        """Chooses the winner: the finalist with the least mean dev loss among methods with as many trials."""
         means = {
             setting: mean
             for method in self.methods
@@ -299,7 +299,7 @@ class Scheduler:
         for number in self.state.finalists.get(method, ()):
             finals = [t for t in self.state.of(method, "final") if t.number == number]
             values = [value_of(t) for t in finals if t.last is not None]
-            if values and len(values) == len(finals):  # one seed that failed says: not to be relied on
+            if values and len(values) == len(finals):  # a setting of which a seed failed cannot win
                 found[method, number] = sum(values) / len(values)
         return found
 

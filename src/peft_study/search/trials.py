@@ -1,4 +1,4 @@
-"""What a study knows of its trials, folded from its journal.
+"""The state of a study, computed from its journal.
 
 asked --> running --measured, measured--> finished | pruned | diverged | failed
 """
@@ -26,14 +26,14 @@ class TrialRecord:
     Attributes:
         name: its folder's.
         method: name of the space in the study file.
-        kind: the untouched base, a rate of the range test, a searched setting, or a finalist's new seed.
-        number: of the setting among its method's (a final has its setting's).
+        kind: the untouched base, a rate of the range test, a searched setting, or a finalist with a new seed.
+        number: of the setting in its method; a final has its setting's.
         values: of the searched dimensions.
-        settings: all of them: the study file may change, a trial does not.
-        status, reason: how it stands; interrupted only for who looks at a study that nobody runs (see report).
+        settings: complete, so that a later change of the study file cannot change the trial.
+        status, reason: ``interrupted`` is set by report/ for a study that no process runs.
         sums: summed held-out losses of each example in nats, by optimizer step.
-        audited: why it would have been pruned, where it ran on all the same to see whether that was right.
-        facts: steps, tokens, seconds and parameters, once it has ended.
+        audited: why it would have been pruned, if it ran on as a control.
+        facts: steps, tokens, seconds and parameters of an ended trial.
     """
 
     name: str
@@ -66,21 +66,21 @@ class TrialRecord:
 
 @dataclass(slots=True)
 class StudyState:
-    """All that the journal says.
+    """A study as its journal describes it.
 
     Attributes:
-        trials: by name, in the order asked for.
-        bounds: of each method's dimensions that are no longer the space's own: (low, high).
-        fresh: dimensions whose next trial is to lie in what was added: method -> dimension -> (low, high).
-        notes: what was decided about the ranges, in words.
-        tested: methods whose range test is over.
-        deadline: the time for the search was up.
-        finalists: by method: numbers of the settings that are retrained.
-        winner: method and number, once chosen; None with `concluded`: there is none.
-        concluded: the winner was looked for.
-        test: name -> losses of the test part, once it was opened.
-        continued: how the study file changed on the way.
-        earlier: by method: searched settings of before the last change of its space.
+        trials: by name, in the order they were asked for.
+        bounds: ranges that were changed: method -> dimension -> (low, high).
+        fresh: the part added to a range, in which the next trial must lie: method -> dimension -> (low, high).
+        notes: the decisions on ranges in words, by method.
+        tested: methods whose range test has ended.
+        deadline: the time limit ended the search.
+        finalists: numbers of the settings that are retrained, by method.
+        winner: method and number; None with `concluded`: there is none.
+        concluded: the search and the finals have ended.
+        test: test losses by trial, once measured.
+        continued: changes of the study file.
+        earlier: number of settings searched before the last change of a method's space.
     """
 
     trials: dict[str, TrialRecord] = field(default_factory=dict)
@@ -109,11 +109,11 @@ class StudyState:
         return next(t for t in self.of(method, "search") if t.number == number)
 
     def present(self, method: str) -> list[TrialRecord]:
-        """Returns a method's searched settings since its space last changed: those that its budget counts."""
+        """Returns a method's searched settings since its space last changed: those that count for its budget."""
         return self.of(method, "search")[self.earlier.get(method, 0) :]
 
     def due(self, method: str, config: StudyConfig) -> int:
-        """Returns how many settings a method gets in its present space, begun or to come, if time allows.
+        """Returns how many settings of its present space a method gets in all, if time allows.
 
         Args:
             method: of the file.
@@ -125,7 +125,7 @@ class StudyState:
         return begun + max(0, left if untried is None else min(left, untried))
 
     def finals(self, method: str, config: StudyConfig) -> tuple[list[TrialRecord], int]:
-        """Returns the finals of a method's present finalists that have begun, and how many there will be."""
+        """Returns the finals of a method that have begun, and how many there will be."""
         numbers = self.finalists.get(method)
         found = [t for t in self.of(method, "final") if t.number in (numbers or ()) and t.seed in final_seeds(config)]
         return found, (config.finals.best if numbers is None else len(numbers)) * config.finals.seeds
@@ -169,14 +169,14 @@ class StudyState:
         return sum(space.flat(cell) not in tried for cell in cells(space)) if tried else grid_size(space)
 
     def _count(self, method: str, config: StudyConfig) -> int:
-        """Returns the settings of its present space that a method has had, the budget at most."""
+        """Returns how many settings of its present space a method has tried, at most its budget."""
         assert config.budget.trials is not None
         size, untried = grid_size(config.methods[method]), self._untried(method, config)
         found = len(self.present(method)) if size is None or untried is None else size - untried
         return min(found, config.budget.trials)
 
     def _other(self, method: str, config: StudyConfig) -> int:
-        """Returns how many settings of before the last change do not count as cells of the present grid."""
+        """Returns how many earlier settings are not cells of the present grid."""
         space, before = config.methods[method], self.of(method, "search")[: self.earlier.get(method, 0)]
         again = [space.flat(cell) for cell in cells(space)] if before and config.sampler(method) == "grid" else []
         return sum(trial.settings.flat not in again for trial in before)
@@ -225,7 +225,7 @@ class StudyState:
         self.test = {name: np.array(sums, dtype=np.float64) for name, sums in e["sums"].items()}
 
     def _continued(self, e: Event) -> None:
-        """The file changed: what the end of the search decided, and the ranges of changed spaces, are open again."""
+        """Reopens the study under a changed file: finals, winner and test, and the ranges of changed spaces."""
         self.continued.append(e)
         for method in e["methods"]:
             for kept in (self.bounds, self.fresh, self.notes):
@@ -238,7 +238,7 @@ class StudyState:
 
 
 def final_seeds(config: StudyConfig) -> tuple[int, ...]:
-    """Returns the finals' seeds: none of them is the search's."""
+    """Returns the seeds of the finals; the search's is not among them."""
     first = config.training.seed + 1
     return tuple(range(first, first + config.finals.seeds))
 

@@ -1,4 +1,4 @@
-"""What a run was made of, as far as the machine can tell."""
+"""Code state, versions and hardware of a run."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def _code_state() -> dict[str, object] | None:
 
 
 def resident(name: str) -> int | None:
-    """Returns a figure of the process in bytes: VmRSS (now) or VmHWM (peak); None where the system has no such file.
+    """Returns the memory of this process in bytes: VmRSS (now) or VmHWM (peak); None on systems without /proc.
 
-    The peak that getrusage tells is, in a child, at least its parent's.
+    In a child process, getrusage's peak is at least its parent's.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -167,15 +167,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, *, overwrite: bool, sources: Iterable[Path] = ()) -> None:
-    """Refuses to replace a file, before anything is read for a new one.
+    """Refuses to replace a file, before any work is done for a new one.
 
     Args:
-        path: the file that is to be written.
+        path: of the file to write.
         overwrite: an existing file may be replaced, but never one of the `sources`.
-        sources: files that are read meanwhile.
+        sources: files that are read.
 
     Raises:
-        OutputError: then.
+        OutputError: when it may not be replaced.
     """
     if path.is_dir():
         raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
@@ -186,9 +186,9 @@ def refuse_existing(path: Path, *, overwrite: bool, sources: Iterable[Path] = ()
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives the safetensors files of a folder the permissions of any new file; safetensors makes them 0600.
+    """Gives the safetensors files of a folder, which safetensors makes 0600, the permissions of a new file.
 
-    What the umask leaves is read off a new file: asking for the umask would change it for other threads.
+    They are read from a new file, because reading the umask changes it for other threads.
     """
     probe = folder / f".{secrets.token_hex(4)}.tmp"
     probe.touch(exist_ok=False)
@@ -199,16 +199,16 @@ def follow_umask(folder: Path) -> None:
 
 
 class _Writable(Exception):
-    """A trial of a place went well."""
+    """A place can be written."""
 
 
 def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
-    """Tries whether a file, or a new folder, can be written, before work is done for it; leaves nothing behind.
+    """Tries whether a file or a new folder can be written, before work is done for it; leaves nothing behind.
 
-    Missing parents count as writable where they can be made: the writer has to make them.
+    Missing parents are made and removed again; the writer has to make them.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: when it cannot be written.
     """
     place = atomic_folder if folder else atomic_writer
     with contextlib.suppress(_Writable), made_folder(path.parent), place(path):
@@ -216,10 +216,10 @@ def refuse_unwritable(path: Path, *, folder: bool = False) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a UTF-8 file that a user names, without the mark (BOM) that some editors put before it.
+    """Returns the text of a user's UTF-8 file, without a byte order mark.
 
     Raises:
-        ConfigError: it is not there, is a folder, or is not UTF-8.
+        ConfigError: when it does not exist, is a folder, or is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -238,7 +238,7 @@ def read_text(path: Path) -> str:
 
 
 def json_text(values: Any, **options: Any) -> str:
-    """Returns values as JSON, with null for a number that JSON does not know: NaN, or the end of no interval.
+    """Returns values as JSON, with null for numbers that JSON does not have: NaN and infinity.
 
     Args:
         values: plain values.
@@ -272,7 +272,7 @@ def _escaped(name: str) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the file system lets a folder be synced."""
+    """Makes a rename survive a power cut, if the file system can sync a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The held-out examples of a study as its folder keeps them: enough to read results without model and data."""
+"""Token counts and base losses of a study's held-out examples: what reports need beside the journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = "examples.json"
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What turns summed losses into losses a token with their noise.
+    """What turns summed losses into losses a token with intervals.
 
     Attributes:
         counts_N, base_N: supervised tokens of each dev example, and the untouched base's summed losses of them in nats.
@@ -29,7 +29,7 @@ class HeldOut:
 
 
 def keep(folder: RunFolder, examples: HeldOut) -> None:
-    """Writes them into a study's folder; what lies there from an earlier start stays, with the time it began."""
+    """Writes them into a study's folder with the time it began; a file of an earlier start stays."""
     if folder.read_if_there(_FILE) is not None:
         return
     values = {
@@ -42,7 +42,7 @@ def keep(folder: RunFolder, examples: HeldOut) -> None:
 
 
 def kept(folder: RunFolder) -> tuple[HeldOut, datetime] | None:
-    """Returns the examples of a study and when it began; None where it was killed before it wrote them."""
+    """Returns the examples of a study and when it began; None if it was killed before it wrote them."""
     values = folder.read_if_there(_FILE)
     if values is None:
         return None

@@ -5,7 +5,7 @@
     {"event": "ended", "name": "lora-003", ...}      how it ended
     ...
 
-What a study knows is what its journal says; a checkpoint only notes how many lines there were.
+The state of a study is computed from its journal; a checkpoint only has the number of its lines.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Event = dict[str, Any]
 
 
 class Journal:
-    """An append-only file of events; a line that a killed process left unfinished is dropped.
+    """An append-only file of events; an unfinished last line of a killed process is dropped.
 
     Args:
         path: of the file; made when first written to.
@@ -46,14 +46,14 @@ class Journal:
         return tuple(self._events)
 
     def truncate(self, count: int) -> None:
-        """Forgets all but the first `count` events: they are going to happen again."""
+        """Drops all but the first `count` events; what followed is repeated."""
         self._events = self._events[:count]
         with atomic_writer(self._path) as file:
             file.writelines(_line(event).decode() for event in self._events)
         self._torn = False
 
     def append(self, events: Iterable[Event]) -> None:
-        """Adds events; they are on the disk when this returns.
+        """Adds events and syncs them to disk.
 
         Raises:
             OutputError: when the disk is full or the file cannot be written.
@@ -75,7 +75,7 @@ class Journal:
 
 
 def read(path: Path) -> list[Event]:
-    """Returns the events of a journal, without a last line that was cut off.
+    """Returns the events of a journal, without an unfinished last line.
 
     Raises:
         OutputError: when another line is damaged.

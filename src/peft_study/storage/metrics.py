@@ -14,12 +14,12 @@ from peft_study.storage.files import atomic_writer, json_text, output_error
 
 
 class MetricsWriter:
-    """Appends records; a resumed run first drops what lies behind its checkpoint.
+    """Appends records; a resumed run first drops those after its checkpoint.
 
     Args:
         path: of the JSON lines.
         tensorboard: folder for event files, or None.
-        from_step: of a run that goes on: records of later steps are dropped; None: of a new one, all are.
+        from_step: of a resumed run: records of later steps are dropped; None: a new run, all are.
 
     Raises:
         OutputError: when they cannot be written.
@@ -31,12 +31,12 @@ class MetricsWriter:
         self._path = path
         self._events: Any = None
         with self._telling():
-            with atomic_writer(path) as file:  # killed here, a run that goes on must not lose the lines before
+            with atomic_writer(path) as file:  # a kill here must not lose the lines before
                 file.writelines(kept)
             self._file: TextIO = path.open("a", encoding="utf-8")
             if tensorboard is not None:
                 if from_step is None:
-                    shutil.rmtree(tensorboard, ignore_errors=True)  # of a start that left no checkpoint
+                    shutil.rmtree(tensorboard, ignore_errors=True)  # of an earlier start without a checkpoint
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._events = SummaryWriter(str(tensorboard), purge_step=None if from_step is None else from_step + 1)
@@ -56,7 +56,7 @@ class MetricsWriter:
                         self._events.add_scalar(f"{event}/{name}", value, step)
 
     def close(self) -> None:
-        """Writes out what is buffered and closes the files.
+        """Flushes and closes the files.
 
         Raises:
             OutputError: when the disk is full.
@@ -68,7 +68,7 @@ class MetricsWriter:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """Turns a failed write into one line."""
+        """Turns a failed write into an `OutputError`."""
         try:
             yield
         except OSError as error:
@@ -76,7 +76,7 @@ class MetricsWriter:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a metrics file; a last line that was cut off by a kill is left out."""
+    """Returns the records of a metrics file, without an unfinished last line."""
     return [json.loads(line) for line in _whole_lines(path)]
 
 

@@ -1,17 +1,17 @@
-"""The folder of a run: what was asked, what it ran on, what it measured, how it ended.
+"""The folder of a run: its settings, its environment, its measurements, its result.
 
 RUN/
-    config.given.json     what the user said
-    config.resolved.json  every setting, defaults filled in
+    config.given.json     what the user wrote
+    config.resolved.json  every setting, with defaults
     record.json           code state, versions, hardware, data, base
-    capacity.json         slots, row budget and threads: settled once, the same on resume
+    capacity.json         slots, row budget and threads: measured once, the same on a resume
     parameters.json       trainable and total parameters, by module; written before step 1
     metrics.jsonl         one line a logged step or evaluation
-    tensorboard/          the same as event files
+    tensorboard/          the same, as event files
     checkpoints/step_N/   while it runs
     adapter/              in PEFT's format
     status.json           running, finished, diverged, failed or interrupted, with the reason
-    lock, owner.json      held by the process that writes, and which that is
+    lock, owner.json      held by the process that writes; its id and machine
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peft_study.storage.files import atomic_writer, json_text, made_folder, outp
 
 Status = Literal["running", "finished", "pruned", "diverged", "failed", "interrupted"]
 SCHEMA_VERSION = 2
-"""Of what a run's or study's folder holds; raised with every change that a program of before or after cannot read."""
+"""Of the folder of a run or study; raised with every change that other versions of this program cannot read."""
 _STATUS, _RESOLVED, _GIVEN, _RECORD = "status.json", "config.resolved.json", "config.given.json", "record.json"
 FREE = ("output", "logging", "slots", "workers", "ray")
 """Settings that change no number."""
@@ -50,7 +50,7 @@ def identity(resolved: Mapping[str, Any]) -> str:
 
 
 def _of_a_start(name: str) -> bool:
-    """True for what a process leaves that was killed before it had claimed the folder."""
+    """True for files of a process that was killed before it claimed the folder."""
     return name in (LOCK, OWNER, _GIVEN, _RESOLVED) or (name.startswith(".") and name.endswith(".tmp"))
 
 
@@ -76,7 +76,7 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def status(self) -> tuple[Status, str | None] | None:
-        """Returns status and reason, or None where there is no run."""
+        """Returns status and reason, or None without a run."""
         values = self.read_if_there(_STATUS)
         return None if values is None else (values["status"], values.get("reason"))
 
@@ -86,14 +86,14 @@ class RunFolder:
         return None if values is None else values["identity"]
 
     def check(self, resolved: Mapping[str, Any], *, overwrite: bool, remedy: str) -> bool:
-        """Returns True where a run of the same settings lies here that is to be gone on with; changes nothing.
+        """Returns True if the folder holds a run of the same settings, which then is resumed; writes nothing.
 
-        Asked before anything is loaded, so that a folder in use is refused at once.
+        Called before anything is loaded, so that a folder in use is refused at once.
 
         Args:
             resolved: every setting, as JSON.
-            overwrite: another run that lies here may be deleted.
-            remedy: how this command replaces or resumes, for the error.
+            overwrite: another run in the folder may be deleted.
+            remedy: for the error: how this command replaces or resumes a run.
 
         Raises:
             OutputError: when the folder holds another run or other files.
@@ -130,14 +130,14 @@ class RunFolder:
             )
 
     def claim(self, resolved: Mapping[str, Any], given: Any, *, overwrite: bool, remedy: str) -> bool:
-        """Makes the folder this run's; returns True where a run of the same settings is gone on with.
+        """Makes the folder this run's; returns True if it holds a run of the same settings, which then is resumed.
 
-        Called once model and data are known to be good: a mistake in them makes no folder and deletes no old run.
+        Called after model and data were checked: a mistake in them makes no folder and deletes no old run.
 
         Args:
             resolved: every setting, as JSON.
-            given: what the user said, to be kept.
-            overwrite: delete the run that lies here.
+            given: what the user wrote.
+            overwrite: delete the run in the folder.
             remedy: as in `check`.
 
         Raises:
@@ -159,12 +159,12 @@ class RunFolder:
         return False
 
     def _clear(self) -> None:
-        """Deletes the run or study that lies here; the lock stays.
+        """Deletes the run or study in the folder; the lock stays.
 
         Raises:
             OutputError: when another process writes to a run inside it, such as a rerun, or it cannot be deleted.
         """
-        # a kill in between must leave either a run to be replaced, or a folder that a start may take
+        # a kill in between must leave either a run that can be replaced, or a folder that a new run may claim
         order = {"checkpoints": 0, _GIVEN: 2, _RESOLVED: 2, _STATUS: 3}
         try:
             for lock in list(self.path.rglob(LOCK)):
@@ -183,9 +183,9 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other writers out of the folder inside the block; it is made, and goes again where nothing came of it.
+        """Keeps other writers out of the folder, which is made, and removed again if nothing is written to it.
 
-        The lock ends with the process, however that ends; processes that it forks meanwhile do not hold it.
+        The lock ends with the process, however that ends; forked processes do not hold it.
 
         Raises:
             OutputError: when another process is writing to the folder, or nothing can be written there.
@@ -208,42 +208,42 @@ class RunFolder:
                 yield
             finally:
                 (self.path / OWNER).unlink(missing_ok=True)
-                if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing came of it: leave no trace
+                if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing was written: leave no trace
                     (self.path / LOCK).unlink(missing_ok=True)
                 lock.release()
 
     def end(self, error: BaseException) -> None:
-        """Notes that the run was interrupted or failed; where even that cannot be written, the error itself counts."""
+        """Sets the status after an error; if even that cannot be written, the error itself is what the user sees."""
         status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
         reason = str(error) if isinstance(error, PeftStudyError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OutputError):
             self.set_status(status, reason)
 
     def set_status(self, status: Status, reason: str | None = None, *, own: str | None = None) -> None:
-        """Writes how the run stands."""
+        """Writes the status."""
         self.write(_STATUS, {"status": status, "reason": reason, "identity": own or self.identity(), **_VERSION})
 
     def write_record(self, values: dict[str, Any]) -> None:
-        """Writes what the run was made of."""
+        """Writes the record of code, versions, hardware, data and base."""
         self.write(_RECORD, values)
 
     def record(self) -> dict[str, Any] | None:
-        """Returns what the run was made of, or None where it had not begun."""
+        """Returns the record, or None if the run had not begun."""
         values: dict[str, Any] | None = self.read_if_there(_RECORD)
         return values
 
     def write(self, name: str, values: Any) -> None:
-        """Writes a JSON file into the folder, whole or not at all."""
+        """Writes a JSON file into the folder, atomically."""
         text = json_text(values, indent=2, ensure_ascii=False, default=str) + "\n"
         with atomic_writer(self.path / name) as file:
             file.write(text)
 
     def read(self, name: str) -> Any:
-        """Returns a JSON file of the folder; it must be there."""
+        """Returns a JSON file of the folder, which must exist."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def read_if_there(self, name: str) -> Any:
-        """Returns a JSON file of the folder, or None where there is none."""
+        """Returns a JSON file of the folder, or None if it does not exist."""
         try:
             return self.read(name)
         except (FileNotFoundError, NotADirectoryError):

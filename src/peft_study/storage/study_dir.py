@@ -1,21 +1,21 @@
-"""The folder of a study: one owner at a time, and nothing lost when it changes.
+"""The folder of a study, which one process at a time may write to.
 
 STUDY/
-    config.given.json     what the user said
-    config.resolved.json  every setting, all rules applied
+    config.given.json     what the user wrote
+    config.resolved.json  every setting, with all rules applied
     record.json           code state, versions, hardware, data, base
-    status.json           how the study stands; the schema version of the folder
-    capacity.json         slots, row budget and threads: settled once, the same on resume
+    status.json           running, finished, ..., and the schema version of the folder
+    capacity.json         slots, row budget and threads: measured once, the same on a resume
     examples.json         held-out examples: their tokens and the untouched base's losses (storage/held_out.py)
     journal.jsonl         every decision and result, in order (storage/journal.py)
-    optuna.db             the search as `optuna-dashboard sqlite:///STUDY/optuna.db` shows it; made from the journal
+    optuna.db             a copy of the search for optuna-dashboard, made from the journal
     trials/NAME/          a run's folder: configuration, status, metrics, adapter (storage/run_dir.py)
     reruns/NAME/          a trial trained again (study/rerun.py)
     checkpoints/          of the engine, while it runs; of several workers in worker-N/
     workers.json          only of a study that several workers ran: the next worker's number
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
-    lock, owner.json      held by the process that writes, and which that is
+    lock, owner.json      held by the process that writes; its id and machine
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from peft_study.storage.files import output_error
 from peft_study.storage.run_dir import FREE, LOCK, OWNER, RunFolder, identity
 
 _BASIS = ("model", "data", "training")
-"""Settings without which trials of before and after a change cannot be compared."""
+"""Settings that must stay the same for trials to be comparable."""
 
 _WORKERS = "workers.json"
 """Written by a start with several workers, and kept: from then on the journal is ahead of every single checkpoint."""
@@ -89,16 +89,16 @@ class StudyFolder:
         return self.path / "optuna.db"
 
     def check(self, config: StudyConfig, *, overwrite: bool, go_on: bool) -> list[str]:
-        """Returns what changed in the study file since this folder's study began; changes nothing itself.
+        """Returns what changed in the study file since this folder's study began; writes nothing.
 
         Args:
             config: filled.
-            overwrite: another study that lies here may be deleted.
-            go_on: a changed file is meant: new trials under the new file, beside those of before.
+            overwrite: another study in this folder may be deleted.
+            go_on: the file was changed on purpose: add trials under the new one.
 
         Raises:
-            OutputError: when the folder holds something else, a newer schema, or a study whose file differs and neither
-                was said; or changes that no old trial can be compared across.
+            OutputError: when the folder holds something else, another schema, or a study whose file differs and neither
+                flag is set; or when old trials could not be compared with new ones.
         """
         found, resolved = self.run.identity(), config.model_dump(mode="json")
         if found is None or overwrite or found == identity(resolved):
@@ -140,7 +140,7 @@ class StudyFolder:
         self.run.claim(config.model_dump(mode="json"), given, overwrite=overwrite, remedy="")
 
     def take_over(self, config: StudyConfig, given: Any) -> None:
-        """Makes a changed file the one that the folder's study goes on with."""
+        """Writes a changed study file into the folder."""
         resolved = config.model_dump(mode="json")
         self.run.write("config.given.json", given)
         self.run.write("config.resolved.json", resolved)
@@ -204,7 +204,7 @@ def _is_budget(change: str) -> bool:
 
 
 def basis(config: StudyConfig) -> str:
-    """Returns a digest of the settings that all trials of a study share: checkpoints of others are of no use."""
+    """Returns a digest of the settings that all trials of a study share; a checkpoint of others is not used."""
     exclude: Any = {name: True for name in type(config).model_fields if name not in ("model", "data", "training")}
     values = config.model_dump(mode="json", exclude={**exclude, "data": {"workers"}})
     shared = {**values, "steps": config.budget.steps, "tokens": config.budget.tokens}
@@ -218,7 +218,7 @@ class Owner:
     Attributes:
         process: its id.
         machine: where it runs.
-        certain: False where it began on another machine and its lock cannot be seen from here.
+        certain: False where it runs on another machine, whose lock cannot be seen from here.
     """
 
     process: int
@@ -227,10 +227,10 @@ class Owner:
 
 
 def owner(folder: RunFolder) -> Owner | None:
-    """Returns the process that writes to a folder, or None where nobody does.
+    """Returns the process that writes to a folder, or None.
 
-    A process that was killed leaves its name behind, so its lock is looked at too: shared and for an instant, and only
-    where a name lies there and its process is not known to be dead. A run that starts is not in the way of that.
+    A killed process leaves owner.json behind, so its lock is tried too: shared, for an instant, and only if the process
+    may be alive, so that a starting run is not disturbed.
     """
     said = folder.read_if_there(OWNER)
     if said is None:

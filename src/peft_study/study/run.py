@@ -1,6 +1,6 @@
-"""A study from its file to its results: opens everything, keeps the workers busy, writes down what comes of it.
+"""Runs a study: opens model, data and folder, gives the workers commands, and writes journal and results.
 
-scheduler --commands--> worker (engine, slots) --report--> journal, Optuna, scheduler --commands--> ...
+scheduler --commands--> worker (engine, slots) --report--> journal, scheduler --commands--> ...
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from peft_study.workers.worker import Facts, Report
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudy:
-    """A study that has ended: its folder, its results, and what they say."""
+    """A finished study: its folder, its results, and its findings in words."""
 
     folder: Path
     results: Results
@@ -46,19 +46,19 @@ class FinishedStudy:
 
 
 class StudyWatcher(Protocol):
-    """Who is told how a study goes."""
+    """Receives the progress of a study."""
 
     def say(self, line: str) -> None:
-        """Receives a line for the user."""
+        """Shows a line to the user."""
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
-        """Receives the plan, and what an earlier start has done of it."""
+        """Shows the plan, and what earlier starts have done of it."""
 
     def reported(self, report: Report, state: StudyState) -> None:
-        """Receives each report of a worker, after it was taken in."""
+        """Receives each report of a worker, after the scheduler has seen it."""
 
     def ended(self, trial: TrialRecord, facts: Facts) -> None:
-        """Receives each trial that ended."""
+        """Receives each trial that has ended."""
 
 
 def run_study(
@@ -70,15 +70,15 @@ def run_study(
     overwrite: bool = False,
     go_on: bool = False,
 ) -> FinishedStudy:
-    """Runs a study, or what is left of it, and returns what it found.
+    """Runs or resumes a study and returns its results.
 
     Args:
         config: as the user wrote it.
-        given: the same as plain values, kept in the record.
-        watcher: is told how it goes.
-        stop: asked between rows.
-        overwrite: another study that lies in the output folder is deleted.
-        go_on: the study file changed, and new trials are wanted under the new one.
+        given: the same as plain values, kept in the folder.
+        watcher: receives the progress.
+        stop: checked between rows.
+        overwrite: delete another study in the output folder.
+        go_on: the study file changed; add trials under the new one.
 
     Raises:
         OutputError: when the output folder holds another study, or another process writes to it.
@@ -112,7 +112,7 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
 
 
 def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Backend:
-    """Returns who runs the study: this process, or several workers.
+    """Returns the backend of a study: this process, processes of this machine, or Ray actors.
 
     A study begun with several workers resumes in multi-worker mode, even with one: its journal is ahead of each of
     their checkpoints.
@@ -130,7 +130,7 @@ def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwr
 
 
 class _Study:
-    """A study under way."""
+    """A running study."""
 
     def __init__(
         self, config: StudyConfig, folder: StudyFolder, backend: Backend, watcher: StudyWatcher, changes: Sequence[str]
@@ -148,7 +148,7 @@ class _Study:
         decided = [checkpoint.decided for checkpoint in backend.checkpoints()]
         self._elapsed_before = max((d["seconds"] for d in decided), default=0.0)
         if backend.replays:
-            # what came after the checkpoint is repeated, to the last bit: nothing depends on when a process was killed
+            # what came after the checkpoint is repeated bit by bit, so that no number depends on a kill
             self._journal.truncate(decided[0]["events"] if decided else 0)
         self._changes = changes
         if changes:
@@ -163,7 +163,7 @@ class _Study:
         self._started = time.monotonic()
 
     def run(self, stop: StopRequest, given: Any) -> FinishedStudy:
-        """Runs what has not ended, opens the test part, and writes the results."""
+        """Runs all trials to their end, measures the test part, and writes the results."""
         state, backend = self._scheduler.state, self._backend
         trials = sum(self._config.trials(method) for method in self._scheduler.methods)
         self._watcher.planned(self._config, state, backend.settle(trials))
@@ -171,7 +171,7 @@ class _Study:
         there = {name for _, report in reports for name in (*report.running, *(event.name for event in report.events))}
         self._queue(trial.name for trial in state.running() if trial.name not in there)
         if self._changes:
-            # first a checkpoint that knows of the change, then the file: a kill in between asks for the change again
+            # the checkpoint with the change comes before the file: a kill in between needs --continue again
             backend.save(self._decided())
             self._folder.take_over(self._config, given)
         for worker, report in reports:
@@ -184,8 +184,8 @@ class _Study:
                 self._export()
                 running = sum(1 for _ in state.running())
                 raise Interrupted(
-                    f"stopped with {running} trials under way and {len(state.trials) - running} ended, "
-                    "with a checkpoint; the same command (without --overwrite) goes on from there"
+                    f"stopped with {running} trials running and {len(state.trials) - running} ended, "
+                    "with a checkpoint; the same command (without --overwrite) resumes there"
                 )
             for worker, report in backend.reports():
                 self._take(worker, report, stopping=stopping)
@@ -199,14 +199,14 @@ class _Study:
         return FinishedStudy(self._folder.path, results, tuple(said))
 
     def _steps(self, training: TrainingConfig) -> int:
-        """Returns a trial's steps; a budget of tokens is counted out once for each order of the data."""
+        """Returns a trial's steps; a budget of tokens is counted once for each order of the data."""
         key = training.steps, training.epochs, training.batch_size, training.data_seed
         if key not in self._counted:
             self._counted[key] = steps_of(training, self._config.budget.tokens, self._facts.train_lengths)
         return self._counted[key]
 
     def _take(self, worker: str, report: Report, *, stopping: bool = False) -> None:
-        """Takes a report in and gives the worker its next commands; a study that stops only lets trials leave."""
+        """Handles a report and gives the worker its next commands; while stopping, no trial enters."""
         trials = self._scheduler.state.trials
         ending = [trials[event.name] for event in report.events if isinstance(event, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
@@ -241,7 +241,7 @@ class _Study:
             self._waiting.append((self._scheduler.state.trials[name], held[name][1] if name in held else None))
 
     def _begin(self, room: int, *, empty: bool) -> list[TrialPlan]:
-        """Returns what enters now: trials that were under way come first."""
+        """Returns the trials that enter now: queued ones first, then new ones."""
         found: list[TrialPlan] = []
         waiting, self._waiting = self._waiting, []
         for trial, checkpoint in waiting:
@@ -258,7 +258,7 @@ class _Study:
         return TrialPlan(trial.name, trial.settings, folder, self._config.logging.evaluate_every, checkpoint)
 
     def _export(self) -> None:
-        """Brings `optuna.db` up to date; the study does not need it, so that an error is only a line."""
+        """Updates `optuna.db`; an error is only shown, because the study does not need the file."""
         try:
             export(self._folder.optuna, self._scheduler.samplers, self._scheduler.state)
         except OutputError as error:
@@ -272,7 +272,7 @@ class _Study:
         return self._elapsed_before + time.monotonic() - self._started
 
     def _open_test(self) -> None:
-        """Measures the finalists on the test part: once, after the winner was chosen without it."""
+        """Measures the finalists on the test part, once, after the winner is chosen."""
         state = self._scheduler.state
         if state.test:
             return

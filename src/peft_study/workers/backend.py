@@ -1,10 +1,10 @@
-"""Who runs the trials of a study: what one worker here, processes of this machine and Ray actors have in common."""
+"""What the scheduler needs of workers: the interfaces of backends, launchers and links."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from peft_study.config import MethodConfig
@@ -19,38 +19,38 @@ Trained = Sequence[tuple[str, MethodConfig, Path]]
 
 
 class WorkerDied(Exception):
-    """The process or actor behind a link is dead; says how it died."""
+    """A worker's process or actor died; the message says how."""
 
 
 class Link(Protocol):
-    """The way to one worker: a call, then its answer."""
+    """A connection to one worker."""
 
     def call(self, method: str, *arguments: Any) -> None:
-        """Has the worker call a method; one call at a time.
+        """Starts a call of a method; its answer must be read before the next call.
 
         Raises:
-            WorkerDied: it is dead.
+            WorkerDied: when it is dead.
         """
 
     def answer(self) -> Answer:
         """Waits for the answer to the call.
 
         Raises:
-            WorkerDied: it is dead.
+            WorkerDied: when it is dead.
         """
 
     def end(self) -> None:
-        """Ends the worker at once, whatever it does."""
+        """Kills the worker."""
 
 
-class Launcher(Protocol):
+class Launcher(AbstractContextManager["Launcher"], Protocol):
     """Starts workers.
 
     Attributes:
-        count: of the devices: places for a worker.
+        count: number of devices, each a place for one worker.
         threads: of each worker.
-        sharing: workers, at most, that share the memory of one machine; 1 where each has a device of its own.
-        restarts: how often a place's worker is started again after it died.
+        sharing: most workers that share the memory of one machine; 1 where each has its own device.
+        restarts: of a place's worker after it died.
     """
 
     count: int
@@ -58,62 +58,50 @@ class Launcher(Protocol):
     sharing: int
     restarts: int
 
-    def __enter__(self) -> Launcher: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
     def open(self, place: int) -> Link:
-        """Starts a worker on a device, from 0; it may be long in coming."""
+        """Starts a worker at a place, from 0, without waiting for it."""
 
     def wait(self, links: Sequence[Link]) -> Sequence[Link]:
-        """Waits until some of the links have an answer, or are dead, and returns those.
+        """Waits until some links have an answer or are dead, and returns those.
 
         Raises:
-            ProcessError: when none of them ever will.
+            ProcessError: when none of the workers can be started.
         """
 
 
-class Backend(Protocol):
-    """Who runs the trials.
+class Backend(AbstractContextManager["Backend"], Protocol):
+    """Runs the trials of a study.
 
     Attributes:
         facts: of model and data.
-        replays: True where a checkpoint holds the whole study, and what came after it happens again.
+        replays: True where a checkpoint covers the whole study, so that a resume repeats what came after it.
     """
 
     facts: Facts
     replays: bool
 
-    def __enter__(self) -> Backend: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
     @property
     def quiet(self) -> bool:
-        """True where no worker has commands that it has not reported on."""
+        """True where no worker is executing commands."""
 
     def checkpoints(self) -> Sequence[checkpoint.Checkpoint]:
-        """Returns the newest checkpoints; of several that hold a trial, the one with most of its steps counts."""
+        """Returns the newest checkpoint of each worker."""
 
     def settle(self, trials: int) -> int:
-        """Fixes slots, row budget and threads, once the folder is claimed; returns the slots of all workers."""
+        """Sets slots, row budget and threads, and returns the slots of all workers; the folder must be claimed."""
 
     def start(self, plans: Mapping[str, TrialPlan]) -> Sequence[tuple[str, Report]]:
-        """Returns a first report of workers that are there; one that replays has put the trials of its checkpoint back.
+        """Starts or resumes work, and returns the first reports.
 
         Args:
-            plans: of the trials under way, by name.
+            plans: of the running trials, by name; a backend that replays resumes those of its checkpoint.
         """
 
     def send(self, worker: str, commands: Commands | None) -> None:
-        """Gives a worker that has reported its next commands; None: it waits."""
+        """Gives a worker its next commands after a report; None: it waits."""
 
     def reports(self) -> Sequence[tuple[str, Report]]:
-        """Waits for reports; each is to be answered with commands.
+        """Waits for reports; each must be answered with commands.
 
         Raises:
             ProcessError: when no worker is left.
@@ -123,7 +111,7 @@ class Backend(Protocol):
         """Has every worker write a checkpoint; the backend must be quiet."""
 
     def conclude(self, decided: Mapping[str, Any]) -> None:
-        """Leaves what a start after the study's end needs: nothing is under way."""
+        """Saves or removes checkpoints at the end of a study, when no trial is running."""
 
     def test(self, trained: Trained) -> dict[str, Losses]:
-        """Returns the losses of each test example, of trained adapters and of the untouched base (``none``)."""
+        """Returns the test losses of trained adapters and of the untouched base (``none``), by example."""

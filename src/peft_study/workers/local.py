@@ -8,7 +8,6 @@ holds it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 from peft_study.config import StudyConfig
@@ -44,9 +43,7 @@ class LocalBackend:
         self.facts = facts(self._session)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._worker.close()
 
     @property

@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from peft_study.config import StudyConfig
@@ -90,17 +89,15 @@ class WorkerPool:
             self._first_opened = replace(opened, facts=None)
             assert opened.facts is not None
             self.facts: Facts = opened.facts
-        except BaseException as error:
-            self._launcher.__exit__(type(error), error, error.__traceback__)
+        except BaseException:
+            self._launcher.__exit__(None, None, None)
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
         if kind is None or issubclass(kind, PeftStudyError):
             self._close()
-        self._launcher.__exit__(kind, error, trace)
+        self._launcher.__exit__(None, None, None)
 
     @property
     def quiet(self) -> bool:

@@ -1,7 +1,7 @@
-"""Workers as actors of a Ray cluster: one a GPU, or where there are none one a node's processors.
+"""Workers as actors of a Ray cluster: one a GPU, or without GPUs one a node.
 
-Ray places them and says when one is dead. A place whose node is gone waits until the cluster has room again; meanwhile
-the trials go on elsewhere.
+Ray places the actors and reports deaths. When a node is lost, its trials resume on other workers, and its actor waits
+until the cluster has room again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from peft_study.config import ModelConfig
@@ -23,9 +22,9 @@ from peft_study.workers.worker_process import Answer, WorkerProcess
 
 RESTARTS = 20
 CONNECT_SECONDS = 5.0
-"""An address that takes no connection in this time is one at which nobody answers."""
+"""Time limit of a connection to the cluster's address."""
 PLACING_SECONDS = 60.0
-"""So long a study without any worker waits for the cluster to have room for one."""
+"""How long a study without any worker waits for room in the cluster."""
 
 
 class RayLauncher:
@@ -62,20 +61,18 @@ class RayLauncher:
         try:
             self._plan()
         except BaseException:
-            self.__exit__(None, None, None)
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for link in self._links:
             link.end()
         if self._ours:
             self._ray.shutdown()
 
     def open(self, place: int) -> ActorLink:
-        """Asks for an actor; it comes when the cluster has room."""
+        """Asks for an actor; Ray starts it when the cluster has room."""
         actor = self._ray.remote(WorkerProcess).options(max_restarts=0, max_task_retries=0, **self._options).remote()
         link = ActorLink(self._ray, actor)
         self._links.append(link)
@@ -98,7 +95,7 @@ class RayLauncher:
                 raise ProcessError(
                     f"no node of the Ray cluster has room for a worker ({asked})",
                     where=f"--ray {self._address}",
-                    remedy="see `ray status`; the same command goes on when there is room",
+                    remedy="see `ray status`; the same command resumes the study when there is room",
                 )
 
     def _asked(self) -> dict[str, float]:
@@ -164,7 +161,7 @@ class ActorLink:
         return answer
 
     def waits_for_place(self) -> bool:
-        """True where the cluster has had no room for it, for long."""
+        """True where the cluster had no room for it for `PLACING_SECONDS`."""
         if time.monotonic() - self._asked_at < PLACING_SECONDS:
             return False
         return not self._ray.wait([self._placed], timeout=0)[0]
@@ -175,17 +172,17 @@ class ActorLink:
 
 
 def weight_bytes(model: str) -> int:
-    """Returns the bytes of a model's weights where it is a folder; 0 where that is not known here."""
+    """Returns the bytes of the weights in a model's folder; 0 for a model that is no folder."""
     folder = Path(model).expanduser()
     names = ("*.safetensors", "*.gguf")
     return sum(path.stat().st_size for name in names for path in folder.glob(name)) if folder.is_dir() else 0
 
 
 def _check_reachable(address: str, where: str, remedy: str) -> None:
-    """Refuses an address at which nobody listens; Ray itself would try for a minute, and tell it at length.
+    """Tries the address, because Ray itself would try for a minute and print pages.
 
     Raises:
-        ConfigError: then, or where it is no address.
+        ConfigError: when nothing listens there, or it is no address.
     """
     if address in ("auto", "local"):
         return
@@ -200,7 +197,7 @@ def _check_reachable(address: str, where: str, remedy: str) -> None:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps who listens for SIGTERM inside the block: Ray puts its own handler there, which ends the program."""
+    """Restores the signal handlers after the block: Ray installs one for SIGTERM that ends the program."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = os.environ.get("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
     if environment is None:  # else it warns of a change to come
@@ -209,5 +206,5 @@ def _own_signals() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            with contextlib.suppress(ValueError):  # not the main thread: nobody could have changed it
+            with contextlib.suppress(ValueError):  # outside the main thread, where Ray cannot have changed them
                 signal.signal(number, handler)

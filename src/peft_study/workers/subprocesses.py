@@ -1,8 +1,7 @@
 """Workers as processes of this machine: one a GPU, or on CPU each with its share of the threads.
 
-Each is a fresh interpreter rather than a fork or a multiprocessing child: its environment (the GPU it sees, the size of
-OpenMP's thread pool) is then set before it loads torch, whatever this process has loaded, and the program's own script
-is not imported again.
+Each is a fresh interpreter, not a fork or a multiprocessing child: its environment (visible GPU, OpenMP threads) is set
+before it loads torch, and the user's script is not imported again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -36,11 +34,11 @@ class SubprocessLauncher:
     """Processes of this machine.
 
     Args:
-        count: of them.
-        model: says on which devices.
+        count: number of processes.
+        model: with the device.
 
     Raises:
-        ConfigError: when there are fewer GPUs.
+        ConfigError: when there are fewer GPUs than processes.
     """
 
     restarts = RESTARTS
@@ -63,9 +61,7 @@ class SubprocessLauncher:
     def __enter__(self) -> SubprocessLauncher:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for link in self._links:
             link.end()
 
@@ -81,13 +77,13 @@ class SubprocessLauncher:
         return link
 
     def wait(self, links: Sequence[Any]) -> list[ProcessLink]:
-        """Waits for answers or deaths."""
+        """Waits until some processes answered or died."""
         ready = wait([link.connection for link in links])
         return [link for link in links if link.connection in ready]
 
 
 class ProcessLink:
-    """One process, at the other end of a pipe."""
+    """A connection to one process."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.connection, theirs = Pipe()
