@@ -65,8 +65,8 @@ class VirtualWorker:
         """Free slots."""
         return self._curves.slots - len(self._slots)
 
-    def follow(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[TrialEvent]:
-        """Follows orders as training/loop.py does: news of who left and entered, else that of one row."""
+    def advance(self, enter: Sequence[tuple[TrialRecord, tuple[int, ...]]], leave: dict[str, str]) -> list[TrialEvent]:
+        """Runs commands as training/loop.py does: events of trials that left and entered, else those of one row."""
         events: list[TrialEvent] = []
         for slot, trial in list(self._slots.items()):
             if trial.name in leave:
@@ -142,7 +142,7 @@ def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Ev
             leave = scheduler.receive(events)
             staying = set(worker.running) - set(leave)
             begun = scheduler.next(worker.room + len(leave), empty=not staying)
-            events = worker.follow([(trial, trial.settings.rungs) for trial in begun], leave)
+            events = worker.advance([(trial, trial.settings.rungs) for trial in begun], leave)
         return Search(seen, worker.clock), list(journal.events)
 
 
