@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from command_line import CommandLine
-from peft_study.compat.parsing import parse
+from peft_study.compat.command_line import parse
 from peft_study.errors import ConfigError
 from peft_study.storage.files import read_text
 

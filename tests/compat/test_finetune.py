@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from peft_study.compat.command_line import parse
 from peft_study.compat.finetune import Run, to_run
-from peft_study.compat.parsing import parse
 from peft_study.config import (
     METHODS,
     FullConfig,

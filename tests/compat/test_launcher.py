@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_study.compat import launcher
-from peft_study.compat.launcher import LaunchArguments, launch_options
-from peft_study.compat.parsing import _options, parse
+from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
+from peft_study.compat.command_line import LaunchArguments, parse
 from peft_study.engine.processes import refuse_several_processes
 from peft_study.errors import ConfigError
 
@@ -55,10 +56,16 @@ def test_secrets_of_the_launch_arguments_are_not_printed() -> None:
     assert "hush" not in line
 
 
+ACTIONS = [
+    action for action in launch_command_parser()._actions if action.option_strings and action.dest not in ("help",)
+]
+
+
 def test_the_only_shared_name_is_known_and_is_ours() -> None:
     """A new accelerate that brings another clash fails here, so that somebody decides whose it is."""
-    both = {name.lstrip("-").replace("-", "_") for name in set(launch_options()) & set(_options())}
-    assert both == launcher.SHARED
+    ours = {item.name for kind in (FinetuneArguments, ExtraArguments) for item in dataclasses.fields(kind)}
+    theirs = {name.lstrip("-").replace("-", "_") for action in ACTIONS for name in action.option_strings}
+    assert ours & theirs == {"gradient_accumulation_steps"}
     command = parse(["--gradient_accumulation_steps", "4", "--num_processes=3"])
     assert command.arguments.gradient_accumulation_steps == 4
     assert command.launch.values == {"num_processes": 3}
@@ -66,66 +73,60 @@ def test_the_only_shared_name_is_known_and_is_ours() -> None:
 
 
 def test_every_launch_option_is_accepted_with_its_number_of_values() -> None:
-    for name, action in launch_options().items():
-        if not name.startswith("--") or name.lstrip("-").replace("-", "_") in launcher.SHARED:
+    for action in ACTIONS:
+        if action.dest in ("gradient_accumulation_steps", "config_file"):
             continue
         kind = getattr(action.type, "__name__", "")
         value = str(action.choices[0]) if action.choices else {"int": "3", "float": "0.5"}.get(kind, "true")
-        if name.replace("-", "_") == "__config_file":
-            continue
-        words = [name] if action.nargs == 0 else [name, value]
-        command = parse([*words, "--seed", "5", "--use_lora"])
-        assert command.arguments.seed == 5, name
-        assert command.given == {"seed", "use_lora"}, name
-        assert action.dest in command.launch.values, name
+        for name in action.option_strings:
+            words = [name] if action.nargs == 0 else [name, value]
+            command = parse([*words, "--seed", "5", "--use_lora"])
+            assert command.arguments.seed == 5, name
+            assert command.given == {"seed", "use_lora"}, name
+            assert action.dest in command.launch.values, name
 
 
-ITEMS = st.lists(
-    st.sampled_from(
-        [
-            (("--num_processes", "2"), "launch"),
-            (("--multi_gpu",), "launch"),
-            (("--mixed-precision=bf16",), "launch"),
-            (("--main_process_ip", "a.py"), "launch"),
-            (("--use_lora",), "ours"),
-            (("--use_lora", "False"), "ours"),
-            (("--no_fused_optimizer",), "ours"),
-            (("--clip_grad_norm", "-1"), "ours"),
-            (("--weight_decay=0.",), "ours"),
-            (("--dataset_mixer_list", "a.py", "1.0"), "ours"),
-            (("--report_to", "wandb", "tensorboard"), "ours"),
-            (("--train-file", "x.yaml"), "ours"),
-        ]
-    ),
-    max_size=8,
-)
+LAUNCH: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("--num_processes", "2"), {"num_processes": 2}),
+    (("--multi_gpu",), {"multi_gpu": True}),
+    (("--mixed-precision=bf16",), {"mixed_precision": "bf16"}),
+    (("--main_process_ip", "a.py"), {"main_process_ip": "a.py"}),
+]
+OURS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+    (("--use_lora",), {"use_lora": True}),
+    (("--use_qlora", "False"), {"use_qlora": False}),
+    (("--no_fused_optimizer",), {"fused_optimizer": False}),
+    (("--clip_grad_norm", "-1"), {"clip_grad_norm": -1}),
+    (("--weight_decay=0.",), {"weight_decay": 0}),
+    (("--dataset_mixer_list", "a.py", "1.0"), {"dataset_mixer_list": ["a.py", "1.0"]}),
+    (("--report_to", "wandb", "tensorboard"), {"report_to": ["wandb", "tensorboard"]}),
+    (("--train-file", "x.yaml"), {"train_file": "x.yaml"}),
+]
+ITEMS = st.lists(st.sampled_from([*LAUNCH, *OURS]), max_size=8)
 
 
 @settings(max_examples=60, deadline=None)
 @given(items=ITEMS)
-def test_every_token_goes_to_exactly_one_side_in_any_order(items: list[tuple[tuple[str, ...], str]]) -> None:
-    argv = [word for words, _ in items for word in words]
-    parts = launcher.split(argv, _options())
-    assert parts.script is None
-    assert parts.config is None
-    kept = [word for words, side in items if side == "ours" for word in words]
-    # single values are joined to their option, everything else stays as it was
-    assert [piece for token in parts.ours for piece in token.split("=")] == [
-        piece for word in kept for piece in word.split("=")
-    ]
-    names = {words[0].partition("=")[0].lstrip("-").replace("-", "_") for words, side in items if side == "launch"}
-    assert set(parts.launch) == names
+def test_every_word_goes_to_exactly_one_side_in_any_order(items: list[tuple[tuple[str, ...], dict[str, Any]]]) -> None:
+    command = parse([word for words, _ in items for word in words])
+    assert command.launch.script is None
+    assert command.launch.values == {name: v for item in items if item in LAUNCH for name, v in item[1].items()}
+    ours = {name: value for item in items if item in OURS for name, value in item[1].items()}
+    assert command.given == set(ours)
+    assert {name: getattr(command.arguments, name) for name in ours} == ours
 
 
 @settings(max_examples=20, deadline=None)
 @given(items=ITEMS, place=st.integers(0, 8))
-def test_the_script_may_stand_between_any_two_arguments(items: list[tuple[tuple[str, ...], str]], place: int) -> None:
+def test_the_script_may_stand_between_any_two_arguments(
+    items: list[tuple[tuple[str, ...], dict[str, Any]]], place: int
+) -> None:
     groups = [list(words) for words, _ in items]
     before = groups[:place]
     if before and before[-1][0] in ("--dataset_mixer_list", "--report_to"):
         before.append(["--multi_gpu"])  # an option with any number of values would take the path for one
     argv = [word for words in [*before, ["finetune.py"], *groups[place:]] for word in words]
-    assert launcher.split(argv, _options()).script == "finetune.py"
+    assert parse(argv).launch.script == "finetune.py"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_accelerates_own_configuration_file_counts(tmp_path: Path) -> None:
     ("argv", "message"),
     [
         ("--num_processes 0", "--num_processes: 0 is not a whole number above 0"),
-        ("--num_processes two", "--num_processes: 'two' is not of type int"),
+        ("--num_processes two", "--num_processes: 'two' is not a whole number"),
         ("--num_processes", "--num_processes: needs a value"),
         ("--main_process_ip --use_lora", "--main_process_ip: needs a value"),
         ("--mixed_precision bf61", "--mixed_precision: unknown value 'bf61'; did you mean 'bf16'?"),
@@ -189,7 +190,7 @@ def test_accelerates_own_configuration_file_counts(tmp_path: Path) -> None:
         ("--xyzzy 2", "unknown argument '--xyzzy'; `peft-study finetune --help` lists them"),
         ("stray", "unexpected value 'stray'"),
         ("a.py b.py", "unexpected value 'b.py'"),
-        ("--config_file nowhere.yaml", "--config_file: 'nowhere.yaml' cannot be read"),
+        ("--config_file nowhere.yaml", "--config_file, nowhere.yaml: cannot be read"),
     ],
 )
 def test_mistakes_give_one_line(argv: str, message: str) -> None:
@@ -209,7 +210,7 @@ def test_started_processes_count_and_those_asked_for_otherwise() -> None:
     started = parse([], {"WORLD_SIZE": "2"}).launch
     assert (started.processes, started.started, started.effective_batch_size(2, 3)) == (2, 2, 12)
     assert parse([], {"WORLD_SIZE": ""}).launch.processes == 1
-    with pytest.raises(ConfigError, match="4 is said, but the launcher started 2 processes"):
+    with pytest.raises(ConfigError, match="4 are asked for, but the launcher started 2 processes"):
         parse(["--num_processes", "4"], {"WORLD_SIZE": "2"})
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
 from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
-from peft_study.compat.parsing import parse, usage
+from peft_study.compat.command_line import parse, usage
 from peft_study.errors import ConfigError
 
 TABLE = Path(__file__).parents[3] / "shared" / "open-instruct-arguments.tsv"
@@ -56,6 +56,8 @@ def test_the_table_is_accepted_row_by_row() -> None:
     for row in rows:
         name = row["name"]
         kind, words, value = TYPES[row["type"]]
+        if choices := FIELDS[name].metadata.get("choices"):
+            words, value = [choices[-1]], choices[-1]
         assert hints[name] == kind, name
         assert getattr(defaults, name) == default_in(row["default"]), name
         command = parse([f"--{name}", *words])
@@ -79,9 +81,14 @@ def _kind(name: str) -> str | None:
     return next((kind for kind in SINGLE if text in (kind, f"<class '{kind}'>")), None)
 
 
+def _words(name: str) -> st.SearchStrategy[str]:
+    choices = FIELDS[name].metadata.get("choices")
+    return st.sampled_from(choices) if choices else WORDS[str(_kind(name))]
+
+
 FLAG = st.one_of(
     st.sampled_from([name for name in FIELDS if _kind(name)]).flatmap(
-        lambda name: WORDS[str(_kind(name))].map(lambda word: [f"--{name}", word])
+        lambda name: _words(name).map(lambda word: [f"--{name}", word])
     ),
     st.sampled_from(BOOLS).map(lambda name: [f"--{name}"]),
     st.tuples(st.sampled_from(BOOLS), st.sampled_from(["True", "False", "true", "0"])).map(
@@ -151,8 +158,8 @@ def test_a_yaml_file_may_follow_launch_arguments_and_the_script(tmp_path: Path) 
     [
         ("learning_rat: 1", "unknown argument 'learning_rat'; did you mean 'learning_rate'?"),
         ("learning_rate: fast", "learning_rate: 'fast' is not a number"),
-        ("learning_rate: true", "learning_rate: True is not a number"),
-        ("num_train_epochs: 1.5", "num_train_epochs: 1.5 is not a whole number"),
+        ("learning_rate: true", "learning_rate: 'True' is not a number"),
+        ("num_train_epochs: 1.5", "num_train_epochs: '1.5' is not a whole number"),
         ("use_lora: maybe", "use_lora: 'maybe' is not True or False"),
         ("dataset_mixer: [a]", "dataset_mixer: ['a'] is not"),
         ("train_file: {a: 1}", "train_file: {'a': 1} is not"),

@@ -110,8 +110,8 @@ def finetune(context: typer.Context) -> None:
     import os
 
     from peft_study.cli.display import RunDisplay, quiet_libraries
-    from peft_study.compat.finetune import pointed, said, to_run
-    from peft_study.compat.parsing import parse, usage
+    from peft_study.compat.command_line import parse, usage
+    from peft_study.compat.finetune import given_arguments, pointed, to_run
     from peft_study.engine.processes import joined
     from peft_study.errors import UserError
     from peft_study.training.finetune import train
@@ -136,7 +136,7 @@ def finetune(context: typer.Context) -> None:
         try:
             finished = train(
                 planned.config,
-                said(command),
+                given_arguments(command),
                 display,
                 stop,
                 overwrite=planned.overwrite,

@@ -1,7 +1,7 @@
 """The arguments of open-instruct's ``finetune.py`` (December 2024) with the PEFT additions, and our own beside them.
 
-Names, types and defaults are the original's, so that a script or YAML file written for it runs as it is. What a
-value means here, where that differs, is said by ``compat.finetune`` when it is used.
+Names, types and defaults are the original's, so scripts and YAML files written for it run unchanged. Where a value
+means something else here, ``compat.finetune`` prints a note.
 """
 
 # ruff: noqa: RUF009 -- _arg returns a dataclass field, which is what the rule wants; it only knows `field` by name
@@ -9,12 +9,18 @@ value means here, where that differs, is said by ``compat.finetune`` when it is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
+
+from peft_study.config import Device, Dtype, PrefixTuningConfig, PromptTuningConfig, Schedule
+
+NO_EFFECT = "no effect: "
+"""The help of an argument that is accepted and ignored begins with this; the reason follows."""
 
 
-def _arg(default: Any, text: str) -> Any:
+def _arg(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
     """Declares one argument; ``text`` is its help, in which argparse reads ``%`` as a format."""
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
+    metadata = {"help": text.replace("%", "%%"), **({"choices": choices} if choices else {})}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -31,22 +37,22 @@ class FinetuneArguments:
     tokenizer_name: str | None = _arg(None, "tokenizer, when it is not the model's")
     tokenizer_revision: str | None = _arg(None, "git revision of the tokenizer; only the model's own can be used")
     chat_template_name: str = _arg("tulu", "a named chat template or a file")
-    use_flash_attn: bool = _arg(True, "no meaning here: the attention is chosen by the device")
-    use_slow_tokenizer: bool = _arg(True, "no meaning here: the fast tokenizer is needed for the loss mask")
+    use_flash_attn: bool = _arg(True, NO_EFFECT + "chosen by the device")
+    use_slow_tokenizer: bool = _arg(True, NO_EFFECT + "chosen by the device")
     model_revision: str | None = _arg(None, "git revision of the model on the hub")
     trust_remote_code: bool = _arg(False, "run code that ships with the model")
-    low_cpu_mem_usage: bool = _arg(False, "no meaning here: weights are always mapped")
+    low_cpu_mem_usage: bool = _arg(False, NO_EFFECT + "chosen by the device")
     # data
     dataset_name: str | None = _arg(None, "data set: hub id, folder, or skills (embedded)")
     dataset_mixer: dict | None = _arg(None, "{data set: share or count}, as YAML or JSON")  # type: ignore[type-arg]
     dataset_mixer_list: list[str] | None = _arg(None, "DATASET SHARE [DATASET SHARE ...]; counts if any is above 1")
-    dataset_mix_dir: str | None = _arg(None, "no meaning here: the mixture is not written out")
+    dataset_mix_dir: str | None = _arg(None, NO_EFFECT + "the mixture is not written")
     dataset_config_name: str | None = _arg(None, "configuration of the hub data set; convert it first")
     train_file: str | None = _arg(None, "training file: what `peft-study data convert` reads")
     max_train_samples: int | None = _arg(None, "use this many rows, drawn at random by --seed")
     preprocessing_num_workers: int | None = _arg(None, "processes that tokenise; left out: all cores")
     max_seq_length: int | None = _arg(None, "tokens an example; the rest is cut off; left out: no limit")
-    overwrite_cache: bool = _arg(False, "no meaning here: cached tokens are keyed by content")
+    overwrite_cache: bool = _arg(False, NO_EFFECT + "tokens are cached by content")
     add_bos: bool = _arg(False, "put BOS first where the template does not")
     # optimisation
     clip_grad_norm: float = _arg(-1, "largest gradient norm; -1: off (1.0 under DeepSpeed, as in the original)")
@@ -56,42 +62,42 @@ class FinetuneArguments:
     lora_rank: int = _arg(64, "rank of LoRA")
     lora_alpha: float = _arg(16, "the LoRA update is scaled by alpha / rank")
     lora_dropout: float = _arg(0.1, "dropout before the LoRA update")
-    lr_scheduler_type: str = _arg(
-        "linear", "linear, cosine, cosine_with_restarts, polynomial, constant, constant_with_warmup"
-    )
+    lr_scheduler_type: str = _arg("linear", "course of the rate after the warm-up", get_args(Schedule))
     num_train_epochs: int = _arg(2, "passes over the data")
     output_dir: str = _arg("output/", "folder of the run")
     per_device_train_batch_size: int = _arg(8, "examples a micro-batch")
     use_lora: bool = _arg(False, "method: LoRA")
     use_qlora: bool = _arg(False, "4-bit base (NF4); goes with --use_lora")
-    use_8bit_optimizer: bool = _arg(False, "no meaning here: the states of an adapter are small and stay 32-bit")
+    use_8bit_optimizer: bool = _arg(False, NO_EFFECT + "32-bit optimizer states")
     warmup_ratio: float = _arg(0.03, "share of the steps over which the rate rises")
     weight_decay: float = _arg(0.0, "decoupled weight decay of AdamW")
-    timeout: int = _arg(1800, "no meaning here: there is no process group")
-    reduce_loss: str = _arg("mean", "mean: over the supervised tokens of the batch; sum: divided by the accumulation")
+    timeout: int = _arg(1800, NO_EFFECT + "one process")
+    reduce_loss: str = _arg(
+        "mean", "mean: over the supervised tokens of the batch; sum: divided by the accumulation", ("mean", "sum")
+    )
     gradient_checkpointing: bool = _arg(False, "recompute layers in the backward pass; with every method")
     max_train_steps: int | None = _arg(None, "optimizer steps; overrides the epochs")
     seed: int = _arg(42, "seed of initialisation, dropout, data order and held-out rows")
-    fused_optimizer: bool = _arg(True, "no meaning here: the optimizer chooses")
-    load_balancing_loss: bool = _arg(False, "no meaning here: the base and its router are frozen")
-    load_balancing_weight: float = _arg(0.5, "no meaning here")
+    fused_optimizer: bool = _arg(True, NO_EFFECT + "chosen by the device")
+    load_balancing_loss: bool = _arg(False, NO_EFFECT + "no auxiliary loss here")
+    load_balancing_weight: float = _arg(0.5, NO_EFFECT + "no auxiliary loss here")
     # tracking and checkpoints
-    wandb_entity: str | None = _arg(None, "W&B entity")
+    wandb_entity: str | None = _arg(None, NO_EFFECT + "no W&B here")
     resume_from_checkpoint: str | None = _arg(None, "continue from this checkpoint folder")
     with_tracking: bool = _arg(False, "write TensorBoard files too; metrics.jsonl is always written")
     report_to: str | list[str] = _arg("all", "trackers of --with_tracking")
-    save_to_hub: str | None = _arg(None, "no meaning here")
+    save_to_hub: str | None = _arg(None, NO_EFFECT + "hub upload")
     checkpointing_steps: str | None = _arg(None, "optimizer steps between checkpoints, or epoch")
     overwrite_output_dir: bool = _arg(False, "replace the run that output_dir holds")
     keep_last_n_checkpoints: int = _arg(3, "newest checkpoints that are kept; -1: all")
     # hub and Beaker
-    push_to_hub: bool = _arg(False, "no meaning here")
-    hf_entity: str | None = _arg(None, "no meaning here")
-    hf_repo_id: str | None = _arg(None, "no meaning here")
-    hf_repo_revision: str | None = _arg(None, "no meaning here")
-    hf_repo_url: str | None = _arg(None, "no meaning here")
-    try_launch_beaker_eval_jobs: bool = _arg(False, "no meaning here")
-    hf_metadata_dataset: str | None = _arg("allenai/tulu-3-evals", "no meaning here")
+    push_to_hub: bool = _arg(False, NO_EFFECT + "hub upload")
+    hf_entity: str | None = _arg(None, NO_EFFECT + "hub upload")
+    hf_repo_id: str | None = _arg(None, NO_EFFECT + "hub upload")
+    hf_repo_revision: str | None = _arg(None, NO_EFFECT + "hub upload")
+    hf_repo_url: str | None = _arg(None, NO_EFFECT + "hub upload")
+    try_launch_beaker_eval_jobs: bool = _arg(False, NO_EFFECT + "Beaker")
+    hf_metadata_dataset: str | None = _arg("allenai/tulu-3-evals", NO_EFFECT + "Beaker")
     # the PEFT additions
     use_prefix_tuning: bool = _arg(False, "method: prefix tuning")
     use_prompt_tuning: bool = _arg(False, "method: prompt tuning")
@@ -104,12 +110,16 @@ class ExtraArguments:
 
     _argument_group_name = "arguments of peft-study"
 
-    device: str = _arg("auto", "auto, cpu, cuda or mps")
-    dtype: str = _arg("auto", "of the frozen base: auto, bfloat16, float16 or float32")
+    device: str = _arg("auto", "device that trains", get_args(Device))
+    dtype: str = _arg("auto", "precision of the frozen base", get_args(Dtype))
     held_out: str | None = _arg(None, "rows, a share below 1, or a file; left out: 64 rows, at most a tenth")
     eval_steps: int | None = _arg(None, "optimizer steps between held-out losses; left out: 4 a run")
-    prefix_init: str | None = _arg(None, "text, zero or random")
-    prompt_init: str | None = _arg(None, "text, vocab or random")
+    prefix_init: str | None = _arg(
+        None, "start of prefix tuning", get_args(PrefixTuningConfig.model_fields["init"].annotation)
+    )
+    prompt_init: str | None = _arg(
+        None, "start of prompt tuning", get_args(PromptTuningConfig.model_fields["init"].annotation)
+    )
     init_text: str | None = _arg(None, "text of --prefix_init text and --prompt_init text; left out: from the data")
     row_tokens: int | None = _arg(None, "tokens packed into one row; left out: measured")
     chat_template: str | None = _arg(

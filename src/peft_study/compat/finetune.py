@@ -1,47 +1,58 @@
-"""From the original's arguments to this program's settings, saying once whatever means something else here.
+"""From the original's arguments to this program's settings, with a note for each argument that works differently here.
 
-    Command --check--> to_run --> Run: TrainConfig | what to do with an output folder in use | notes and warnings
+    Command --to_run--> Run: TrainConfig | what to do with an output folder in use | notes and warnings
 
 | original | here |
 |---|---|
-| per device x accumulation x processes | ``training.batch_size``; how it is cut into rows is not the user's concern |
+| per device x accumulation x processes | ``training.batch_size``; the engine cuts it into rows |
 | ``reduce_loss mean``: mean of the micro-batches' means | mean over the supervised tokens of the whole batch |
 | ``reduce_loss sum`` | sum over the batch / (accumulation x processes), which is what accelerate makes of it |
 | ``max_train_samples``: the first rows | a random draw; the Tulu mixture lies ordered by source |
-| no method flag | full fine-tuning, said loudly |
+| no method flag | full fine-tuning, with a loud warning |
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.compat.arguments import FinetuneArguments
-from peft_study.compat.checks import check, method_of, trackers
-from peft_study.compat.parsing import Command
+from peft_study.compat.arguments import NO_EFFECT, FinetuneArguments
+from peft_study.compat.command_line import Command
 from peft_study.config import METHODS, TrainConfig, validate
 from peft_study.data.formats import parse_mapping
-from peft_study.errors import ConfigError, UserError
+from peft_study.errors import ConfigError, UserError, nearest
 
-_PLAIN_METHOD_ARGUMENTS = {
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout"),
-    "soft": ("num_virtual_tokens",),
-}
+_DATA = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
+_FLAGS = {"use_lora": "lora", "use_prefix_tuning": "prefix_tuning", "use_prompt_tuning": "prompt_tuning"}
+_LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
-# Accepted, and without an effect here; why, as it is said to the user.
-_WITHOUT_MEANING = {
-    "hub upload": ("push_to_hub", "hf_entity", "hf_repo_id", "hf_repo_revision", "hf_repo_url", "save_to_hub"),
-    "Beaker": ("try_launch_beaker_eval_jobs", "hf_metadata_dataset"),
-    "chosen by the device": ("use_flash_attn", "use_slow_tokenizer", "low_cpu_mem_usage", "fused_optimizer"),
-    "32-bit optimizer states": ("use_8bit_optimizer",),
-    "no auxiliary loss here": ("load_balancing_loss", "load_balancing_weight"),
-    "one process": ("timeout",),
-    "tokens are cached by content": ("overwrite_cache",),
-    "the mixture is not written": ("dataset_mix_dir",),
-}
+_Bound = tuple[str, Callable[[Any], bool], str]
+_BOUNDS: tuple[_Bound, ...] = (
+    ("at least 1", lambda value: value >= 1, "num_train_epochs max_train_steps per_device_train_batch_size"),
+    ("at least 1", lambda value: value >= 1, "gradient_accumulation_steps max_train_samples max_seq_length"),
+    ("at least 1", lambda value: value >= 1, "preprocessing_num_workers logging_steps eval_steps row_tokens lora_rank"),
+    ("a finite number above 0", lambda value: 0 < value < math.inf, "learning_rate lora_alpha"),
+    ("a finite number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay"),
+    ("at least 0", lambda value: value >= 0, "seed"),
+    ("at least 0 (0: the method's default)", lambda value: value >= 0, "num_virtual_tokens"),
+    ("between 0 and 1", lambda value: 0 <= value <= 1, "warmup_ratio"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "lora_dropout"),
+    ("above 0, or -1 for off", lambda value: value == -1 or 0 <= value < math.inf, "clip_grad_norm"),
+    ("at least 1, or -1 for all", lambda value: value == -1 or value >= 1, "keep_last_n_checkpoints"),
+    (
+        "a number of steps above 0, or 'epoch'",
+        lambda value: value == "epoch" or (value.isdecimal() and int(value) >= 1),
+        "checkpointing_steps",
+    ),
+)
+"""What a value must be, its test, and the arguments; None always passes, as it means "left out"."""
+
+_PLACES = ("output_dir", "resume_from_checkpoint", "held_out", "chat_template_name", "chat_template")
+"""An empty one, as from an unset variable, would mean the current folder, or nothing at all."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,13 @@ def to_run(command: Command) -> Run:
     Raises:
         ConfigError: a value or combination that cannot be used.
     """
-    check(command)
+    for complaints in (_about_values, _about_the_method, _about_combinations):
+        for argument, what, remedy in complaints(command):
+            raise ConfigError(what, where=argument and f"--{argument}", remedy=remedy)
     arguments, extra = command.arguments, command.extra
     rate = arguments.learning_rate if "learning_rate" in command.given else None
+    every = arguments.checkpointing_steps
+    resumed = arguments.resume_from_checkpoint
     values = {
         "model": _model(command),
         "data": _data(command),
@@ -80,22 +95,22 @@ def to_run(command: Command) -> Run:
         "logging": {
             "log_every": arguments.logging_steps or 1,
             "evaluate_every": extra.eval_steps,
-            "checkpoint_every": _checkpoint_every(arguments.checkpointing_steps),
+            "checkpoint_every": every if every in (None, "epoch") else int(every),
             "keep_checkpoints": arguments.keep_last_n_checkpoints,
-            "tensorboard": arguments.with_tracking and "none" not in trackers(arguments),
+            "tensorboard": arguments.with_tracking and "none" not in _trackers(arguments),
         },
         "output": Path(arguments.output_dir),
     }
     return Run(
         config=validate(TrainConfig, values, where="peft-study finetune"),
-        resume_from=_checkpoint(arguments),
+        resume_from=None if resumed is None else Path(resumed),
         overwrite=arguments.overwrite_output_dir,
         notes=tuple(_notes(command)),
-        warnings=tuple(_warnings(method_of(arguments), rate)),
+        warnings=tuple(_warnings(_method_name(arguments), rate)),
     )
 
 
-def said(command: Command) -> dict[str, Any]:
+def given_arguments(command: Command) -> dict[str, Any]:
     """Returns the arguments that were given, for the run's record; the launcher's may hold secrets and stay out."""
     both = {**dataclasses.asdict(command.arguments), **dataclasses.asdict(command.extra)}
     return {name: value for name, value in both.items() if name in command.given}
@@ -111,23 +126,102 @@ def pointed(error: UserError, command: Command) -> UserError:
     return type(error)(error.what, where=f"--{arguments[setting]}{comma}{rest}", remedy=error.remedy)
 
 
+_Complaints = Iterator[tuple[str | None, str, str | None]]
+"""Argument, what is wrong, remedy: the first is the error."""
+
+
+def _about_values(command: Command) -> _Complaints:
+    """Yields what is wrong with single values."""
+    from accelerate.utils import LoggerType
+
+    values = {**vars(command.arguments), **vars(command.extra)}
+    for name in _PLACES:
+        if values[name] is not None and not values[name].strip():
+            yield name, "is empty", "give a value, or leave it out"
+    for need, holds, names in _BOUNDS:
+        for name in names.split():
+            if values[name] is not None and not holds(values[name]):
+                yield name, f"{values[name]} is not {need}", f"give a value that is {need}"
+    trackers = {str(kind.value) for kind in LoggerType} | {"all", "none"}
+    for tracker in _trackers(command.arguments):
+        if tracker not in trackers:
+            yield "report_to", f"unknown tracker {tracker!r}", nearest(tracker, trackers)
+
+
+def _about_the_method(command: Command) -> _Complaints:
+    """Yields what is wrong with the method's flags together."""
+    arguments, extra = command.arguments, command.extra
+    flags = [flag for flag in _FLAGS if getattr(arguments, flag)]
+    flag = flags[0] if flags else None
+    if len(flags) > 1:
+        said = " and ".join(f"--{flag}" for flag in flags)
+        remedy = f"keep one of them, or compare them with `peft-study run` (the original would take --{flag})"
+        yield None, f"{said} are given, but a run trains one method", remedy
+    if arguments.use_qlora and flag is None:
+        yield "use_qlora", "a 4-bit base goes with --use_lora", "add --use_lora"
+    if arguments.use_qlora and flag != "use_lora":
+        yield "use_qlora", f"a 4-bit base goes with --use_lora, not with --{flag}", "leave out --use_qlora"
+    if extra.prefix_init is not None and flag != "use_prefix_tuning":
+        yield "prefix_init", "goes with --use_prefix_tuning only", "leave out --prefix_init"
+    if extra.prompt_init is not None and flag != "use_prompt_tuning":
+        yield "prompt_init", "goes with --use_prompt_tuning only", "leave out --prompt_init"
+    if extra.init_text is not None:
+        init, remedy = extra.prefix_init or extra.prompt_init, "leave it out, or give a text and init 'text'"
+        if flag in (None, "use_lora"):
+            yield "init_text", "goes with --use_prefix_tuning or --use_prompt_tuning only", "leave it out"
+        if init not in (None, "text"):
+            yield "init_text", f"has no effect with init {init!r}", remedy
+        if not extra.init_text.strip():
+            yield "init_text", "is empty", remedy
+
+
+def _about_combinations(command: Command) -> _Complaints:
+    """Yields what is wrong with the arguments of model, data and output together."""
+    arguments, extra = command.arguments, command.extra
+    if arguments.lr_scheduler_type == "constant_with_warmup" and arguments.warmup_ratio == 0:
+        what = "0 leaves constant_with_warmup without its warm-up"
+        yield "warmup_ratio", what, "give e.g. 0.03, or --lr_scheduler_type constant"
+    sources = [f"--{name}" for name in _DATA if getattr(arguments, name)]
+    if len(sources) != 1:
+        what = f"{' and '.join(sources)} are given, but one source is used" if sources else "no training data"
+        yield None, what, f"give exactly one of {', '.join(f'--{name}' for name in _DATA)}"
+    if not arguments.model_name_or_path:
+        yield "model_name_or_path", "no base model", "name a folder, a hub id, or smollm2-135m-instruct"
+    if arguments.config_name not in (None, arguments.model_name_or_path):
+        yield "config_name", f"{arguments.config_name!r} is not the model's own", "leave it out"
+    if arguments.tokenizer_revision not in (None, arguments.model_revision):
+        what = f"{arguments.tokenizer_revision!r} is not the revision of the model"
+        yield "tokenizer_revision", what, "download that tokenizer and name its folder with --tokenizer_name"
+    if (name := arguments.dataset_config_name) is not None:
+        remedy = "download it, run `peft-study data convert` and give the result as --train_file"
+        yield "dataset_config_name", f"configuration {name!r} of a hub data set cannot be chosen here", remedy
+    if extra.chat_template is not None and "chat_template_name" in command.given:
+        yield "chat_template", "goes without --chat_template_name", "keep one of them"
+    if (folder := arguments.resume_from_checkpoint) is not None:
+        if not Path(folder).is_dir():
+            yield "resume_from_checkpoint", f"{folder!r} is not a folder", "name a checkpoint folder, or leave it out"
+        if arguments.overwrite_output_dir:
+            what = "goes without --overwrite_output_dir, which starts from step 0"
+            yield "resume_from_checkpoint", what, "keep one of them"
+
+
+def _trackers(arguments: FinetuneArguments) -> list[str]:
+    """Returns the names in ``report_to``, which may be one text, also with commas, or a list."""
+    items = [arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to
+    return [name.strip() for item in items for name in item.split(",") if name.strip()]
+
+
+def _method_name(arguments: FinetuneArguments) -> str:
+    """Returns the method's name in the configuration: the flagged one, or full fine-tuning as in the original."""
+    return next((name for flag, name in _FLAGS.items() if getattr(arguments, flag)), "full")
+
+
 def _model(command: Command) -> dict[str, Any]:
     arguments, extra = command.arguments, command.extra
-    name = arguments.model_name_or_path
-    if arguments.config_name not in (None, name):
-        raise ConfigError(
-            f"{arguments.config_name!r} is not the model's own", where="--config_name", remedy="leave it out"
-        )
-    if arguments.tokenizer_revision not in (None, arguments.model_revision):
-        raise ConfigError(
-            f"{arguments.tokenizer_revision!r} is not the revision of the model",
-            where="--tokenizer_revision",
-            remedy="download that tokenizer and name its folder with --tokenizer_name",
-        )
     launched = "cpu" if command.launch.values.get("cpu") else "auto"
     return {
-        "name": name,
-        "tokenizer": arguments.tokenizer_name if arguments.tokenizer_name != name else None,
+        "name": arguments.model_name_or_path,
+        "tokenizer": arguments.tokenizer_name if arguments.tokenizer_name != arguments.model_name_or_path else None,
         "revision": arguments.model_revision,
         "device": extra.device if "device" in command.given else launched,
         "dtype": extra.dtype if "dtype" in command.given else command.launch.dtype or "auto",
@@ -138,29 +232,17 @@ def _model(command: Command) -> dict[str, Any]:
 
 def _data(command: Command) -> dict[str, Any]:
     arguments, extra = command.arguments, command.extra
-    if arguments.dataset_config_name is not None:
-        raise ConfigError(
-            f"configuration {arguments.dataset_config_name!r} of a hub data set cannot be chosen here",
-            where="--dataset_config_name",
-            remedy="download it, run `peft-study data convert` and give the result as --train_file",
-        )
-    template: str | None = arguments.chat_template_name
-    if extra.chat_template is not None:
-        if "chat_template_name" in command.given:
-            raise ConfigError("goes without --chat_template_name", where="--chat_template", remedy="keep one of them")
-        template = None if extra.chat_template == "own" else extra.chat_template
-    values: dict[str, Any] = {
+    template = arguments.chat_template_name if extra.chat_template is None else extra.chat_template
+    return {
         "train": _sources(arguments),
         "mapping": parse_mapping(extra.map),
         "max_length": arguments.max_seq_length,
-        "chat_template": template,
+        "chat_template": None if extra.chat_template == "own" else template,
         "add_bos": arguments.add_bos,
         "limit": arguments.max_train_samples,
         "workers": arguments.preprocessing_num_workers,
+        "held_out": _held_out(extra.held_out),
     }
-    if extra.held_out is not None:
-        values["held_out"] = _held_out(extra.held_out)
-    return values
 
 
 def _sources(arguments: FinetuneArguments) -> list[dict[str, Any]]:
@@ -176,63 +258,52 @@ def _sources(arguments: FinetuneArguments) -> list[dict[str, Any]]:
             raise ConfigError(f"{len(items)} values are not pairs", where=flag, remedy="write DATASET SHARE ...")
         mixture = list(zip(items[::2], items[1::2], strict=True))
     amounts: dict[str, float] = {}
-    for name, said in mixture:
+    for name, value in mixture:
         try:
-            amount = math.nan if isinstance(said, bool) else float(said)
+            amount = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             amount = math.nan
-        if not (math.isfinite(amount) and amount > 0):
-            raise ConfigError(
-                f"{said!r} of {name!r} is not a number above 0",
-                where=flag,
-                remedy="give a share (at most 1) or a count of rows",
-            )
+        if not 0 < amount < math.inf:
+            what = f"{value!r} of {name!r} is not a number above 0"
+            raise ConfigError(what, where=flag, remedy="give a share (at most 1) or a count of rows")
         if str(name) in amounts:
             raise ConfigError(f"{name!r} is named twice", where=flag, remedy="name each data set once")
         amounts[str(name)] = amount
     if max(amounts.values()) > 1 and min(amounts.values()) <= 1:
-        raise ConfigError(
-            "shares and counts are mixed",
-            where=flag,
-            remedy="give shares of at most 1 for all data sets, or counts above 1 for all",
-        )
+        remedy = "give shares of at most 1 for all data sets, or counts above 1 for all"
+        raise ConfigError("shares and counts are mixed", where=flag, remedy=remedy)
     return [{"path": name, "take": amount} for name, amount in amounts.items()]
 
 
-def _held_out(text: str) -> float | str:
-    """Reads a number of rows, a share, or a path."""
+def _held_out(text: str | None) -> float | str | None:
+    """Returns a number of rows, a share, or a path."""
+    if text is None:
+        return None
     try:
         number = float(text)
     except ValueError:
-        if not Path(text).exists():
-            raise ConfigError(
-                f"{text!r} is neither a number nor a file",
-                where="--held_out",
-                remedy="give rows (64), a share (0.05) or a file of rows",
-            ) from None
-        return text
-    if not math.isfinite(number) or number <= 0 or (number > 1 and number != int(number)):
-        raise ConfigError(
-            f"{text} is neither a number of rows nor a share above 0", where="--held_out", remedy="give e.g. 64 or 0.05"
-        )
+        if Path(text).exists():
+            return text
+        what, remedy = f"{text!r} is neither a number nor a file", "give rows (64), a share (0.05) or a file of rows"
+        raise ConfigError(what, where="--held_out", remedy=remedy) from None
+    if not 0 < number < math.inf or (number > 1 and number != int(number)):
+        what = f"{text} is neither a number of rows nor a share above 0"
+        raise ConfigError(what, where="--held_out", remedy="give e.g. 64 or 0.05")
     return number
 
 
 def _method(command: Command) -> dict[str, Any]:
     arguments, extra = command.arguments, command.extra
-    method = method_of(arguments)
-    values: dict[str, Any] = {"method": method}
+    method = _method_name(arguments)
     if method == "lora":
-        values |= {
-            "rank": arguments.lora_rank,
-            "alpha": arguments.lora_alpha,
-            "dropout": arguments.lora_dropout,
-        }
-    elif method != "full":
-        init = extra.prefix_init if method == "prefix_tuning" else extra.prompt_init
-        said = {"tokens": arguments.num_virtual_tokens or None, "init": init, "init_text": extra.init_text}
-        values |= {name: value for name, value in said.items() if value is not None}
-    return values
+        return {"method": method, **{setting: getattr(arguments, name) for name, setting in _LORA.items()}}
+    soft = {
+        "tokens": arguments.num_virtual_tokens or None,
+        "init": extra.prefix_init or extra.prompt_init,
+        "init_text": extra.init_text,
+    }
+    given = {} if method == "full" else {name: value for name, value in soft.items() if value is not None}
+    return {"method": method, **given}
 
 
 def _training(command: Command, rate: float | None) -> dict[str, Any]:
@@ -259,91 +330,62 @@ def _training(command: Command, rate: float | None) -> dict[str, Any]:
     }
 
 
-def _checkpoint_every(text: str | None) -> int | str | None:
-    return int(text) if text is not None and text != "epoch" else text
-
-
-def _checkpoint(arguments: FinetuneArguments) -> Path | None:
-    if arguments.resume_from_checkpoint is None:
-        return None
-    path = Path(arguments.resume_from_checkpoint)
-    if not path.is_dir():
-        raise ConfigError(
-            f"{str(path)!r} is not a folder",
-            where="--resume_from_checkpoint",
-            remedy="name a checkpoint folder, or leave it out to start anew",
-        )
-    if arguments.overwrite_output_dir:
-        raise ConfigError(
-            "goes without --overwrite_output_dir, which starts anew",
-            where="--resume_from_checkpoint",
-            remedy="keep one of them",
-        )
-    return path
-
-
-def _notes(command: Command) -> list[str]:
-    """Returns what is ignored and what differs from the original, a line each."""
-    arguments, launch, given = command.arguments, command.launch, command.given
-    notes = launch.notes()
-    ignored = _ignored(command)
-    if ignored:
-        notes.append(f"accepted without effect: {'; '.join(ignored)}")
-    if launch.processes > 1:
-        device, steps = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-        count = launch.processes
-        shared = launch.started > 1
-        who = f"{count} processes share each batch" if shared else f"one process trains on the batch of all {count}"
-        notes.append(
-            f"{who}: {device} x {steps} x {count} = {launch.effective_batch_size(device, steps)} examples a step"
-        )
-    if launch.clip_norm is not None and "clip_grad_norm" not in given:
-        notes.append(f"gradients are clipped at {launch.clip_norm:g}, as DeepSpeed would (--clip_grad_norm -1: off)")
+def _notes(command: Command) -> Iterator[str]:
+    """Yields what is ignored and what differs from the original, a line each."""
+    arguments, launch = command.arguments, command.launch
+    device, steps, count = (
+        arguments.per_device_train_batch_size,
+        arguments.gradient_accumulation_steps,
+        launch.processes,
+    )
+    yield from launch.notes()
+    if ignored := _ignored(command):
+        yield f"accepted without effect: {'; '.join(ignored)}"
+    if count > 1:
+        who = f"{count} processes share each batch" if launch.started > 1 else ""
+        batch = f"{device} x {steps} x {count} = {launch.effective_batch_size(device, steps)} examples a step"
+        yield f"{who or f'one process trains on the batch of all {count}'}: {batch}"
+    if launch.clip_norm is not None and "clip_grad_norm" not in command.given:
+        yield f"gradients are clipped at {launch.clip_norm:g}, as DeepSpeed would (--clip_grad_norm -1: off)"
     if arguments.reduce_loss == "mean":
-        notes.append("the loss is the mean over the supervised tokens of the whole batch, however it is cut up")
+        yield "the loss is the mean over the supervised tokens of the whole batch, however it is cut up"
     else:
-        divisor = arguments.gradient_accumulation_steps * launch.processes
-        notes.append(f"the loss is the sum over the batch / {divisor} accumulation steps, logged per token beside it")
+        yield f"the loss is the sum over the batch / {steps * count} accumulation steps, logged per token beside it"
     if arguments.max_train_samples is not None:
-        notes.append(f"--max_train_samples draws {arguments.max_train_samples} rows at random, not the first ones")
-    unavailable = [name for name in trackers(arguments) if name not in ("all", "none", "tensorboard")]
-    if arguments.with_tracking and unavailable:
-        notes.append(f"--report_to {' '.join(unavailable)}: written to metrics.jsonl and TensorBoard instead")
-    return notes
+        yield f"--max_train_samples draws {arguments.max_train_samples} rows at random, not the first ones"
+    others = [name for name in _trackers(arguments) if name not in ("all", "none", "tensorboard")]
+    if arguments.with_tracking and others:
+        yield f"--report_to {' '.join(others)}: written to metrics.jsonl and TensorBoard instead"
 
 
 def _ignored(command: Command) -> list[str]:
     """Returns, by reason, the arguments that were given another value than their default and have no effect."""
     arguments = command.arguments
-    defaults = {item.name: item.default for item in dataclasses.fields(FinetuneArguments)}
-    groups = dict(_WITHOUT_MEANING)
-    method = method_of(arguments)
+    reasons = {item.name: item.metadata["help"] for item in dataclasses.fields(FinetuneArguments)}
+    reasons = {name: text.removeprefix(NO_EFFECT) for name, text in reasons.items() if text.startswith(NO_EFFECT)}
+    method = _method_name(arguments)
     if method != "lora":
-        groups["not LoRA"] = _PLAIN_METHOD_ARGUMENTS["lora"]
+        reasons |= dict.fromkeys(_LORA, "not LoRA")
     if method in ("lora", "full"):
-        groups["no virtual tokens"] = _PLAIN_METHOD_ARGUMENTS["soft"]
-    groups["no W&B here"] = ("wandb_entity",)
-    lines = []
-    for reason, names in groups.items():
-        given = [f"--{n}" for n in names if n in command.given and getattr(arguments, n) != defaults[n]]
-        if given:
-            lines.append(f"{', '.join(given)} ({reason})")
-    return lines
+        reasons["num_virtual_tokens"] = "no virtual tokens"
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if name in command.given and getattr(arguments, name) != getattr(FinetuneArguments, name):
+            groups.setdefault(reason, []).append(f"--{name}")
+    return [f"{', '.join(names)} ({reason})" for reason, names in groups.items()]
 
 
-def _warnings(method: str, rate: float | None) -> list[str]:
-    """Returns what is likely to spoil the run."""
-    lines = []
+def _warnings(method: str, rate: float | None) -> Iterator[str]:
+    """Yields what is likely to spoil the run."""
     if method == "full":
-        lines.append(
+        yield (
             "no method flag is given: ALL weights of the model are trained (full fine-tuning, as in the original); "
             "for an adapter add --use_lora, --use_prefix_tuning or --use_prompt_tuning"
         )
     rates = METHODS[method].learning_rates
     if rate is not None and rates is not None and not rates.low < rate < rates.high:
         side = "low" if rate <= rates.low else "high"
-        lines.append(
+        yield (
             f"--learning_rate {rate:g} is {side} for {method.replace('_', ' ')}: its range is {rates.low:g} to "
             f"{rates.high:g}, its default {rates.default:g} (used when --learning_rate is left out)"
         )
-    return lines
