@@ -76,9 +76,9 @@ def list_trials(
 def show(trial: _Trial, study: _Study = None) -> None:
     """Show one trial: every setting, how it ended, its dev curve, its cost, its files."""
     from peft_study.cli.study_views import show_details
-    from peft_study.report.study_reader import details, find_trial
+    from peft_study.report.study_reader import details, find_trials
 
-    found, record = find_trial(trial, study)
+    found, (record,) = find_trials([trial], study)
     show_details(found, details(found, record))
 
 
@@ -90,22 +90,22 @@ def compare(
     """Compare two trials example by example; settings that were both retrained are compared over their seeds."""
     from peft_study.cli.study_views import show_comparison
     from peft_study.report.compare import compare as compare_trials
-    from peft_study.report.study_reader import find_pair
+    from peft_study.report.study_reader import find_trials
 
-    found, pair = find_pair(first, second, study)
-    show_comparison(compare_trials(found, *pair))
+    found, (one, other) = find_trials([first, second], study)
+    show_comparison(compare_trials(found, one, other))
 
 
 def rerun(trial: _Trial, study: _Study = None) -> None:
     """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
     from peft_study.cli.display import RunDisplay, quiet_libraries
     from peft_study.cli.study_views import show_rerun
-    from peft_study.report.study_reader import find_trial
+    from peft_study.report.study_reader import find_trials
     from peft_study.study.rerun import rerun as train_again
     from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()
-    found, record = find_trial(trial, study)
+    found, (record,) = find_trials([trial], study)
     with StopRequest().listening() as stop, RunDisplay() as display:
         result = train_again(found, record, display, stop)
     show_rerun(result)

@@ -130,9 +130,10 @@ def show_details(study: Study, found: Details) -> None:
     _say(console, f"{trial.name}: {kinds[trial.kind]}, {trial.status}{reason}")
     if trial.audited:
         _say(console, f"ran on to check pruning, which would have stopped it: {trial.audited}")
-    for title, values in (("method", found.settings), ("training", found.training)):
-        if values and trial.kind != "reference":
-            _say(console, f"{title}: " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+    total = None if trial.kind == "reference" else trial.settings.training.steps
+    for title in ("method", "training") if trial.kind != "reference" else ():
+        values = getattr(trial.settings, title).model_dump(mode="json")
+        _say(console, f"{title}: " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
     _say(console, f"dev loss {_interval(row.dev)}; against the untouched base {_interval(row.minus_base)}")
     if row.test is not None:
         _say(console, f"test loss {_interval(row.test)}")
@@ -140,7 +141,7 @@ def show_details(study: Study, found: Details) -> None:
         table = _table(["step", "dev loss", ""], left=("",))
         for step, loss in found.curve:
             best = "best; shown, never ranked by" if step == row.best_step else ""
-            table.add_row(_steps(step, found.total), loss.text(".4f"), best)
+            table.add_row(_steps(step, total), loss.text(".4f"), best)
         console.print(table)
     facts = trial.facts
     if facts:

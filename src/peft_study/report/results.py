@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
-from peft_study.search.trials import StudyState, TrialRecord, value_of
+from peft_study.search.trials import StudyState, TrialRecord, best_first
 from peft_study.statistics import Estimate, Losses, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
@@ -222,7 +222,7 @@ def _pruning(config: StudyConfig, state: StudyState, methods: Sequence[str]) -> 
         pruned += sum(t.status == "pruned" for t in trials)
         checked = [t for t in trials if t.audited and t.status != "running"]
         audited += len(checked)
-        best = sorted((t for t in trials if t.last is not None), key=value_of)[: max(1, config.finals.best)]
+        best = best_first(trials)[: max(1, config.finals.best)]
         wrong += sum(any(t is b for b in best) for t in checked)
     return Pruning(pruned, audited, wrong)
 

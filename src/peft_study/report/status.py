@@ -9,8 +9,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Literal
 
-from peft_study.report.study_reader import Study, progress, sizes, trained
-from peft_study.search.trials import value_of
+from peft_study.report.study_reader import Study, progress, sizes
+from peft_study.search.trials import best_first
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.study_dir import Owner
 
@@ -126,11 +126,10 @@ def _method(study: Study, method: str) -> MethodStatus:
     state, config, examples = study.state, study.config, study.examples
     searched, tests = state.of(method, "search"), state.of(method, "range_test")
     finals, all_finals = state.finals(method, config)
-    done = [trial for trial in searched if trial.last is not None]
     best = None
-    if done and examples is not None:
-        trial = min(done, key=value_of)
+    for trial in best_first(searched)[:1]:
         assert trial.last is not None
+        assert examples is not None
         counts_N = examples.counts_N
         best = Best(trial.name, mean_loss(trial.last, counts_N), difference(trial.last, examples.base_N, counts_N))
     return MethodStatus(
@@ -144,12 +143,11 @@ def _method(study: Study, method: str) -> MethodStatus:
 
 
 def _under_way(study: Study) -> tuple[tuple[str, int, int | None], ...]:
-    found = []
-    for trial in study.state.trials.values():
-        if trial.status in ("running", "interrupted"):
-            config = trained(study, trial)
-            found.append((trial.name, progress(study, trial), None if config is None else config.training.steps))
-    return tuple(found)
+    return tuple(
+        (trial.name, progress(study, trial), trial.settings.training.steps)
+        for trial in study.state.trials.values()
+        if trial.status in ("running", "interrupted")
+    )
 
 
 def _disk(study: Study) -> dict[str, int]:

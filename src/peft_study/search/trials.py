@@ -5,7 +5,7 @@ asked --> running --measured, measured--> finished | pruned | diverged | failed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -241,6 +241,11 @@ def final_seeds(config: StudyConfig) -> tuple[int, ...]:
     """Returns the seeds of the finals; the search's is not among them."""
     first = config.training.seed + 1
     return tuple(range(first, first + config.finals.seeds))
+
+
+def best_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Returns the finished ones of some trials, least held-out loss first."""
+    return sorted((trial for trial in trials if trial.last is not None), key=value_of)
 
 
 def value_of(trial: TrialRecord) -> float:
