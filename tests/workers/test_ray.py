@@ -96,4 +96,4 @@ def test_a_cluster_without_room_is_one_line(
     monkeypatch.setattr("peft_study.workers.ray_cluster.weight_bytes", lambda _model: 1 << 30)
     line = cli("run", study, "--ray", cluster.address).error()
     assert "no node of the Ray cluster has room for a worker (cpus 1, memory" in line
-    assert "the same command goes on when there is room" in line
+    assert "the same command resumes the study when there is room" in line

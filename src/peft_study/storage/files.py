@@ -61,13 +61,9 @@ class AtomicFiles:
                 raise OutputError("is a folder, not a file", where=str(path), remedy="name a file in it")
             _remove_leftovers(target)
             temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-            handle = temporary.open("xb")
+            handle = _locked_file(temporary)
         except OSError as error:
             raise output_error(error, path) from error
-        # The lock dies with the process, even with kill -9: so the next run can tell a leftover from a file in use.
-        # Where the file system has no locks, a leftover stays until somebody removes it; nothing else depends on it.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._files.append((handle, temporary, target))
         return handle
 
@@ -257,6 +253,20 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: finite(inner) for name, inner in value.items()}
     return [finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _locked_file(temporary: Path) -> BinaryIO:
+    """Returns a new file with a lock, which dies with the process, so that others can tell a leftover from it.
+
+    Where the file system has no locks, a leftover stays until somebody removes it.
+    """
+    while True:
+        handle = temporary.open("xb")
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if temporary.exists():
+            return handle
+        handle.close()  # another writer of the same target took it for a leftover before it was locked
 
 
 def _remove_leftovers(target: Path) -> None:
