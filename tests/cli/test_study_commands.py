@@ -27,7 +27,7 @@ def test_a_finished_study(cli: CommandLine, trained: Path) -> None:
     before = listing(trained)
     said = cli("status", trained).ok().out
     assert said.startswith(f"{trained}: finished\n")
-    assert "to go on" not in said
+    assert "to resume it" not in said
     assert "winner by mean dev loss of its seeds: " in said
     assert "2/2" in said
     assert "disk: " in said
@@ -69,7 +69,7 @@ def test_a_study_that_another_process_runs(cli: CommandLine, made: HandMade) -> 
         said = cli("status", folder).ok().out
         assert said.startswith(f"{folder}: running by process {os.getpid()} on {socket.gethostname()}\n")
         assert "under way: lora-002 2/100\n" in said
-        assert "to go on" not in said
+        assert "to resume it" not in said
         assert "is writing to it" in cli("clean", folder, "--force").error()
         rows = json.loads(cli("list", folder, "--json", "--status", "running").ok().out)
         assert [row["name"] for row in rows] == ["lora-002"]
@@ -126,7 +126,7 @@ def test_kill_nine_status_and_the_command_it_names(
     process.wait()
     said = cli("status", out).ok().out
     assert "its process was killed; nothing runs it now" in said
-    (command,) = (line.split(": peft-study ")[1] for line in said.splitlines() if line.startswith("to go on"))
+    (command,) = (line.split(": peft-study ")[1] for line in said.splitlines() if line.startswith("to resume it"))
     assert "would lose the checkpoint" in cli("clean", out).error()
     assert "resumes at step" in cli(*command.split()).ok().out
     assert "finished" in cli("status", out).ok().out

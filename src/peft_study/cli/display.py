@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -63,11 +63,6 @@ def table(names: Sequence[str], *, left: Sequence[str], title: str | None = None
     for name in names:
         found.add_column(name, justify="left" if name in left else "right")
     return found
-
-
-def short(value: Any) -> str:
-    """Returns a setting's value, a number with three digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 class LiveDisplay:

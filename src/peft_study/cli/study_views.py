@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from peft_study.cli.display import console, short, table
+from peft_study.cli.display import console, table
+from peft_study.statistics import short
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -26,31 +27,32 @@ _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed"
 
 
 def show_status(study: Study, found: StudyStatus) -> None:
-    """Prints how a study stands."""
+    """Prints the state of a study."""
     output = console()
     path = study.folder.path
-    who = "" if found.owner is None else f" by process {found.owner.process} on {found.owner.machine}"
+    who = "" if study.owner is None else f" by process {study.owner.process} on {study.owner.machine}"
     told = {
         "running": f"running{who}",
         "unclear": f"begun{who}; cannot tell from this machine whether it is still running",
         "killed": "its process was killed; nothing runs it now",
     }
     _say(output, f"{path}: {told.get(found.state, found.state)}{f' ({found.reason})' if found.reason else ''}")
-    if found.go_on is not None:
-        _say(output, f"to go on, in the folder it was started in: {found.go_on}")
-    if found.began is None or found.elapsed is None:
+    if found.resume is not None:
+        _say(output, f"to resume it, in the folder it was started in: {found.resume}")
+    if study.began is None or found.elapsed is None:
         _say(output, "it was not far enough to have trials")
     else:
-        began = found.began.astimezone().strftime("%Y-%m-%d %H:%M")
+        began = study.began.astimezone().strftime("%Y-%m-%d %H:%M")
         _say(output, f"began {began}, {_time(found.elapsed)} {'ago' if found.state == 'running' else 'in all'}")
     output.print(_methods_table(found.methods))
     if found.base is not None:
         _say(output, f"untouched base: dev loss {_interval(found.base)}")
-    if found.winner is not None:
-        _say(output, f"winner by mean dev loss of its seeds: {found.winner}")
-    if found.under_way:
-        shown = ", ".join(f"{name} {_steps(step, total)}" for name, step, total in found.under_way[:8])
-        more = f" and {len(found.under_way) - 8} more" if len(found.under_way) > 8 else ""
+    if study.state.winner is not None:
+        method, number = study.state.winner
+        _say(output, f"winner by mean dev loss of its seeds: {method}-{number:03d}")
+    if found.unfinished:
+        shown = ", ".join(f"{name} {_steps(step, total)}" for name, step, total in found.unfinished[:8])
+        more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""
         _say(output, f"under way: {shown}{more}")
     parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in found.disk.items() if size)
     _say(output, f"disk: {_megabytes(sum(found.disk.values()))} ({parts})")
@@ -63,7 +65,9 @@ def _methods_table(methods: Sequence[MethodStatus]) -> Table:
     caption = "best: dev loss, nats a token, one seed (against the untouched base, 95 % over examples)"
     rows = table(names, left=("method", "best of its search"), caption=caption)
     for m in methods:
-        best = "-" if m.best is None else f"{m.best.name}: {m.best.dev.value:.3f} ({_above(m.best.minus_base)})"
+        best = "-"
+        if m.best is not None and m.best.dev is not None and m.best.minus_base is not None:
+            best = f"{m.best.trial.name}: {m.best.dev.value:.3f} ({m.best.minus_base.text('+.3f')})"
         counts = [str(m.counts.get(state, 0)) for state in states]
         tested = [f"{m.range_tests[0]}/{m.range_tests[1]}"] if tests else []
         rows.add_row(m.method, *tested, str(m.to_come), *counts, f"{m.finals[0]}/{m.finals[1]}", best)
@@ -159,7 +163,7 @@ def show_comparison(found: Comparison) -> None:
     rows.add_row("dev loss", _interval(first.dev), _interval(second.dev), _interval(found.dev))
     if found.test is not None:
         rows.add_row("test loss", _interval(first.test), _interval(second.test), _interval(found.test))
-    rows.add_row("seeds", *("-" if s.name == "none" else str(len(s.trials)) for s in (first, second)), "")
+    rows.add_row("seeds", *(str(side.seeds or "-") for side in (first, second)), "")
     for name, (mine, other) in found.settings.items():
         rows.add_row(name, *("-" if value is None else short(value) for value in (mine, other)), "")
     output.print(rows)
@@ -202,10 +206,6 @@ def _say(output: Console, line: str) -> None:
 
 def _interval(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
-
-
-def _above(estimate: Estimate) -> str:
-    return estimate.text("+.3f")
 
 
 def _steps(step: int, total: int | None) -> str:

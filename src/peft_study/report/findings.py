@@ -11,7 +11,7 @@ from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import range_expansion
 from peft_study.search.trials import StudyState, best_first
-from peft_study.statistics import Estimate, difference, few_examples
+from peft_study.statistics import Estimate, difference, few_examples, short
 from peft_study.storage.held_out import HeldOut
 
 FEW = 6
@@ -42,11 +42,7 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
 def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
     """Returns what was searched with its values, in the words of the study file."""
     names = list(config.methods[method].dimensions()) or ["learning_rate"]
-    return ", ".join(f"{name} {_number(row.settings[name])}" for name in names)
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name} {short(row.settings[name])}" for name in names)
 
 
 def _title(method: str) -> str:
@@ -119,7 +115,7 @@ def _others(config: StudyConfig, examples: HeldOut, method: str, own: Sequence[R
     for (one, several), members in found.items():
         if members:
             few = bare and len(members) <= FEW
-            rates = [_number(row.settings["learning_rate"]) for row in members]
+            rates = [short(row.settings["learning_rate"]) for row in members]
             text += f"; {_list(rates) if few else _count(len(members))} {one if len(members) == 1 else several}"
     return text
 

@@ -296,7 +296,7 @@ class Scheduler:
     def _finalist_means(self, method: str) -> dict[tuple[str, int], float]:
         found = {}
         for number in self.state.finalists.get(method, ()):
-            finals = [t for t in self.state.of(method, "final") if t.number == number]
+            finals = self.state.finals_of(method, number)
             values = [value_of(t) for t in finals if t.last is not None]
             if values and len(values) == len(finals):  # a setting of which a seed failed cannot win
                 found[method, number] = sum(values) / len(values)

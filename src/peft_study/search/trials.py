@@ -100,6 +100,10 @@ class StudyState:
         """Returns a method's trials of a kind."""
         return [t for t in self.trials.values() if t.method == method and t.kind == kind]
 
+    def finals_of(self, method: str, number: int) -> list[TrialRecord]:
+        """Returns a finalist's trials, one a seed."""
+        return [t for t in self.of(method, "final") if t.number == number]
+
     def running(self) -> Iterator[TrialRecord]:
         """Yields the trials that have not ended."""
         return (t for t in self.trials.values() if t.status == "running")
