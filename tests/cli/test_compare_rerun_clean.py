@@ -227,7 +227,7 @@ def test_an_unfinished_study_needs_force_and_keeps_its_adapters(cli: CommandLine
         path.mkdir(parents=True)
         path.joinpath("x.safetensors").write_bytes(b"0" * 1000)
     line = cli("clean", folder).error()
-    assert "has not finished, and would lose the checkpoint it goes on from" in line
+    assert "has not finished, and would lose the checkpoint it resumes from" in line
     assert "--force" in line
     assert (folder / "checkpoints/step_1").exists()
     cli("clean", folder, "--force").ok()

@@ -98,7 +98,7 @@ def test_the_same_command_again_runs_nothing_twice(cli: CommandLine, study: Path
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/metrics.jsonl")}
     again = cli("run", study).ok()
     assert sentences(again) == sentences(ran)
-    assert "goes on: 13 trials have ended" in again.out
+    assert "resumes: 13 trials have ended" in again.out
     assert (tmp_path / "out" / "journal.jsonl").read_bytes() == before
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/trials/*/metrics.jsonl")}
 
@@ -151,7 +151,7 @@ def test_a_changed_file_is_named_and_continued_or_replaced_when_asked(
     new = {name: row for name, row in rows(tmp_path / "out").items() if name not in before}
     searched = {name: row["learning_rate"] for name, row in new.items() if row["kind"] == "search"}
     assert searched == {"lora-002": 3e-3}, "the cell that was added, and no other"
-    assert "the study file was changed on the way" in ran.out
+    assert "the study file was changed during the study" in ran.out
     assert cli("run", study).ok()
     # a trial budget of other steps makes no comparable numbers
     assert "its trials cannot be compared with new ones: " in cli("run", study, "--steps", 4, "--continue").error()

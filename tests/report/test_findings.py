@@ -211,4 +211,4 @@ def test_limits_and_changes_are_said(both: HandMade) -> None:
     both.trial("prompt_tuning", 1e-3, 0.5)
     assert "untuned" not in both.about("prompt tuning"), "a time limit may cost one trial"
     both.events.append({"event": "continued", "changes": ["budget.trials: 1 -> 2"], "methods": []})
-    assert both.said()[-1] == "the study file was changed on the way, and the test part opened more than once"
+    assert both.said()[-1] == "the study file was changed during the study, and the test part opened more than once"

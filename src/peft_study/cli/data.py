@@ -33,7 +33,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 
 
 class _OnProgress(Protocol):
-    """Hears the rows so far, and the share (0..1) that is behind where the caller knows it."""
+    """Receives the rows so far, and the share (0..1) that is done where the caller knows it."""
 
     def __call__(self, rows: int, share: float | None = None, /) -> None: ...
 

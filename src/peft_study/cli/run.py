@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to compare.", show_default=False)],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a study that lies in its output folder.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in its output folder.")] = False,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps a trial, instead of the file's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, instead of the file's.")] = None,
     dtype: Annotated[
@@ -87,7 +85,7 @@ def _run(file: SettingsFile, *, where: str, overwrite: bool, go_on: bool, dry_ru
 
 
 def _set(file: SettingsFile, given: Mapping[str, object]) -> None:
-    """Lets options count instead of what the file says."""
+    """Puts the options in place of the values of the file."""
     if given["budget.steps"] is not None:  # one budget takes the place of another
         file.drop("training.steps")
         file.drop("budget.tokens")

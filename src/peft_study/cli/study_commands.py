@@ -74,7 +74,7 @@ def schema(
 
 
 def status(study: _Folder = None) -> None:
-    """Say how a study stands: running, interrupted or finished, what is done, what is best so far."""
+    """Print the state of a study: running, interrupted or finished, progress, best settings so far."""
     from peft_study.cli.study_views import show_status
     from peft_study.report.status import study_status
     from peft_study.report.study_reader import open_study
@@ -156,7 +156,8 @@ def clean(
     study: _Folder = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where the study has not finished: it then has to begin again.")
+        bool,
+        typer.Option("--force", help="Also where the study has not finished: it then restarts from step 0."),
     ] = False,
 ) -> None:
     """Free disk space: checkpoints, event files, and adapters of trials that are no finalists."""

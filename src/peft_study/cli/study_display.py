@@ -47,7 +47,7 @@ class StudyDisplay(LiveDisplay):
         self._done_before = 0
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
-        """Says what is going to happen, or what is left of it."""
+        """Prints the plan, or the rest of it."""
         self._config, self._state, self._slots = config, state, slots
         self._started = time.monotonic()
         self._due = {method: state.due(method, config) for method in config.searched}
@@ -58,7 +58,7 @@ class StudyDisplay(LiveDisplay):
             self.say(unequal)
         self._done_before = sum(t.status != "running" for t in state.trials.values())
         if state.trials:
-            self.say(f"goes on: {self._done_before} trials have ended")
+            self.say(f"resumes: {self._done_before} trials have ended")
 
     def reported(self, report: Report, state: StudyState) -> None:
         """Moves the display; without a terminal, prints a line now and then."""
@@ -160,7 +160,7 @@ class StudyDisplay(LiveDisplay):
 
 
 def show_estimate(found: StudyEstimate) -> None:
-    """Prints what a study is going to take."""
+    """Prints the estimate of a study."""
     output = console()
     names = ["method", "range test", "trials", "steps", "million tokens", "minutes", "MB/slot"]
     rows = table(names, left=["method"], title="What it would take (nothing was written)")

@@ -1,4 +1,4 @@
-"""A file of settings: its values, the line each of them stands in, and what the command line sets instead.
+"""A file of settings: its values, the line of each of them, and what the command line sets instead.
 
 STUDY.yaml ── nodes ──┬── values ────────── changed by --set, --steps, ...
                       └── lines                       │
@@ -56,13 +56,13 @@ class SettingsFile:
     _options: dict[_Path, str] = field(default_factory=dict)
 
     def set(self, key: str, value: Any, option: str) -> None:
-        """Sets ``a.b`` to a value that an option of the command line gave; sections on the way are made.
+        """Sets ``a.b`` to the value of a command-line option; missing sections are made.
 
         Raises:
-            ConfigError: when there is a value that is no section on the way.
+            ConfigError: when a part of the path is a value and no section.
         """
         path = tuple(key.split("."))
-        # sections are copied on the way: one that the file names twice (&a, *a) is changed in one place only
+        # sections are copied: one that the file names twice (&a, *a) is changed in one place only
         section = self.values = dict(self.values)
         for depth, name in enumerate(path[:-1], start=1):
             inner = section.get(name)
@@ -145,7 +145,7 @@ def load_yaml(path: Path) -> SettingsFile:
 
 
 def _compose(text: str, where: str, *, lines: bool = True) -> yaml.Node | None:
-    """Returns the nodes of a YAML text, in which no key is said twice; None where nothing is said."""
+    """Returns the nodes of a YAML text, in which no key is given twice; None for an empty text."""
     try:
         root: yaml.Node | None = yaml.compose(text, _Loader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -172,11 +172,11 @@ def _no_yaml(error: Exception, where: str, *, lines: bool) -> ConfigError:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
     line = f", line {mark.line + 1}" if mark is not None and lines else ""
-    return ConfigError(f"is not valid YAML ({problem})", where=f"{where}{line}", remedy="mend it")
+    return ConfigError(f"is not valid YAML ({problem})", where=f"{where}{line}", remedy="fix it")
 
 
 def _repeated(root: yaml.Node | None) -> Iterator[tuple[yaml.Node, yaml.Node, str]]:
-    """Yields each key that is said again in the same section: where first, where again, and its path."""
+    """Yields each key that is given again in the same section: the first node, the second, and its path."""
     waiting: list[tuple[yaml.Node, _Path]] = [] if root is None else [(root, ())]
     seen: set[int] = set()
     while waiting:

@@ -1,4 +1,4 @@
-"""What a study says, in sentences, each with its noise, its seeds and its limits.
+"""The findings of a study in sentences, each with its noise, its seeds and its limits.
 
 Two settings are told apart only where the 95 % interval of their difference, paired by held-out example, excludes zero.
 """
@@ -19,7 +19,7 @@ FEW = 6
 
 
 def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results) -> list[str]:
-    """Returns what the study says: the base, each method's search, its finals, the winner, the pruning."""
+    """Returns a sentence on the base, each method's search and finals, the winner, the pruning."""
     said = [f"untouched base: {_level(results.base_dev, results.dev_examples)})"]
     for method in results.methods:
         said.append(_search(config, state, examples, results, method))
@@ -35,7 +35,7 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
     if results.continued:
-        said.append("the study file was changed on the way, and the test part opened more than once")
+        said.append("the study file was changed during the study, and the test part opened more than once")
     return said
 
 

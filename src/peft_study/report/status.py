@@ -28,7 +28,7 @@ class MethodStatus:
         to_come: settings that its search has not begun.
         counts: settings of its search by status.
         range_tests: rates of its range test that have ended, of those that have begun.
-        finals: retrained settings with their seeds that have finished, of those that are to come in all.
+        finals: that have finished, of all that are planned.
         best: setting of its search so far: one seed, chosen among several.
     """
 

@@ -155,7 +155,7 @@ def rows(
     Args:
         study: whose.
         method: only those of this one (name of its space, or ``none``).
-        status: only those that stand so.
+        status: only those with this status.
         sort: one of `ORDERS`; least first, trials without a value last.
 
     Raises:

@@ -15,7 +15,7 @@ from peft_study.storage.files import output_error
 
 @dataclass(frozen=True, slots=True)
 class Spare:
-    """A folder that can go: what it is, where, and its size in bytes."""
+    """A folder that can be deleted: what it holds, where it is, and its size in bytes."""
 
     what: str
     path: Path
@@ -25,9 +25,8 @@ class Spare:
 def spare(study: Study) -> tuple[Spare, ...]:
     """Returns what can be freed: checkpoints, adapters of trials that are no finalists, TensorBoard events.
 
-    The last checkpoint of a finished study stays. It holds no tensors, and says that all is done: without it the same
-    command would begin the study again. The adapters of a study that has not finished stay as well: its finalists are
-    not chosen yet.
+    The last checkpoint of a finished study stays. It holds no tensors and marks the study as done: without it the same
+    command would restart the study. The adapters of an unfinished study stay too: its finalists are not chosen yet.
     """
     found = [("checkpoints", path) for path in _checkpoints(study)]
     kept = _kept(study) if _finished(study) else set(study.state.trials)
@@ -44,7 +43,7 @@ def clean(study: Study, *, force: bool) -> tuple[Spare, ...]:
 
     Args:
         study: whose folder.
-        force: also of a study that has not finished, which then has to begin again.
+        force: also of a study that has not finished, which then restarts from step 0.
 
     Raises:
         OutputError: when a process writes to the folder, the study has not finished and nothing was forced, or a file
@@ -53,9 +52,9 @@ def clean(study: Study, *, force: bool) -> tuple[Spare, ...]:
     with study.folder.run.locked():
         if not _finished(study) and not force:
             raise OutputError(
-                "has not finished, and would lose the checkpoint it goes on from",
+                "has not finished, and would lose the checkpoint it resumes from",
                 where=str(study.folder.path),
-                remedy="let it finish (`peft-study status` says how), or add --force: it then begins again",
+                remedy="let it finish (`peft-study status` says how), or add --force: it then restarts from step 0",
             )
         found = spare(study)
         for item in found:

@@ -1,4 +1,4 @@
-"""What a study is going to take: trials, tokens, memory and time, from a few measured steps. Nothing is written."""
+"""Estimates a study's trials, tokens, memory and time from a few measured steps. Nothing is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURED_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class MethodEstimate:
-    """What one method takes.
+    """The cost of one method.
 
     Attributes:
         method: its name in the study.
@@ -50,7 +50,7 @@ class MethodEstimate:
 
 @dataclass(frozen=True, slots=True)
 class StudyEstimate:
-    """What all methods take.
+    """The cost of all methods.
 
     Attributes:
         methods: each of them.
@@ -68,7 +68,7 @@ class StudyEstimate:
 
 
 def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
-    """Returns what a study is going to take; model and data are loaded, a few steps of each method are run.
+    """Returns an estimate of a study; model and data are loaded, a few steps of each method are run.
 
     Args:
         config: as the user wrote it.
@@ -101,7 +101,7 @@ def _timed(session: Session, settings: Sequence[MethodConfig], seed: int) -> Met
     for setting in settings:
         try:
             check_methods(session, [setting], seed)
-        except UserError:  # `check_spaces` has said so
+        except UserError:  # `check_spaces` has told the user
             continue
         return setting
     return None

@@ -87,7 +87,9 @@ def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest)
             folder.end(error)
             raise
         folder.set_status(outcome.status, outcome.reason)
-        found = _judged(study, trial, sums, outcome, session.base.placement.dtype_name, folder.path, notes)
+        curve, allowed, same = _judged(study, trial, sums, outcome, session.base.placement.dtype_name)
+        before, now = (trial.status, trial.reason), (outcome.status, outcome.reason)
+        found = Rerun(folder.path, trial.name, before, now, curve, allowed, same, notes)
         folder.write("rerun.json", asdict(found))
     return found
 
@@ -111,10 +113,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...
 def tolerance(dev: Estimate, *, steps: int, exact: bool) -> float:
     """Returns how far apart two dev losses of the same trial may be, in nats a token.
 
-    Rounding depends on what else lies in a row. In float32 that is `EXACT` of the loss for the first `EXACT_STEPS`
-    steps. AdamW divides small gradients by their own size, so rounding grows: from there on, and in bf16, runs count as
-    the same where they are apart by no more than `NOISE_SHARE` of the uncertainty that the dev loss has anyway, and by
-    no more than `COARSE` of the loss.
+    Rounding depends on the other trials in a row. In float32 it is `EXACT` of the loss for the first `EXACT_STEPS`
+    steps. AdamW divides small gradients by their own size, so rounding grows: after that, and in bf16, runs are the
+    same where they differ by at most `NOISE_SHARE` of the uncertainty that the dev loss has anyway, and by at most
+    `COARSE` of the loss.
 
     Args:
         dev: loss of the trial in the study.
@@ -165,14 +167,9 @@ def _train(
 
 
 def _judged(
-    study: Study,
-    trial: TrialRecord,
-    sums: Mapping[int, Losses],
-    outcome: Outcome,
-    dtype: str,
-    folder: Path,
-    notes: tuple[str, ...],
-) -> Rerun:
+    study: Study, trial: TrialRecord, sums: Mapping[int, Losses], outcome: Outcome, dtype: str
+) -> tuple[tuple[tuple[int, float, float], ...], float | None, bool]:
+    """Returns `curve`, `tolerance` and `same` of a `Rerun`."""
     assert study.examples is not None
     counts_N = study.examples.counts_N
     total = counts_N.sum()
@@ -188,16 +185,7 @@ def _judged(
         allowed = tolerance(mean_loss(trial.sums[last], counts_N), steps=last, exact=dtype == "float32")
         step, then, now = curve[-1]
         alike = step == last and abs(now - then) <= allowed
-    return Rerun(
-        folder,
-        trial.name,
-        (trial.status, trial.reason),
-        (outcome.status, outcome.reason),
-        curve,
-        allowed,
-        alike,
-        notes,
-    )
+    return curve, allowed, alike
 
 
 def _short(commit: str | None) -> str:

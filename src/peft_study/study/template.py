@@ -2,8 +2,8 @@
 
     model + data ── look ──► Start ── study_text ──► study.yaml
 
-Nothing is typed twice: keys, values and comments are those of the settings' classes, and what stands under `methods`
-is each method's default space. So the file says what a study of `lora:`, `prefix_tuning:`, ... would do in any case.
+Keys, values and comments come from the settings' classes, and `methods` holds each method's default space. So a study
+file that only names `lora:`, `prefix_tuning:`, ... does the same.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ _COMMENT_COLUMN, _WIDTH = 60, 120
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a study file begins with.
+    """What a study file depends on.
 
     Attributes:
         model: folder, hub id or embedded name.
         data: sources.
         split: of the sources.
         chat_template: where the tokenizer has none of its own.
-        add_bos: whether BOS is to be put first.
+        add_bos: whether BOS is put first.
         positions: tokens the tokenizer was made for, or None where it does not say.
-        found: what a first look at the data said.
+        found: numbers of the data.
     """
 
     model: str
@@ -103,7 +103,7 @@ def look(
         remedy = "give more data: a comparison needs rows that are held out"
         raise DataError("there is one row", where=", ".join(data), remedy=remedy)
     positions = int(tokenizer.model_max_length)
-    # transformers has a number of thirty digits for "not said"
+    # transformers has a number of thirty digits for "unknown"
     return Start(model, tuple(data), split, template, add_bos, positions if positions < 10**9 else None, found)
 
 
@@ -118,16 +118,12 @@ def write_study_file(path: Path, start: Start) -> None:
 
 
 class _Setting(NamedTuple):
-    """One line: a key, its value, what it means, and why it has this value."""
+    """One line: a key, its value, its meaning, and the reason for this value."""
 
     key: str
     value: Any
     meaning: str
     why: str | None = None
-
-
-_Chosen = dict[str, tuple[Any, str | None]]
-"""Values that are no defaults, and why they are as they are, by key."""
 
 
 def study_text(start: Start, *, output: str, name: str = "study.yaml") -> str:
@@ -145,60 +141,54 @@ def study_text(start: Start, *, output: str, name: str = "study.yaml") -> str:
         "# A run may differ from the file:",
         f"#   peft-study run {name} --set methods.lora.rank='[8, 16]' --set budget.trials=20",
     ]
-    chosen: dict[str, _Chosen] = {
-        "model": {"name": (start.model, None)},
-        "data": _data(start),
-        "budget": _budget(start),
-    }
+    values, reasons = _fitted(start)
     top: list[_Setting] = []
     for section, field in StudyConfig.model_fields.items():
         kind = field.annotation
         if section == "methods":
             lines += ["", *_methods()]
         elif isinstance(kind, type) and issubclass(kind, Strict):
+            elsewhere = {*TRAINING_DIMENSIONS, "steps"} if kind is TrainingConfig else set()
+            settings = [
+                _Setting(name, values.get(key, own.default), own.description or "", reasons.get(key))
+                for name, own in kind.model_fields.items()
+                if name not in elsewhere and (key := f"{section}.{name}")
+            ]
             lines += ["", *_comment(kind.__doc__ or "")]
             if section == "training":
                 lines += _comment(f"{', '.join(TRAINING_DIMENSIONS)}: under each method. steps: under budget.")
-            lines += [f"{section}:", *_block(_settings(kind, chosen.get(section, {})), 2)]
+            lines += [f"{section}:", *_block(settings, 2)]
         else:
             top.append(_Setting(section, output if section == "output" else field.default, field.description or ""))
     return "\n".join([*lines, "", *_block(top, 0)]) + "\n"
 
 
-def _data(start: Start) -> _Chosen:
-    """Returns the settings that the data decides."""
+def _fitted(start: Start) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the settings that model and data decide, and the reasons for their values."""
     found, length = start.found, start.max_length
     half, most, longest = (f"{found.quantile(share):,}" for share in (0.5, 0.95, 1.0))
     uncut = found.within(length)
-    return {
-        "train": (
-            start.data[0] if len(start.data) == 1 else list(start.data),
-            f"{start.rows}; half have at most {half} tokens, 95% at most {most}, the longest seen {longest}",
-        ),
-        "held_out": (start.held_out, "the more rows, the narrower the intervals of the comparison"),
-        "split": (start.split, None),
-        "max_length": (length, f"{uncut:.1%} of the rows are no longer" if uncut < 1 else "no longer row was seen"),
-        "chat_template": (
-            start.chat_template,
-            "the tokenizer has none of its own" if start.chat_template else None,
-        ),
-        "add_bos": (start.add_bos, WHY_BOS if start.add_bos else None),
+    values = {
+        "model.name": start.model,
+        "data.train": start.data[0] if len(start.data) == 1 else list(start.data),
+        "data.held_out": start.held_out,
+        "data.split": start.split,
+        "data.max_length": length,
+        "data.chat_template": start.chat_template,
+        "data.add_bos": start.add_bos,
+        "budget.steps": min(STEPS_MOST, start.steps_a_pass),
     }
-
-
-def _budget(start: Start) -> _Chosen:
-    """Returns the steps of a trial: one pass over the data, where that is not too much."""
-    one_pass = f"one pass over the data is {'' if start.found.whole else 'more than '}{start.steps_a_pass:,} steps"
-    return {"steps": (min(STEPS_MOST, start.steps_a_pass), one_pass)}
-
-
-def _settings(kind: type[Strict], chosen: _Chosen) -> Iterator[_Setting]:
-    """Yields the settings of a section."""
-    elsewhere = {*TRAINING_DIMENSIONS, "steps"} if kind is TrainingConfig else set()
-    for name, field in kind.model_fields.items():
-        value, why = chosen.get(name, (field.default, None))
-        if name not in elsewhere:
-            yield _Setting(name, value, field.description or "", why)
+    reasons = {
+        "data.train": f"{start.rows}; half have at most {half} tokens, 95% at most {most}, the longest seen {longest}",
+        "data.held_out": "the more rows, the narrower the intervals of the comparison",
+        "data.max_length": f"{uncut:.1%} of the rows are no longer" if uncut < 1 else "no longer row was seen",
+        "budget.steps": f"one pass over the data is {'' if found.whole else 'more than '}{start.steps_a_pass:,} steps",
+    }
+    if start.chat_template:
+        reasons["data.chat_template"] = "the tokenizer has none of its own"
+    if start.add_bos:
+        reasons["data.add_bos"] = WHY_BOS
+    return values, reasons
 
 
 def _methods() -> Iterator[str]:
@@ -215,7 +205,7 @@ def _methods() -> Iterator[str]:
             continue
         settings = [_Setting(n, getattr(space, n), type(space).model_fields[n].description or "") for n in given]
         block = [f"  {method}:", *_block(settings, 4)]
-        # a row that trains everything costs more than all others together: it is for whoever asks for it
+        # full fine-tuning costs more than all other methods together, so it is off by default
         yield from ([f"  # {line[2:]}" for line in block] if method == "full" else block)
 
 
