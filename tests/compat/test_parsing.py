@@ -183,6 +183,7 @@ def test_a_mistake_in_a_yaml_file_gives_one_line_with_the_file(tmp_path: Path, t
         (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--learning_rate", "x"], "--learning_rate: 'x' is not a number"),
         (["--lora_rank", "1.5"], "--lora_rank: '1.5' is not a whole number"),
+        (["--learning_rate=--"], "--learning_rate: needs a value"),
         (["--learning_rate"], "--learning_rate: needs a value; write --learning_rate VALUE"),
         (["--use_lora=maybe"], "--use_lora: 'maybe' is not True or False"),
         (["--use_lora", "maybe"], "unexpected value 'maybe'"),

@@ -206,6 +206,9 @@ def _parsed(words: Sequence[str], where: str | None = None) -> tuple[dict[str, A
     ]
     try:
         found, rest = _parser().parse_known_args(joined)
+        for name, value in vars(found).items():
+            if value == []:  # argparse (3.11) makes this of --name=--
+                raise argparse.ArgumentError(known[f"--{name}"], "expected one argument")
     except argparse.ArgumentError as error:
         raise _refused(error, where) from None
     return vars(found), rest
@@ -218,6 +221,8 @@ def _refused(error: argparse.ArgumentError, where: str | None) -> ConfigError:
     remedy = f"write {flag} VALUE"
     if found := re.fullmatch(r"invalid (.+) value: (.*)", error.message, re.DOTALL):
         what, remedy = f"{found[2]} is not {kinds.get(found[1], 'a usable value')}", "fix the value"
+        if found[1] == "_truth":
+            remedy = f"write {flag}, {flag} True or {flag} False"
     elif found := re.match(r"invalid choice: (.*) \(choose from", error.message, re.DOTALL):
         what, remedy = (
             f"unknown value {found[1]}",
