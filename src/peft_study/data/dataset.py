@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.data.cache import TokenizedData
 from peft_study.data.conversation import Example
+from peft_study.data.tokens import TokenizedData
 
 Place = tuple[TokenizedData, int]
 """Data, and a row of it."""
