@@ -175,3 +175,8 @@ def _half_width(*losses_S: Losses) -> float:
         return 0.0
     freedom = of_seeds**2 / sum(variance**2 / degrees for variance, degrees in variances)
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * of_seeds**0.5
+
+
+def short(value: object) -> str:
+    """Returns a setting's value in words: a number with three digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -147,7 +147,6 @@ def test_what_cannot_be_trained_again(
     made.asked("lora-002", "lora", "search", 2, None, {"learning_rate": 1.0})
     folder = made.written("interrupted")
     assert "lora-002 has not ended" in cli("rerun", "lora-002", "-s", folder).error()
-    assert "its settings are not known" in cli("rerun", "lora-000", "-s", folder).error()
     data = tmp_path / "other.jsonl"
     data.write_text("".join(tiny_data.read_text().splitlines(keepends=True)[:-5]))
     config = copy / "config.resolved.json"

@@ -27,7 +27,7 @@ def test_a_finished_study(cli: CommandLine, trained: Path) -> None:
     before = listing(trained)
     said = cli("status", trained).ok().out
     assert said.startswith(f"{trained}: finished\n")
-    assert "to go on" not in said
+    assert "to resume it" not in said
     assert "winner by mean dev loss of its seeds: " in said
     assert "2/2" in said
     assert "disk: " in said
@@ -50,7 +50,7 @@ def test_an_unfinished_study_says_why_and_how_it_goes_on(
     said = cli("status", folder).ok().out
     assert said.startswith(f"{folder}: {expected}\n")
     assert f": peft-study run {folder}/config.given.json -o {folder}\n" in said
-    assert "under way: lora-002 0\n" in said
+    assert "under way: lora-002 0/100\n" in said
     assert "lora-000: 1.500 (-0.500 [-0.50" in said
     (line,) = (line for line in said.splitlines() if line.startswith(" lora"))
     assert line.split()[:6] == ["lora", "9", "1", "1", "1", "0"], "to come, interrupted, finished, pruned, diverged"
@@ -68,8 +68,8 @@ def test_a_study_that_another_process_runs(cli: CommandLine, made: HandMade) -> 
     with StudyFolder(folder).run.locked():
         said = cli("status", folder).ok().out
         assert said.startswith(f"{folder}: running by process {os.getpid()} on {socket.gethostname()}\n")
-        assert "under way: lora-002 2\n" in said
-        assert "to go on" not in said
+        assert "under way: lora-002 2/100\n" in said
+        assert "to resume it" not in said
         assert "is writing to it" in cli("clean", folder, "--force").error()
         rows = json.loads(cli("list", folder, "--json", "--status", "running").ok().out)
         assert [row["name"] for row in rows] == ["lora-002"]
@@ -126,7 +126,7 @@ def test_kill_nine_status_and_the_command_it_names(
     process.wait()
     said = cli("status", out).ok().out
     assert "its process was killed; nothing runs it now" in said
-    (command,) = (line.split(": peft-study ")[1] for line in said.splitlines() if line.startswith("to go on"))
+    (command,) = (line.split(": peft-study ")[1] for line in said.splitlines() if line.startswith("to resume it"))
     assert "would lose the checkpoint" in cli("clean", out).error()
     assert "resumes at step" in cli(*command.split()).ok().out
     assert "finished" in cli("status", out).ok().out
@@ -168,7 +168,7 @@ def test_folders_that_cannot_be_read(cli: CommandLine, made: HandMade, tmp_path:
         assert "journal.jsonl: line 4 is damaged" in cli("status", folder).error()
     made.folder.journal.write_text("".join(lines))
     (folder / "examples.json").unlink()
-    assert "examples.json is gone" in cli("list", folder).error()
+    assert "examples.json is missing" in cli("list", folder).error()
 
 
 # -- list and show

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import re
 import sys
+from collections.abc import Callable
 
 import typer
 from typer.exceptions import TyperException
 
-from peft_study.cli import adapters, data, run, study_commands, study_file
+from peft_study.cli import adapters, data, run, study_commands
 from peft_study.errors import ConfigError, PeftStudyError, UserError
 
 _PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
-"""What the system says of a path that cannot be used."""
+"""The system's errors about a path that cannot be used."""
 
 _STOPPED = 130
 
@@ -25,10 +26,27 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data.app, name="data")
-run.register(app)
-study_file.register(app)
-study_commands.register(app)
-adapters.register(app)
+app.command()(run.run)
+app.command(
+    # its arguments are parsed by `compat`
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    help="Train one adapter; takes the flags of open-instruct's finetune.py and of accelerate launch.",
+)(run.finetune)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": study_commands.init,
+    "schema": study_commands.schema,
+    "status": study_commands.status,
+    "list": study_commands.list_trials,
+    "show": study_commands.show,
+    "compare": study_commands.compare,
+    "rerun": study_commands.rerun,
+    "clean": study_commands.clean,
+    "merge": adapters.merge,
+    "generate": adapters.generate,
+    "chat": adapters.chat,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def main() -> None:
@@ -42,22 +60,22 @@ def main() -> None:
         _fail(error.format_message(), 2)
     except PeftStudyError as error:
         _fail(str(error), _STOPPED)
-    except OSError as error:  # met while looking whether a path that the user gave is there
+    except OSError as error:  # from looking up a path that the user gave
         if error.errno not in _PATHS or error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror}; give another path", 2)
     except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", _STOPPED)
     else:
-        if code == _STOPPED:  # what typer makes of Ctrl-C in a command
+        if code == _STOPPED:  # Ctrl-C in a command, through typer
             _fail("stopped", _STOPPED)
         sys.exit(code if isinstance(code, int) else 0)
 
 
 def _refuse_empty(words: list[str]) -> None:
-    """Refuses an empty word, as of a shell's variable that is not set: as a path it would be the current folder.
+    """Refuses an empty word, as from an unset shell variable: as a path it would mean the current folder.
 
-    `finetune` knows which of its arguments may be empty.
+    `finetune` checks its own arguments, as some may be empty.
 
     Raises:
         ConfigError: naming the option it belongs to.

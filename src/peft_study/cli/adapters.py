@@ -20,13 +20,6 @@ _Tokens = Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to the program."""
-    app.command()(merge)
-    app.command()(generate)
-    app.command()(chat)
-
-
 def merge(
     adapter: _Adapter,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],

@@ -1,4 +1,4 @@
-"""What a person sees while one run goes on: live on a terminal, quiet lines elsewhere."""
+"""Shows one run, live on a terminal and in quiet lines elsewhere; and what all displays share."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 if TYPE_CHECKING:
     from peft_study.engine.guards import Trainable
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from peft_study.training.finetune import Finished
 
 LINE_SECONDS = 10.0
-"""Where there is no terminal, a step is told at most this often."""
+"""Where there is no terminal, progress is printed at most this often."""
+WIDE = 240
+"""Columns where there is no terminal: a file or a pipe cuts nothing off."""
 
 
 def quiet_libraries() -> None:
@@ -43,6 +48,23 @@ def _plain_warning(message: Warning | str, category: type[Warning], *_place: obj
         print(f"warning: {message}", file=sys.stderr)
 
 
+def console(*, quiet: bool = False) -> Console:
+    """Returns a console on stdout."""
+    found = Console(highlight=False, soft_wrap=True, quiet=quiet)
+    if not found.is_terminal:
+        found.width = WIDE
+    return found
+
+
+def table(names: Sequence[str], *, left: Sequence[str], title: str | None = None, caption: str | None = None) -> Table:
+    """Returns an empty table: the columns `left` hold words, the others numbers."""
+    found = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.title_justify = found.caption_justify = "left"
+    for name in names:
+        found.add_column(name, justify="left" if name in left else "right")
+    return found
+
+
 class LiveDisplay:
     """Lines that stay and, on a terminal, a part below them that moves.
 
@@ -53,6 +75,7 @@ class LiveDisplay:
 
     def __init__(self, console: Console, live: Live) -> None:
         self.console, self._live = console, live
+        self._told = 0.0
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -69,12 +92,18 @@ class LiveDisplay:
         """Prints a line that stays."""
         self.console.print(line, markup=False)
 
+    def tell(self, line: str, *, now: bool = False) -> None:
+        """Prints a line of progress where there is no terminal, `LINE_SECONDS` after the last one or `now`."""
+        if now or time.monotonic() - self._told > LINE_SECONDS:
+            self._told = time.monotonic()
+            self.say(line)
+
 
 class RunDisplay(LiveDisplay):
     """Shows one run: a bar below lines that stay."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        output = console(quiet=silent)
         if silent:
             warnings.simplefilter("ignore")  # the process that speaks has the same ones
         self._progress = Progress(
@@ -83,11 +112,10 @@ class RunDisplay(LiveDisplay):
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
-            console=console,
+            console=output,
         )
-        super().__init__(console, Live(self._progress, console=console, transient=True, refresh_per_second=4))
+        super().__init__(output, Live(self._progress, console=output, transient=True, refresh_per_second=4))
         self._task: TaskID | None = None
-        self._told = 0.0
 
     def warn(self, line: str) -> None:
         """Prints a warning that stays."""
@@ -103,9 +131,8 @@ class RunDisplay(LiveDisplay):
             if self._task is None:
                 self._task = self._progress.add_task(trial.name, total=trial.total_steps, numbers="")
             self._progress.update(self._task, completed=report.step, numbers=numbers)
-        elif time.monotonic() - self._told > LINE_SECONDS or trial.finished:
-            self._told = time.monotonic()
-            self.say(f"{trial.name}  step {report.step}/{trial.total_steps}  {numbers}")
+        else:
+            self.tell(f"{trial.name}  step {report.step}/{trial.total_steps}  {numbers}", now=trial.finished)
 
     def counted(self, trial: Trial, trainable: Trainable) -> None:
         """Prints what trains."""

@@ -12,15 +12,6 @@ if TYPE_CHECKING:
     from peft_study.cli.yaml_file import SettingsFile
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to the program."""
-    app.command()(run)
-    app.command(
-        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-        help="Train one adapter; takes the flags of open-instruct's finetune.py and of accelerate launch.",
-    )(finetune)
-
-
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to compare.", show_default=False)],
     overwrite: Annotated[

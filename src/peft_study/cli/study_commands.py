@@ -1,4 +1,4 @@
-"""``peft-study status | list | show | compare | rerun | clean``: parse, call, print."""
+"""``peft-study init | schema | status | list | show | compare | rerun | clean``: parse, call, print."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from peft_study.model.embedded import EMBEDDED
 
 _Folder = Annotated[
     Path | None,
@@ -24,14 +26,51 @@ _Trial = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the commands to the program."""
-    app.command()(status)
-    app.command("list")(list_trials)
-    app.command()(show)
-    app.command()(compare)
-    app.command()(rerun)
-    app.command()(clean)
+def init(
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="What `data convert` takes, or skills (embedded); may be repeated.", metavar="SRC", show_default=False
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Base model: folder, hub id, or the embedded one.")] = EMBEDDED,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Study file to write.")] = Path("study.yaml"),
+    split: Annotated[str | None, typer.Option(help="Split to take of each SRC; needed where one has several.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that is there.")] = False,
+) -> None:
+    """Write a commented study file for a model and data, with every setting in it."""
+    import shlex
+
+    from peft_study.cli.data import progress
+    from peft_study.cli.display import quiet_libraries
+    from peft_study.storage.files import refuse_existing, refuse_unwritable
+    from peft_study.study.template import WHY_BOS, look, write_study_file
+
+    quiet_libraries()
+    refuse_existing(output, overwrite=overwrite)
+    refuse_unwritable(output)
+    with progress("reading") as on_progress:
+        start = look(model, data, split=split, on_progress=on_progress)
+    write_study_file(output, start)
+    typer.echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
+    if start.add_bos:
+        typer.echo(f"add_bos: true, since {WHY_BOS}")
+    typer.echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
+
+
+def schema(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="File to write; left out: printed.")] = None,
+) -> None:
+    """Print the JSON schema of a study file, with which an editor completes and checks one."""
+    from peft_study.config.schema import schema_text
+    from peft_study.storage.files import atomic_writer, made_folder
+
+    if output is None:
+        typer.echo(schema_text(), nl=False)
+        return
+    with made_folder(output.parent), atomic_writer(output) as file:
+        file.write(schema_text())
+    typer.echo(f"schema of a study file -> {output}")
 
 
 def status(study: _Folder = None) -> None:
@@ -76,9 +115,9 @@ def list_trials(
 def show(trial: _Trial, study: _Study = None) -> None:
     """Show one trial: every setting, how it ended, its dev curve, its cost, its files."""
     from peft_study.cli.study_views import show_details
-    from peft_study.report.study_reader import details, find_trial
+    from peft_study.report.study_reader import details, find_trials
 
-    found, record = find_trial(trial, study)
+    found, (record,) = find_trials([trial], study)
     show_details(found, details(found, record))
 
 
@@ -90,22 +129,22 @@ def compare(
     """Compare two trials example by example; settings that were both retrained are compared over their seeds."""
     from peft_study.cli.study_views import show_comparison
     from peft_study.report.compare import compare as compare_trials
-    from peft_study.report.study_reader import find_pair
+    from peft_study.report.study_reader import find_trials
 
-    found, pair = find_pair(first, second, study)
-    show_comparison(compare_trials(found, *pair))
+    found, (one, other) = find_trials([first, second], study)
+    show_comparison(compare_trials(found, one, other))
 
 
 def rerun(trial: _Trial, study: _Study = None) -> None:
     """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
     from peft_study.cli.display import RunDisplay, quiet_libraries
     from peft_study.cli.study_views import show_rerun
-    from peft_study.report.study_reader import find_trial
+    from peft_study.report.study_reader import find_trials
     from peft_study.study.rerun import rerun as train_again
     from peft_study.training.interrupt import StopRequest
 
     quiet_libraries()
-    found, record = find_trial(trial, study)
+    found, (record,) = find_trials([trial], study)
     with StopRequest().listening() as stop, RunDisplay() as display:
         result = train_again(found, record, display, stop)
     show_rerun(result)

@@ -1,4 +1,4 @@
-"""What a person sees of a study: live on a terminal, quiet lines elsewhere, and the tables at its end."""
+"""Shows a study: live on a terminal, quiet lines elsewhere, and the tables at its end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from peft_study.cli.display import LiveDisplay
+from peft_study.cli.display import LiveDisplay, console, table
+from peft_study.statistics import short
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from peft_study.config import StudyConfig
     from peft_study.report.results import Results, Row
     from peft_study.search.trials import StudyState, TrialRecord
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from peft_study.study.run import FinishedStudy
     from peft_study.workers.worker import Facts, Pace, Report
 
-LINE_SECONDS = 10.0
-"""Where there is no terminal, progress is told at most this often."""
 SPEED_SECONDS = 60.0
 """Tokens a second are counted over about so long."""
 STATES = ("running", "finished", "pruned", "diverged", "failed")
@@ -34,8 +33,8 @@ class StudyDisplay(LiveDisplay):
     """Shows a study."""
 
     def __init__(self) -> None:
-        console = Console(highlight=False, soft_wrap=True)
-        super().__init__(console, Live(console=console, transient=True, refresh_per_second=4))
+        output = console()
+        super().__init__(output, Live(console=output, transient=True, refresh_per_second=4))
         self._config: StudyConfig | None = None
         self._state: StudyState | None = None
         self._due: dict[str, int] = {}
@@ -46,7 +45,6 @@ class StudyDisplay(LiveDisplay):
         self._methods: set[str] = set()
         self._started = time.monotonic()
         self._done_before = 0
-        self._told = 0.0
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """Says what is going to happen, or what is left of it."""
@@ -72,14 +70,14 @@ class StudyDisplay(LiveDisplay):
             if method not in self._methods and state.trials[name].kind != "reference":
                 self._methods.add(method)
                 self.say(trainable.sentence(method))
-        self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in _running(state)}
+        running = {trial.name for trial in state.running()}
+        self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in running}
         now, new = time.monotonic(), sum(p.tokens for p in report.paces.values())
         self._tokens = [(t, n) for t, n in self._tokens if now - t < SPEED_SECONDS] + [(now, new)]
         if self.console.is_terminal:
             self._live.update(self._view())
-        elif now - self._told > LINE_SECONDS:
-            self._told = now
-            self.say(self._line())
+        else:
+            self.tell(self._line())
 
     def ended(self, trial: TrialRecord, facts: Facts) -> None:
         """Prints a line for a trial that ended."""
@@ -90,7 +88,7 @@ class StudyDisplay(LiveDisplay):
             numbers = f"dev {loss:.4f}, {loss - facts.base_N.sum() / total:+.4f} against the base, "
             if trial.kind == "search" and trial.status == "finished":
                 self._best[trial.method] = min(loss, self._best.get(trial.method, loss))
-        values = ", ".join(f"{n} {_short(v)}" for n, v in trial.values.items())
+        values = ", ".join(f"{n} {short(v)}" for n, v in trial.values.items())
         settings = f"; {values}" if values and trial.kind in ("search", "range_test") else ""
         reason = f" ({trial.reason})" if trial.reason else ""
         name = "untouched base" if trial.kind == "reference" else trial.name
@@ -147,31 +145,27 @@ class StudyDisplay(LiveDisplay):
         config, state = self._config, self._state
         assert config is not None
         assert state is not None
-        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in ("method", "to come", *STATES, "finals", "best dev loss"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        methods = table(["method", "to come", *STATES, "finals", "best dev loss"], left=["method"])
         for method in config.searched:
             states: Counter[str] = Counter(t.status for t in state.of(method, "search"))
             counts = [str(states[state]) for state in STATES]
             begun, planned = state.finals(method, config)
             finals = f"{sum(t.status == 'finished' for t in begun)}/{planned}"
             best = f"{self._best[method]:.4f}" if method in self._best else "-"
-            table.add_row(method.replace("_", " "), str(self._to_come(method)), *counts, finals, best)
+            methods.add_row(method.replace("_", " "), str(self._to_come(method)), *counts, finals, best)
         slots = [f"{n} {p.step}/{p.total} loss {p.loss:.3f}" for n, p in self._paces.items()]
         shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
         foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
-        return Group(table, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
+        return Group(methods, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
 
 
 def show_estimate(found: StudyEstimate) -> None:
     """Prints what a study is going to take."""
-    console = Console(highlight=False, soft_wrap=True)
-    title = "What it would take (nothing was written)"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("method", "range test", "trials", "steps", "million tokens", "minutes", "MB/slot"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+    output = console()
+    names = ["method", "range test", "trials", "steps", "million tokens", "minutes", "MB/slot"]
+    rows = table(names, left=["method"], title="What it would take (nothing was written)")
     for m in found.methods:
-        table.add_row(
+        rows.add_row(
             m.method,
             f"{m.range_rates} x {m.range_steps}" if m.range_rates else "-",
             str(m.trials),
@@ -180,39 +174,38 @@ def show_estimate(found: StudyEstimate) -> None:
             f"{m.expected_seconds / 60:.3g} - {m.seconds / 60:.3g}",
             f"{m.slot_bytes / 2**20:,.0f}",
         )
-    console.print(table)
+    output.print(rows)
     least, most = (sum(getattr(m, n) for m in found.methods) / 60 for n in ("expected_seconds", "seconds"))
     tests = " and range tests too" if any(m.range_rates for m in found.methods) else ""
     free = "" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB of memory are free beside the base"
-    console.print(
+    output.print(
         f"{found.train_rows:,} training rows, {found.dev_rows} dev, {found.test_rows} test; "
         f"together {least:.3g} to {most:.3g} minutes of training, finals included{tests}{free}"
     )
-    console.print("from measured steps of each method alone; the first number is with all the pruning its rule allows,")
-    console.print("and held-out losses come on top. Side by side in full rows trials take less.")
+    output.print("from measured steps of each method alone; the first number is with all the pruning its rule allows,")
+    output.print("and held-out losses come on top. Side by side in full rows trials take less.")
     for note in found.notes:
-        console.print(note)
+        output.print(note)
 
 
 def search_table(results: Results) -> Table:
     """Returns the table of the search, a row a setting, best first in each method; it fits 80 columns."""
     title = "Search: dev loss, nats a token (± 95 % over examples, one seed)"
-    table = _table(title, "trial", "rate", "dev loss", "against the base")
-    table.add_column("status", no_wrap=True)
+    rows = table(["trial", "rate", "dev loss", "against the base", "status"], left=["trial", "status"], title=title)
     ranked = {(f.method, f.number) for f in results.finalists}
-    table.add_row("untouched base", "", _interval(results.base_dev), "", "")
+    rows.add_row("untouched base", "", _plus_minus(results.base_dev), "", "")
     for method in results.methods:
         own = [row for row in results.rows if row.trial.kind == "search" and row.trial.method == method]
         for row in sorted(own, key=_order):
-            table.add_row(
+            rows.add_row(
                 row.trial.name,
                 f"{row.settings['learning_rate']:.3g}",
-                _interval(row.dev),
-                _interval(row.minus_base),
+                _plus_minus(row.dev),
+                _plus_minus(row.minus_base),
                 row.trial.status,
                 style="bold" if (method, row.trial.number) in ranked else None,
             )
-    return table
+    return rows
 
 
 def _order(row: Row) -> tuple[bool, float]:
@@ -223,41 +216,25 @@ def finals_table(results: Results) -> Table:
     """Returns the table of finalists, best first; it fits 80 columns."""
     seeds = max(len(f.dev_of_seeds) for f in results.finalists)
     title = f"Finals: mean over {seeds} seeds, nats a token (± 95 % over seeds and examples)"
-    table = _table(title, "setting", "dev", "test", "test against base")
-    table.caption = "* winner by mean dev loss; the test part was opened after that"
+    caption = "* winner by mean dev loss; the test part was opened after that"
+    names = ["setting", "dev", "test", "test against base"]
+    rows = table(names, left=["setting"], title=title, caption=caption)
     for f in results.finalists:
         mark = " *" if f.winner else " (untuned)" if f.untuned else f" ({f.failed} failed)" if f.failed else ""
-        table.add_row(
+        rows.add_row(
             f"{f.method}-{f.number:03d}{mark}",
-            _interval(f.dev),
-            _interval(f.test),
-            _interval(f.test_minus_base),
+            _plus_minus(f.dev),
+            _plus_minus(f.test),
+            _plus_minus(f.test_minus_base),
             style="bold" if f.winner else None,
         )
-    table.add_row("untouched base", _interval(results.base_dev), _interval(results.base_test), "")
-    return table
+    rows.add_row("untouched base", _plus_minus(results.base_dev), _plus_minus(results.base_test), "")
+    return rows
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
-    """Returns an empty table: names on the left, then numbers; nothing in it is wrapped."""
-    table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _running(state: StudyState) -> set[str]:
-    return {trial.name for trial in state.running()}
-
-
-def _interval(estimate: Estimate | None) -> str:
+def _plus_minus(estimate: Estimate | None) -> str:
     """Returns a value with half its interval; the results' files have both ends."""
     if estimate is None:
         return "-"
     half = f"{(estimate.high - estimate.low) / 2:.3f}" if estimate.bounded else "?"
     return f"{estimate.value:.3f} ±{half}"
-
-
-def _short(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,17 +1,19 @@
-"""What a person sees of a study's folder: tables and lines for status, list, show, compare, rerun and clean."""
+"""Prints what status, list, show, compare, rerun and clean found, in tables and lines."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from peft_study.cli.display import console, table
+from peft_study.statistics import short
 
 if TYPE_CHECKING:
     from datetime import timedelta
+
+    from rich.console import Console
+    from rich.table import Table
 
     from peft_study.report.compare import Comparison
     from peft_study.report.results import Row
@@ -21,73 +23,73 @@ if TYPE_CHECKING:
     from peft_study.study.cleanup import Spare
     from peft_study.study.rerun import Rerun
 
-WIDE = 240
-"""Columns where there is no terminal: a file or a pipe cuts nothing off."""
 _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed")
 
 
 def show_status(study: Study, found: StudyStatus) -> None:
-    """Prints how a study stands."""
-    console = _console()
+    """Prints the state of a study."""
+    output = console()
     path = study.folder.path
-    who = "" if found.owner is None else f" by process {found.owner.process} on {found.owner.machine}"
+    who = "" if study.owner is None else f" by process {study.owner.process} on {study.owner.machine}"
     told = {
         "running": f"running{who}",
         "unclear": f"begun{who}; cannot tell from this machine whether it is still running",
         "killed": "its process was killed; nothing runs it now",
     }
-    _say(console, f"{path}: {told.get(found.state, found.state)}{f' ({found.reason})' if found.reason else ''}")
-    if found.go_on is not None:
-        _say(console, f"to go on, in the folder it was started in: {found.go_on}")
-    if found.began is None or found.elapsed is None:
-        _say(console, "it was not far enough to have trials")
+    _say(output, f"{path}: {told.get(found.state, found.state)}{f' ({found.reason})' if found.reason else ''}")
+    if found.resume is not None:
+        _say(output, f"to resume it, in the folder it was started in: {found.resume}")
+    if study.began is None or found.elapsed is None:
+        _say(output, "it was not far enough to have trials")
     else:
-        began = found.began.astimezone().strftime("%Y-%m-%d %H:%M")
-        _say(console, f"began {began}, {_time(found.elapsed)} {'ago' if found.state == 'running' else 'in all'}")
-    console.print(_methods_table(found.methods))
+        began = study.began.astimezone().strftime("%Y-%m-%d %H:%M")
+        _say(output, f"began {began}, {_time(found.elapsed)} {'ago' if found.state == 'running' else 'in all'}")
+    output.print(_methods_table(found.methods))
     if found.base is not None:
-        _say(console, f"untouched base: dev loss {_interval(found.base)}")
-    if found.winner is not None:
-        _say(console, f"winner by mean dev loss of its seeds: {found.winner}")
-    if found.under_way:
-        shown = ", ".join(f"{name} {_steps(step, total)}" for name, step, total in found.under_way[:8])
-        more = f" and {len(found.under_way) - 8} more" if len(found.under_way) > 8 else ""
-        _say(console, f"under way: {shown}{more}")
+        _say(output, f"untouched base: dev loss {_interval(found.base)}")
+    if study.state.winner is not None:
+        method, number = study.state.winner
+        _say(output, f"winner by mean dev loss of its seeds: {method}-{number:03d}")
+    if found.unfinished:
+        shown = ", ".join(f"{name} {_steps(step, total)}" for name, step, total in found.unfinished[:8])
+        more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""
+        _say(output, f"under way: {shown}{more}")
     parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in found.disk.items() if size)
-    _say(console, f"disk: {_megabytes(sum(found.disk.values()))} ({parts})")
+    _say(output, f"disk: {_megabytes(sum(found.disk.values()))} ({parts})")
 
 
 def _methods_table(methods: Sequence[MethodStatus]) -> Table:
     states = [state for state in _COUNTED if any(m.counts.get(state) for m in methods)]
     tests = ["range test"] if any(m.range_tests[1] for m in methods) else []
     names = ["method", *tests, "to come", *states, "finals", "best of its search"]
-    table = _table(names, left=("method", "best of its search"))
+    caption = "best: dev loss, nats a token, one seed (against the untouched base, 95 % over examples)"
+    rows = table(names, left=("method", "best of its search"), caption=caption)
     for m in methods:
-        best = "-" if m.best is None else f"{m.best.name}: {m.best.dev.value:.3f} ({_above(m.best.minus_base)})"
+        best = "-"
+        if m.best is not None and m.best.dev is not None and m.best.minus_base is not None:
+            best = f"{m.best.trial.name}: {m.best.dev.value:.3f} ({m.best.minus_base.text('+.3f')})"
         counts = [str(m.counts.get(state, 0)) for state in states]
         tested = [f"{m.range_tests[0]}/{m.range_tests[1]}"] if tests else []
-        table.add_row(m.method, *tested, str(m.to_come), *counts, f"{m.finals[0]}/{m.finals[1]}", best)
-    table.caption = "best: dev loss, nats a token, one seed (against the untouched base, 95 % over examples)"
-    table.caption_justify = "left"
-    return table
+        rows.add_row(m.method, *tested, str(m.to_come), *counts, f"{m.finals[0]}/{m.finals[1]}", best)
+    return rows
 
 
 def show_rows(study: Study, rows: Sequence[Row]) -> None:
     """Prints a row a trial."""
     from peft_study.report.study_reader import progress
 
-    console = _console()
-    table = _table(
+    shown = table(
         ["trial", "searched", "status", "dev loss", "against the base", "steps", "tokens", "seconds"],
         left=("trial", "searched", "status"),
+        caption="losses in nats a token, 95 % over examples, one seed a row",
     )
     for row in rows:
         trial = row.trial
         steps = trial.facts.get("steps", progress(study, trial) if trial.kind != "reference" else 0)
         tokens, seconds = trial.facts.get("tokens"), trial.facts.get("seconds")
-        table.add_row(
+        shown.add_row(
             trial.name,
-            ", ".join(f"{name} {_short(value)}" for name, value in trial.values.items()),
+            ", ".join(f"{name} {short(value)}" for name, value in trial.values.items()),
             trial.status,
             _interval(row.dev),
             _interval(row.minus_base),
@@ -95,9 +97,7 @@ def show_rows(study: Study, rows: Sequence[Row]) -> None:
             "-" if tokens is None else f"{tokens:,}",
             "-" if seconds is None else f"{seconds:.0f}",
         )
-    table.caption = "losses in nats a token, 95 % over examples, one seed a row"
-    table.caption_justify = "left"
-    console.print(table)
+    console().print(shown)
 
 
 def print_json(rows: Iterable[Row]) -> None:
@@ -118,7 +118,7 @@ def print_csv(rows: Iterable[Row]) -> None:
 
 def show_details(study: Study, found: Details) -> None:
     """Prints everything about a trial."""
-    console, row = _console(), found.row
+    output, row = console(), found.row
     trial = row.trial
     kinds = {
         "reference": "the untouched base",
@@ -127,110 +127,89 @@ def show_details(study: Study, found: Details) -> None:
         "final": f"a retrained setting, seed {trial.seed}",
     }
     reason = f" ({trial.reason})" if trial.reason else ""
-    _say(console, f"{trial.name}: {kinds[trial.kind]}, {trial.status}{reason}")
+    _say(output, f"{trial.name}: {kinds[trial.kind]}, {trial.status}{reason}")
     if trial.audited:
-        _say(console, f"ran on to check pruning, which would have stopped it: {trial.audited}")
-    for title, values in (("method", found.settings), ("training", found.training)):
-        if values and trial.kind != "reference":
-            _say(console, f"{title}: " + ", ".join(f"{name} {_short(value)}" for name, value in values.items()))
-    _say(console, f"dev loss {_interval(row.dev)}; against the untouched base {_interval(row.minus_base)}")
+        _say(output, f"ran on to check pruning, which would have stopped it: {trial.audited}")
+    total = None if trial.kind == "reference" else trial.settings.training.steps
+    for title in ("method", "training") if trial.kind != "reference" else ():
+        values = getattr(trial.settings, title).model_dump(mode="json")
+        _say(output, f"{title}: " + ", ".join(f"{name} {short(value)}" for name, value in values.items()))
+    _say(output, f"dev loss {_interval(row.dev)}; against the untouched base {_interval(row.minus_base)}")
     if row.test is not None:
-        _say(console, f"test loss {_interval(row.test)}")
+        _say(output, f"test loss {_interval(row.test)}")
     if found.curve:
-        table = _table(["step", "dev loss", ""], left=("",))
+        rows = table(["step", "dev loss", ""], left=("",))
         for step, loss in found.curve:
             best = "best; shown, never ranked by" if step == row.best_step else ""
-            table.add_row(_steps(step, found.total), loss.text(".4f"), best)
-        console.print(table)
+            rows.add_row(_steps(step, total), loss.text(".4f"), best)
+        output.print(rows)
     facts = trial.facts
     if facts:
         cost = f"{facts['steps']} steps, {facts['tokens']:,} tokens and {facts['virtual_tokens']:,} virtual ones"
         trained = "" if facts["trainable"] is None else f", {facts['trainable']:,} parameters trained"
-        _say(console, f"{cost} in {facts['seconds']:.1f} s beside its neighbours{trained}")
+        _say(output, f"{cost} in {facts['seconds']:.1f} s beside its neighbours{trained}")
     folder = study.folder.trial(trial.name).path
     files = ", ".join(f"{name} {_megabytes(size)}" for name, size in found.files.items())
-    _say(console, f"{folder}: {files or 'is gone'}")
+    _say(output, f"{folder}: {files or 'has no files'}")
 
 
 def show_comparison(found: Comparison) -> None:
     """Prints two trials side by side and what their difference says."""
     from peft_study.report.compare import sentences
 
-    console = _console()
+    output = console()
     first, second = found.first, found.second
-    table = _table(["", first.name, second.name, f"{first.name} minus {second.name}"], left=("",))
-    table.add_row("dev loss", _interval(first.dev), _interval(second.dev), _interval(found.dev))
+    rows = table(["", first.name, second.name, f"{first.name} minus {second.name}"], left=("",))
+    rows.add_row("dev loss", _interval(first.dev), _interval(second.dev), _interval(found.dev))
     if found.test is not None:
-        table.add_row("test loss", _interval(first.test), _interval(second.test), _interval(found.test))
-    table.add_row("seeds", *("-" if s.name == "none" else str(len(s.trials)) for s in (first, second)), "")
+        rows.add_row("test loss", _interval(first.test), _interval(second.test), _interval(found.test))
+    rows.add_row("seeds", *(str(side.seeds or "-") for side in (first, second)), "")
     for name, (mine, other) in found.settings.items():
-        table.add_row(name, *("-" if value is None else _short(value) for value in (mine, other)), "")
-    console.print(table)
+        rows.add_row(name, *("-" if value is None else short(value) for value in (mine, other)), "")
+    output.print(rows)
     for sentence in sentences(found):
-        _say(console, f"- {sentence}")
+        _say(output, f"- {sentence}")
 
 
 def show_rerun(found: Rerun) -> None:
     """Prints the dev losses then and now, and whether they are the same."""
-    console = _console()
-    table = _table(["step", "dev loss in the study", "now, alone", "difference"])
+    output = console()
+    rows = table(["step", "dev loss in the study", "now, alone", "difference"], left=())
     for step, then, now in found.curve:
-        table.add_row(str(step), f"{then:.7f}", f"{now:.7f}", f"{now - then:+.1e}")
-    console.print(table)
+        rows.add_row(str(step), f"{then:.7f}", f"{now:.7f}", f"{now - then:+.1e}")
+    output.print(rows)
     before, now_ended = (f"{status}{f' ({reason})' if reason else ''}" for status, reason in (found.before, found.now))
     if found.tolerance is not None:
         _, then, now = found.curve[-1]
         verdict = "the same" if found.same else "NOT the same"
-        _say(console, f"{found.name}: {verdict}: apart by {abs(now - then):.1e}, of {found.tolerance:.1e} allowed")
+        _say(output, f"{found.name}: {verdict}: apart by {abs(now - then):.1e}, of {found.tolerance:.1e} allowed")
     elif found.same:
-        _say(console, f"{found.name}: the same: {now_ended}")
+        _say(output, f"{found.name}: the same: {now_ended}")
     else:
-        _say(console, f"{found.name}: NOT the same: then {before}, now {now_ended}")
-    _say(console, f"the new run: {found.folder}")
+        _say(output, f"{found.name}: NOT the same: then {before}, now {now_ended}")
+    _say(output, f"the new run: {found.folder}")
 
 
 def show_spare(found: Sequence[Spare], *, dry_run: bool) -> None:
     """Prints what was or would be deleted."""
-    console = _console()
+    output = console()
     for what in dict.fromkeys(item.what for item in found):
         own = [item for item in found if item.what == what]
-        _say(console, f"{what}: {len(own)} folders, {_megabytes(sum(item.size for item in own))}")
+        _say(output, f"{what}: {len(own)} folders, {_megabytes(sum(item.size for item in own))}")
     total = _megabytes(sum(item.size for item in found))
-    _say(console, f"{total} would be freed; nothing was deleted" if dry_run else f"{total} freed")
+    _say(output, f"{total} would be freed; nothing was deleted" if dry_run else f"{total} freed")
 
 
-def _console() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = WIDE
-    return console
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False)
-
-
-def _table(names: Sequence[str], *, left: Sequence[str] = ()) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
+def _say(output: Console, line: str) -> None:
+    output.print(line, markup=False)
 
 
 def _interval(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
 
 
-def _above(estimate: Estimate) -> str:
-    return estimate.text("+.3f")
-
-
 def _steps(step: int, total: int | None) -> str:
     return str(step) if total is None else f"{step}/{total}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _time(elapsed: timedelta) -> str:

@@ -21,16 +21,14 @@ class Side:
 
     Attributes:
         name: as it was asked for.
-        trials: what is compared: one trial, or a finalist's over its seeds.
+        seeds: that are compared: one trial, or a finalist's; 0 for the untouched base.
         dev, test: losses, nats a token; test is None where it was not opened or measured.
-        settings: of its method, and its optimizer's searched ones.
     """
 
     name: str
-    trials: tuple[str, ...]
+    seeds: int
     dev: Estimate
     test: Estimate | None
-    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class Comparison:
         first, second: the two.
         dev, test: how far the first's loss is above the second's, paired by example.
         settings: those that differ: name -> (first's, second's); None where a method has no such setting.
-        notes: what is to be kept in mind.
+        notes: limits of the comparison.
     """
 
     first: Side
@@ -55,8 +53,8 @@ class Comparison:
 def compare(study: Study, first: TrialRecord, second: TrialRecord) -> Comparison:
     """Compares two trials.
 
-    Settings of the search that were both retrained are compared as means over the finals' seeds; else the very trials
-    that were named are. The untouched base has no seed and stands beside either.
+    Settings of the search that were both retrained are compared as means over the finals' seeds; else the two trials
+    themselves are. The untouched base has no seed and can be compared with either.
 
     Raises:
         ConfigError: when one of them has no value, or both are the same.
@@ -66,45 +64,40 @@ def compare(study: Study, first: TrialRecord, second: TrialRecord) -> Comparison
     examples = study.examples
     assert examples is not None
     pair = (first, second)
-    retrained = [_retrained(study, trial) for trial in pair]
-    over_seeds = all(found or trial.kind == "reference" for found, trial in zip(retrained, pair, strict=True))
-    notes = []
-    if not over_seeds:
-        notes += [
-            f"{trial.name} was retrained with new seeds, {other.name} was not: the trials of the search are compared"
-            for trial, other, found in ((first, second, retrained[0]), (second, first, retrained[1]))
-            if found and other.kind == "search"
-        ]
-    chosen = [found if over_seeds and found else [trial] for found, trial in zip(retrained, pair, strict=True)]
+    finals = [_retrained(study, trial) for trial in pair]
+    over_seeds = all(found or trial.kind == "reference" for found, trial in zip(finals, pair, strict=True))
+    chosen = [found if over_seeds and found else [trial] for found, trial in zip(finals, pair, strict=True)]
+    notes = [
+        f"{trial.name} was retrained with new seeds, {other.name} was not: the trials of the search are compared"
+        for trial, other, found in ((first, second, finals[0]), (second, first, finals[1]))
+        if not over_seeds and found and other.kind == "search"
+    ]
     dev = [np.stack([_value(study, trial) for trial in trials]) for trials in chosen]
     tests = [_test(study, trials) for trials in chosen]
     sides = [
         Side(
             trial.name,
-            tuple(t.name for t in trials),
+            0 if trial.kind == "reference" else len(dev_SN),
             mean_over_seeds(dev_SN, examples.counts_N),
             None if test_SN is None else mean_over_seeds(test_SN, examples.test_counts_N),
-            settings_of(trial),
         )
-        for trial, trials, dev_SN, test_SN in zip(pair, chosen, dev, tests, strict=True)
+        for trial, dev_SN, test_SN in zip(pair, dev, tests, strict=True)
     ]
-    mine, others = sides[0].settings, sides[1].settings
+    one, other = settings_of(first), settings_of(second)
     return Comparison(
         sides[0],
         sides[1],
         seeds_difference(dev[0], dev[1], examples.counts_N),
         None if tests[0] is None or tests[1] is None else seeds_difference(tests[0], tests[1], examples.test_counts_N),
-        {n: (mine.get(n), others.get(n)) for n in {**mine, **others} if mine.get(n) != others.get(n)},
-        (*notes, *_about_seeds(study, chosen)),
+        {name: (one.get(name), other.get(name)) for name in {**one, **other} if one.get(name) != other.get(name)},
+        (*notes, *_about_seeds(chosen)),
     )
 
 
 def sentences(found: Comparison) -> list[str]:
-    """Returns what a comparison says."""
-    said = [_verdict(found, found.dev, "dev")]
-    if found.test is not None:
-        said.append(_verdict(found, found.test, "test"))
-    return said + list(found.notes)
+    """Returns the result of a comparison in sentences."""
+    parts = (("dev", found.dev), ("test", found.test))
+    return [*(_verdict(found, above, part) for part, above in parts if above is not None), *found.notes]
 
 
 def _verdict(found: Comparison, above: Estimate, part: str) -> str:
@@ -121,11 +114,11 @@ def _retrained(study: Study, trial: TrialRecord) -> list[TrialRecord]:
     """Returns a searched setting's finals where all of them have ended; else nothing.
 
     Raises:
-        ConfigError: when one of them did not finish: the mean over the others would flatter it.
+        ConfigError: when one of them did not finish: the mean over the others would be too good.
     """
     if trial.kind != "search" or trial.number not in study.state.finalists.get(trial.method, ()):
         return []
-    finals = [t for t in study.state.of(trial.method, "final") if t.number == trial.number]
+    finals = study.state.finals_of(trial.method, trial.number)
     if len(finals) < study.config.finals.seeds or any(t.status in ("running", "interrupted") for t in finals):
         return []
     lost = [t for t in finals if t.last is None]
@@ -154,13 +147,13 @@ def _test(study: Study, trials: list[TrialRecord]) -> npt.NDArray[np.float64] | 
     return np.stack(sums) if len(sums) == len(trials) else None
 
 
-def _about_seeds(study: Study, chosen: list[list[TrialRecord]]) -> list[str]:
+def _about_seeds(chosen: list[list[TrialRecord]]) -> list[str]:
     trained = [trials for trials in chosen if trials[0].kind != "reference"]
     if any(len(trials) > 1 for trials in trained):
         return []
-    seeds = [study.config.training.seed if t.seed is None else t.seed for trials in trained for t in trials]
+    seeds = [trials[0].seed for trials in trained]
     if len(set(seeds)) > 1:
         return [
-            f"one seed each, and not the same (seeds {seeds[0]} and {seeds[1]}): part of the difference is the seeds'"
+            f"one seed each, and not the same (seeds {seeds[0]} and {seeds[1]}): part of the difference is from that"
         ]
-    return [f"one seed each (seed {seeds[0]}): the interval counts examples only, another seed may turn it round"]
+    return [f"one seed each (seed {seeds[0]}): the interval is over examples only, another seed may reverse the result"]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import range_expansion
-from peft_study.search.trials import StudyState, value_of
-from peft_study.statistics import Estimate, difference, few_examples
+from peft_study.search.trials import StudyState, best_first
+from peft_study.statistics import Estimate, difference, few_examples, short
 from peft_study.storage.held_out import HeldOut
 
 FEW = 6
@@ -42,11 +42,7 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
 def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
     """Returns what was searched with its values, in the words of the study file."""
     names = list(config.methods[method].dimensions()) or ["learning_rate"]
-    return ", ".join(f"{name} {_number(row.settings[name])}" for name in names)
-
-
-def _number(value: object) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return ", ".join(f"{name} {short(row.settings[name])}" for name in names)
 
 
 def _title(method: str) -> str:
@@ -59,14 +55,14 @@ def _level(estimate: Estimate, examples: int) -> str:
 
 def _search(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results, method: str) -> str:
     own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
-    finished = [row for row in own if row.trial.last is not None]
+    finished = best_first(row.trial for row in own)
     title = _title(method)
     if not own:
         return f"{title}: no trial began in the time allowed"
     if not finished:
         which = "its only setting did not finish" if len(own) == 1 else f"none of its {len(own)} settings finished"
         return f"{title}: {which} ({own[0].trial.reason})"
-    best = min(finished, key=lambda row: value_of(row.trial))
+    best = next(row for row in own if row.trial is finished[0])
     assert best.dev is not None
     assert best.minus_base is not None
     rank = "the only setting tried" if len(own) == 1 else f"best of {len(own)} settings"
@@ -119,7 +115,7 @@ def _others(config: StudyConfig, examples: HeldOut, method: str, own: Sequence[R
     for (one, several), members in found.items():
         if members:
             few = bare and len(members) <= FEW
-            rates = [_number(row.settings["learning_rate"]) for row in members]
+            rates = [short(row.settings["learning_rate"]) for row in members]
             text += f"; {_list(rates) if few else _count(len(members))} {one if len(members) == 1 else several}"
     return text
 

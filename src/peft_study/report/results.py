@@ -1,4 +1,4 @@
-"""What a study ends with: a row a trial, a ranking of finalists, and how often pruning was wrong."""
+"""The results of a study: a row a trial, a ranking of finalists, and how often pruning was wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
-from peft_study.search.trials import StudyState, TrialRecord, value_of
+from peft_study.search.trials import StudyState, TrialRecord, best_first
 from peft_study.statistics import Estimate, Losses, difference, mean_loss, mean_over_seeds, seeds_difference
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
@@ -29,7 +29,7 @@ class Row:
     """One trial with its numbers; losses are in nats a supervised token.
 
     Attributes:
-        trial: what it was and how it ended.
+        trial: its kind, settings and end.
         settings: every setting of its method and its optimizer's searched ones.
         start, dev: dev loss before step 1 and at its last measurement.
         minus_base: dev loss above the untouched base's.
@@ -79,8 +79,7 @@ class Finalist:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """How pruning went: trials stopped early, those that ran on to check it, and how many of these would have been
-    finalists."""
+    """Trials that were stopped early, those that were kept as a control, and how many of these would be finalists."""
 
     pruned: int
     audited: int
@@ -100,8 +99,8 @@ class Results:
         pruning: of all methods.
         tokens: data tokens by method, range tests and finals included.
         dev_examples, test_examples: held-out examples.
-        deadline: the time for the search was up before all its trials.
-        continued: how often the study file changed on the way.
+        deadline: the time limit ended the search before all its trials.
+        continued: how often the study file was changed.
     """
 
     methods: tuple[str, ...]
@@ -119,11 +118,11 @@ class Results:
 
 
 def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: StudyFolder) -> Results:
-    """Returns the results of a study as far as it is.
+    """Returns the results of a study so far.
 
     Args:
         config: filled.
-        known: its trials.
+        state: its trials.
         examples: held out.
         folder: with the trials' metrics.
     """
@@ -133,11 +132,11 @@ def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: S
     return Results(
         methods,
         rows,
-        _finalists(config, state, examples, methods),
+        _finalists(config, state, examples),
         mean_loss(examples.base_N, examples.counts_N),
         base_test,
         dict(state.notes),
-        _pruning(config, state, methods),
+        _pruning(config, state),
         {m: sum(t.facts.get("tokens", 0) for t in state.trials.values() if t.method == m) for m in methods},
         len(examples.counts_N),
         len(examples.test_counts_N),
@@ -170,20 +169,17 @@ def row_of(trial: TrialRecord, state: StudyState, examples: HeldOut, folder: Stu
     )
 
 
-def _finalists(
-    config: StudyConfig, state: StudyState, examples: HeldOut, methods: Sequence[str]
-) -> tuple[Finalist, ...]:
+def _finalists(config: StudyConfig, state: StudyState, examples: HeldOut) -> tuple[Finalist, ...]:
     found = []
-    winners = _of_seeds(state, *state.winner) if state.winner else []
-    winner_test = _stacked(state, winners)
-    for method in methods:
+    winner_test = _stacked(state, state.finals_of(*state.winner)) if state.winner else None
+    counts_N = examples.test_counts_N
+    for method in config.searched:
         for number in state.finalists.get(method, ()):
-            trials = _of_seeds(state, method, number)
+            trials = state.finals_of(method, number)
             setting = state.setting(method, number)  # its seeds may not have begun
             done = [t.last for t in trials if t.last is not None]
             dev = mean_over_seeds(np.stack(done), examples.counts_N) if done else None
             test_SN = _stacked(state, trials)
-            counts_N = examples.test_counts_N
             found.append(
                 Finalist(
                     method,
@@ -205,24 +201,20 @@ def _finalists(
     return tuple(sorted(found, key=lambda f: (f.untuned or f.failed > 0, f.dev.value if f.dev else float("inf"))))
 
 
-def _of_seeds(state: StudyState, method: str, number: int) -> list[TrialRecord]:
-    return [t for t in state.of(method, "final") if t.number == number]
-
-
 def _stacked(state: StudyState, trials: Sequence[TrialRecord]) -> Losses | None:
     """Returns the test losses of the seeds that finished, seed by example; None before the test part is opened."""
     sums = [state.test[t.name] for t in trials if t.name in state.test]
     return np.stack(sums) if sums else None
 
 
-def _pruning(config: StudyConfig, state: StudyState, methods: Sequence[str]) -> Pruning:
+def _pruning(config: StudyConfig, state: StudyState) -> Pruning:
     pruned = audited = wrong = 0
-    for method in methods:
+    for method in config.searched:
         trials = state.of(method, "search")
         pruned += sum(t.status == "pruned" for t in trials)
         checked = [t for t in trials if t.audited and t.status != "running"]
         audited += len(checked)
-        best = sorted((t for t in trials if t.last is not None), key=value_of)[: max(1, config.finals.best)]
+        best = best_first(trials)[: max(1, config.finals.best)]
         wrong += sum(any(t is b for b in best) for t in checked)
     return Pruning(pruned, audited, wrong)
 
@@ -293,29 +285,19 @@ def _scalar(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else json.dumps(value)
 
 
-_TEXT = {"name", "method", "kind", "status", "reason", "audited", "settings", "init", "init_text", "target_modules"}
-_WHOLE = {
-    "number",
-    "seed",
-    "steps",
-    "tokens",
-    "data_tokens",
-    "virtual_tokens",
-    "trainable",
-    "best_step",
-    "rank",
-    "projection_hidden",
-}
-_TRUTH = {"rslora", "projection"}
+_TEXT = {"name", "method", "kind", "status", "reason", "audited", "settings"}
+_WHOLE = {"number", "seed", "best_step", "steps", "data_tokens", "virtual_tokens", "trainable"}
 
 
 def _schema() -> pa.Schema:
-    """Returns fixed column types: a column that is empty in a small study has its type all the same."""
+    """Returns fixed column types, so that a column has its type also where it is empty."""
+    settings = {name: str(field.annotation) for c in METHODS.values() for name, field in c.model_fields.items()}
 
     def kind(name: str) -> pa.DataType:
-        if name in _TEXT:
+        own = settings.get(name, "")
+        if name in _TEXT or "Literal" in own or "str" in own:
             return pa.string()
-        return pa.int64() if name in _WHOLE else pa.bool_() if name in _TRUTH else pa.float64()
+        return pa.int64() if name in _WHOLE or "int" in own else pa.bool_() if "bool" in own else pa.float64()
 
     return pa.schema([(name, kind(name)) for name in columns()])
 
@@ -323,7 +305,10 @@ def _schema() -> pa.Schema:
 def summary(results: Results) -> dict[str, Any]:
     """Returns finalists, base and pruning as JSON values."""
     return {
-        "base": {"dev": _plain(results.base_dev), "test": _plain(results.base_test)},
+        "base": {
+            "dev": dataclasses.asdict(results.base_dev),
+            "test": None if results.base_test is None else dataclasses.asdict(results.base_test),
+        },
         "finalists": [dataclasses.asdict(finalist) for finalist in results.finalists],
         "pruning": dataclasses.asdict(results.pruning),
         "tokens": results.tokens,
@@ -331,7 +316,3 @@ def summary(results: Results) -> dict[str, Any]:
         "deadline": results.deadline,
         "continued": results.continued,
     }
-
-
-def _plain(estimate: Estimate | None) -> dict[str, float] | None:
-    return None if estimate is None else dataclasses.asdict(estimate)

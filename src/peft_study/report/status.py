@@ -1,4 +1,4 @@
-"""How a study stands: what `peft-study status` tells."""
+"""The state of a study, for `peft-study status`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import PurePosixPath
 from typing import Literal
 
-from peft_study.report.study_reader import Study, progress, sizes, trained
-from peft_study.search.trials import value_of
-from peft_study.statistics import Estimate, difference, mean_loss
-from peft_study.storage.study_dir import Owner
+from peft_study.report.results import Row, row_of
+from peft_study.report.study_reader import Study, progress, sizes
+from peft_study.search.trials import best_first
+from peft_study.statistics import Estimate, mean_loss
 
-PARTS = ("checkpoints", "adapters", "event files", "everything else")
-
-
-@dataclass(frozen=True, slots=True)
-class Best:
-    """The best setting of a method's search so far: one seed, chosen among several."""
-
-    name: str
-    dev: Estimate
-    minus_base: Estimate
+_PARTS = {"checkpoints": "checkpoints", "adapter": "adapters", "tensorboard": "event files"}
+"""What a folder of that name holds."""
+_State = Literal["running", "unclear", "killed", "interrupted", "failed", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
 class MethodStatus:
-    """How a method stands.
+    """The state of a method.
 
     Attributes:
         method: name of its space.
@@ -36,7 +29,7 @@ class MethodStatus:
         counts: settings of its search by status.
         range_tests: rates of its range test that have ended, of those that have begun.
         finals: retrained settings with their seeds that have finished, of those that are to come in all.
-        best: of its search, so far.
+        best: setting of its search so far: one seed, chosen among several.
     """
 
     method: str
@@ -44,65 +37,57 @@ class MethodStatus:
     counts: dict[str, int]
     range_tests: tuple[int, int]
     finals: tuple[int, int]
-    best: Best | None
+    best: Row | None
 
 
 @dataclass(frozen=True, slots=True)
 class StudyStatus:
-    """How a study stands.
+    """The state of a study.
 
     Attributes:
-        state: `killed`: its process ended without a word; `unclear`: it began on another machine.
+        state: `killed`: its process ended without writing why; `unclear`: it began on another machine.
         reason: of an interruption or failure.
-        owner: who runs it.
-        go_on: the command that goes on with it; None where it runs or has finished.
-        began: when; None where it was killed before.
-        elapsed: since then, up to now or its end, pauses included.
+        resume: the command that resumes it; None where it runs or has finished.
+        elapsed: since it began, up to now or its end, pauses included; None where it was killed before.
         base: dev loss of the untouched base.
         methods: in the order of the file.
-        under_way: name, steps taken, steps in all.
-        winner: name of the winning setting, once chosen.
+        unfinished: of each trial that has not ended: name, steps taken, steps in all.
         disk: bytes by part of the folder.
     """
 
-    state: Literal["running", "unclear", "killed", "interrupted", "failed", "finished"]
+    state: _State
     reason: str | None
-    owner: Owner | None
-    go_on: str | None
-    began: datetime | None
+    resume: str | None
     elapsed: timedelta | None
     base: Estimate | None
     methods: tuple[MethodStatus, ...]
-    under_way: tuple[tuple[str, int, int | None], ...]
-    winner: str | None
+    unfinished: tuple[tuple[str, int, int | None], ...]
     disk: dict[str, int]
 
 
 def study_status(study: Study) -> StudyStatus:
-    """Returns how a study stands."""
+    """Returns the state of a study."""
     state, reason = _state(study)
     path = study.folder.path
     given = shlex.quote(str(path / "config.given.json"))
     stopped = state not in ("running", "unclear", "finished")
-    winner = study.state.winner
     return StudyStatus(
         state,
         reason,
-        study.owner,
         f"peft-study run {given} -o {shlex.quote(str(path))}" if stopped else None,
-        study.began,
         _elapsed(study, state),
         None if study.examples is None else mean_loss(study.examples.base_N, study.examples.counts_N),
         tuple(_method(study, name) for name in study.config.searched),
-        _under_way(study),
-        None if winner is None else f"{winner[0]}-{winner[1]:03d}",
+        tuple(
+            (trial.name, progress(study, trial), trial.settings.training.steps)
+            for trial in study.state.trials.values()
+            if trial.status in ("running", "interrupted")
+        ),
         _disk(study),
     )
 
 
-def _state(
-    study: Study,
-) -> tuple[Literal["running", "unclear", "killed", "interrupted", "failed", "finished"], str | None]:
+def _state(study: Study) -> tuple[_State, str | None]:
     if study.owner is not None:
         return "running" if study.owner.certain else "unclear", None
     status, reason = study.folder.run.status() or ("running", None)
@@ -123,47 +108,23 @@ def _elapsed(study: Study, state: str) -> timedelta | None:
 
 
 def _method(study: Study, method: str) -> MethodStatus:
-    state, config, examples = study.state, study.config, study.examples
+    state, config = study.state, study.config
     searched, tests = state.of(method, "search"), state.of(method, "range_test")
     finals, all_finals = state.finals(method, config)
-    done = [trial for trial in searched if trial.last is not None]
-    best = None
-    if done and examples is not None:
-        trial = min(done, key=value_of)
-        assert trial.last is not None
-        counts_N = examples.counts_N
-        best = Best(trial.name, mean_loss(trial.last, counts_N), difference(trial.last, examples.base_N, counts_N))
+    best = best_first(searched)
     return MethodStatus(
         method,
         0 if state.deadline else state.due(method, config) - len(state.present(method)),
         dict(Counter(trial.status for trial in searched)),
         (sum(t.status not in ("running", "interrupted") for t in tests), len(tests)),
         (sum(t.status == "finished" for t in finals), all_finals),
-        best,
+        row_of(best[0], state, study.examples, study.folder) if best and study.examples is not None else None,
     )
 
 
-def _under_way(study: Study) -> tuple[tuple[str, int, int | None], ...]:
-    found = []
-    for trial in study.state.trials.values():
-        if trial.status in ("running", "interrupted"):
-            config = trained(study, trial)
-            found.append((trial.name, progress(study, trial), None if config is None else config.training.steps))
-    return tuple(found)
-
-
 def _disk(study: Study) -> dict[str, int]:
-    found = dict.fromkeys(PARTS, 0)
+    found = dict.fromkeys([*_PARTS.values(), "everything else"], 0)
     for name, size in sizes(study.folder.path).items():
-        parts = PurePosixPath(name).parts
-        part = (
-            "checkpoints"
-            if parts[0] == "checkpoints"
-            else "adapters"
-            if "adapter" in parts
-            else "event files"
-            if "tensorboard" in parts
-            else "everything else"
-        )
-        found[part] += size
+        folders = [folder for folder in _PARTS if folder in PurePosixPath(name).parts]
+        found[_PARTS[folders[0]] if folders else "everything else"] += size
     return found

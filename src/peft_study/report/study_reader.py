@@ -1,14 +1,15 @@
-"""A study seen from outside, in any state and also while another process runs it: nothing is written or locked."""
+"""Reads a study in any state, also while another process runs it; nothing is written or locked."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft_study.config import StudyConfig, TrainConfig, validate
+from peft_study.config import StudyConfig
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.report.results import Row, row_of
 from peft_study.search.trials import State, StudyState, TrialRecord
@@ -29,8 +30,8 @@ class Study:
     """A study as its folder tells it.
 
     Attributes:
-        folder, config, known: of it; trials under way are `interrupted` where nobody runs the study.
-        examples: held out; None where it was killed before it wrote them, so that it has no trials.
+        folder, config, state: of it; unfinished trials are `interrupted` where no process runs the study.
+        examples: held out; None where it was killed before it wrote them, so it has no trials.
         began: when its first start had loaded model and data.
         owner: who runs it.
     """
@@ -49,17 +50,11 @@ class Details:
 
     Attributes:
         row: its numbers.
-        total: optimizer steps that it was to take; None where its folder is gone.
-        settings: its method's, and
-        training: its optimizer's, schedule's and batch's.
         curve: steps and dev losses.
         files: below its folder, with their sizes in bytes.
     """
 
     row: Row
-    total: int | None
-    settings: dict[str, Any]
-    training: dict[str, Any]
     curve: tuple[tuple[int, Estimate], ...]
     files: dict[str, int]
 
@@ -103,67 +98,52 @@ def open_study(path: Path | None) -> Study:
     state = _folded(folder)
     kept = held_out.kept(folder.run)
     if kept is None and state.trials:
-        raise OutputError("examples.json is gone", where=str(folder.path), remedy="put it back, or run the study again")
+        raise OutputError(
+            "examples.json is missing", where=str(folder.path), remedy="put it back, or run the study again"
+        )
     if writer is None:
         for trial in state.running():
             trial.status = "interrupted"
     return Study(folder, config, state, kept[0] if kept else None, kept[1] if kept else None, writer)
 
 
-def find_trial(name: str, study: Path | None) -> tuple[Study, TrialRecord]:
-    """Returns a study and one of its trials.
+def find_trials(names: Sequence[str], study: Path | None) -> tuple[Study, tuple[TrialRecord, ...]]:
+    """Returns a study and some of its trials.
 
     Args:
-        name: of the trial, or the path of its folder, STUDY/trials/NAME.
+        names: of the trials, or the paths of their folders, STUDY/trials/NAME; a path gives the study for all of them.
         study: the study's folder, or None as in `find_study`.
 
     Raises:
         OutputError: as in `open_study`.
-        ConfigError: when there is no such trial.
+        ConfigError: when there is no such trial, or they are of two studies: their examples may differ.
     """
-    path = Path(name)
-    if path.parent.name == "trials":
-        if study is not None:
-            raise ConfigError("a path says which study is meant", where=name, remedy="leave out -s, or give a name")
-        study, name = path.parent.parent, path.name
-    elif len(path.parts) != 1:
-        raise ConfigError("is no path of a trial", where=name, remedy="give its name, or STUDY/trials/NAME")
-    found = open_study(study)
-    return found, trial_of(found, name)
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.parent.name == "trials":
+            if study is not None:
+                raise ConfigError("the path already gives the study", where=name, remedy="leave out -s, or give a name")
+            found.append(path.parent.parent)
+            if found[0].resolve() != found[-1].resolve():
+                raise ConfigError("trials of two studies are not compared", where=name, remedy="give two of one study")
+        elif len(path.parts) != 1:
+            raise ConfigError("is no path of a trial", where=name, remedy="give its name, or STUDY/trials/NAME")
+    opened = open_study(found[0] if found else study)
+    return opened, tuple(_trial(opened, Path(name).name) for name in names)
 
 
-def find_pair(first: str, second: str, study: Path | None) -> tuple[Study, tuple[TrialRecord, TrialRecord]]:
-    """Returns a study and two of its trials, named as in `find_trial`; a path says for both which study is meant.
-
-    Raises:
-        OutputError: as in `open_study`.
-        ConfigError: when one is no trial, or they are of two studies: their examples may differ.
-    """
-    paths = [Path(name) for name in (first, second)]
-    folders = {path.parent.parent.resolve() for path in paths if path.parent.name == "trials"}
-    if len(folders) > 1:
-        raise ConfigError("trials of two studies are not compared", where=second, remedy="give two of one study")
-    if folders and study is None:
-        names = [path.name if path.parent.name == "trials" else str(path) for path in paths]
-        found = open_study(next(path.parent.parent for path in paths if path.parent.name == "trials"))
-        return found, (trial_of(found, names[0]), trial_of(found, names[1]))
-    found, one = find_trial(first, study)
-    return found, (one, trial_of(found, second))
-
-
-def trial_of(study: Study, name: str) -> TrialRecord:
-    """Returns a trial by its name.
-
-    Raises:
-        ConfigError: when there is none.
-    """
+def _trial(study: Study, name: str) -> TrialRecord:
+    """Returns a trial by its name."""
     trials = study.state.trials
     if name in trials:
         return trials[name]
     where = str(study.folder.path)
     if not trials:
         raise ConfigError(f"has no trials yet, so none named {name!r}", where=where)
-    remedy = nearest(name, trials) if len(trials) <= 12 or "?" in nearest(name, trials) else "`peft-study list`"
+    remedy = nearest(name, trials)
+    if len(trials) > 12 and "?" not in remedy:
+        remedy = "`peft-study list` names them"
     raise ConfigError(f"has no trial {name!r}", where=where, remedy=remedy)
 
 
@@ -212,38 +192,19 @@ def details(study: Study, trial: TrialRecord) -> Details:
     """Returns everything about one trial."""
     assert study.examples is not None
     folder = study.folder.trial(trial.name)
-    config = trained(study, trial)
     curve = [
         (record["step"], _estimate(record["loss"], record["loss_low"], record["loss_high"]))
         for record in metrics.read(folder.metrics)
         if record["event"] == "held_out"
     ]
-    return Details(
-        row_of(trial, study.state, study.examples, study.folder),
-        None if config is None or trial.kind == "reference" else config.training.steps,
-        {} if config is None else config.method.model_dump(mode="json"),
-        {} if config is None else config.training.model_dump(mode="json"),
-        tuple(curve),
-        sizes(folder.path),
-    )
+    return Details(row_of(trial, study.state, study.examples, study.folder), tuple(curve), sizes(folder.path))
 
 
 def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
-    """Returns an estimate as metrics.jsonl has it: null stands for a number that is not finite."""
+    """Returns an estimate from metrics.jsonl, where null means a number that is not finite."""
     return Estimate(
         math.nan if value is None else value, -math.inf if low is None else low, math.inf if high is None else high
     )
-
-
-def trained(study: Study, trial: TrialRecord) -> TrainConfig | None:
-    """Returns the settings that a trial was started with, or None where its folder does not have them.
-
-    Raises:
-        ConfigError: when they cannot be used.
-    """
-    folder = study.folder.trial(trial.name)
-    values = folder.read_if_there("config.resolved.json")
-    return None if values is None else validate(TrainConfig, values, where=str(folder.path / "config.resolved.json"))
 
 
 def progress(study: Study, trial: TrialRecord) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_study.config import MethodSpace, Range
-from peft_study.search.trials import StudyState, TrialRecord, value_of
+from peft_study.search.trials import StudyState, TrialRecord, best_first
 
 EDGE = 0.1
 """A best value in this outer share of a (log) range is at its edge."""
@@ -36,10 +36,10 @@ def at_edge(value: float, bounds: tuple[float, float], *, log: bool) -> str | No
 
 def widened(state: StudyState, method: str, space: MethodSpace) -> Widened | None:
     """Returns the range of a method that is to be widened now, if there is one."""
-    finished = [t for t in state.present(method) if t.last is not None]
+    finished = best_first(state.present(method))
     if len(finished) < ENOUGH or state.fresh.get(method):
         return None
-    best = min(finished, key=value_of)
+    best = finished[0]
     for name, dimension in space.dimensions().items():
         # of other settings (dropout, warm-up) the ends are limits of what makes sense
         movable = isinstance(dimension, Range) and (name == "learning_rate" or space.whole(name))

@@ -24,7 +24,7 @@ from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test, range_expansion
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import SpaceSampler
-from peft_study.search.trials import StudyState, TrialRecord, final_seeds, value_of
+from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, value_of
 from peft_study.seeds import key
 from peft_study.storage.journal import Event, Journal
 from peft_study.training.loop import Ended, Evaluated, TrialEvent
@@ -213,8 +213,7 @@ class Scheduler:
         return enough and all(t.status != "running" for t in (*trials, *self.state.of(method, "range_test")))
 
     def _choose_finalists(self, method: str) -> None:
-        finished = [t for t in self.state.of(method, "search") if t.last is not None]
-        best = sorted(finished, key=value_of)[: self._config.finals.best]
+        best = best_first(self.state.of(method, "search"))[: self._config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
     def _counted(self, training: TrainingConfig) -> TrainingConfig:
@@ -297,7 +296,7 @@ class Scheduler:
     def _finalist_means(self, method: str) -> dict[tuple[str, int], float]:
         found = {}
         for number in self.state.finalists.get(method, ()):
-            finals = [t for t in self.state.of(method, "final") if t.number == number]
+            finals = self.state.finals_of(method, number)
             values = [value_of(t) for t in finals if t.last is not None]
             if values and len(values) == len(finals):  # a setting of which a seed failed cannot win
                 found[method, number] = sum(values) / len(values)

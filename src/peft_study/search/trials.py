@@ -5,7 +5,7 @@ asked --> running --measured, measured--> finished | pruned | diverged | failed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,6 +99,10 @@ class StudyState:
     def of(self, method: str, kind: Kind) -> list[TrialRecord]:
         """Returns a method's trials of a kind."""
         return [t for t in self.trials.values() if t.method == method and t.kind == kind]
+
+    def finals_of(self, method: str, number: int) -> list[TrialRecord]:
+        """Returns a finalist's trials, one a seed."""
+        return [t for t in self.of(method, "final") if t.number == number]
 
     def running(self) -> Iterator[TrialRecord]:
         """Yields the trials that have not ended."""
@@ -241,6 +245,11 @@ def final_seeds(config: StudyConfig) -> tuple[int, ...]:
     """Returns the seeds of the finals; the search's is not among them."""
     first = config.training.seed + 1
     return tuple(range(first, first + config.finals.seeds))
+
+
+def best_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Returns the finished ones of some trials, least held-out loss first."""
+    return sorted((trial for trial in trials if trial.last is not None), key=value_of)
 
 
 def value_of(trial: TrialRecord) -> float:

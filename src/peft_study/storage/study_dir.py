@@ -43,6 +43,15 @@ _WORKERS = "workers.json"
 """Written by a start with several workers, and kept: from then on the journal is ahead of every single checkpoint."""
 
 
+def run_settings(config: StudyConfig, settings: TrialSettings, output: Path) -> dict[str, Any]:
+    """Returns a trial's settings as those of a single run (`TrainConfig`), in JSON values."""
+    return {
+        **config.model_dump(mode="json", include={"model", "data", "logging"}),
+        **settings.model_dump(mode="json", include={"method", "training"}),
+        "output": str(output),
+    }
+
+
 class StudyFolder:
     """One study's folder."""
 
@@ -152,11 +161,7 @@ class StudyFolder:
         A trial of other settings that lies there was begun under an earlier study file and never reached a checkpoint.
         """
         folder = self.trial(name)
-        resolved = {
-            **config.model_dump(mode="json", include={"model", "data", "logging"}),
-            **settings.model_dump(mode="json", include={"method", "training"}),
-            "output": str(folder.path),
-        }
+        resolved = run_settings(config, settings, folder.path)
         if folder.identity() not in (None, identity(resolved)):
             shutil.rmtree(folder.path)
         folder.claim(resolved, resolved, overwrite=False, remedy="give another output folder")

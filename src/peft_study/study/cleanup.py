@@ -9,7 +9,7 @@ from pathlib import Path
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
 from peft_study.report.study_reader import Study, sizes
-from peft_study.search.trials import TrialRecord, value_of
+from peft_study.search.trials import best_first
 from peft_study.storage.files import output_error
 
 
@@ -87,10 +87,6 @@ def _kept(study: Study) -> set[str]:
     for method in study.config.methods:
         searched = state.of(method, "search")
         numbers = state.finalists.get(method, ())
-        kept |= {trial.name for trial in searched if trial.number in numbers} if numbers else _best(searched)
+        chosen = [trial for trial in searched if trial.number in numbers] or best_first(searched)[:1]
+        kept |= {trial.name for trial in chosen}
     return kept
-
-
-def _best(searched: list[TrialRecord]) -> set[str]:
-    done = [trial for trial in searched if trial.last is not None]
-    return {min(done, key=value_of).name} if done else set()

@@ -1,20 +1,19 @@
-"""Trains a trial of a study again, alone in the engine, and says whether the same comes of it."""
+"""Trains a trial of a study again, alone in the engine, and compares its losses with those of the study."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.config import TrainConfig, TrialSettings
-from peft_study.errors import ConfigError, Interrupted, OutputError
-from peft_study.report.study_reader import Study, trained
+from peft_study.errors import ConfigError, Interrupted
+from peft_study.report.study_reader import Study
 from peft_study.search.trials import TrialRecord
 from peft_study.statistics import Estimate, Losses, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder
+from peft_study.storage.study_dir import run_settings
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Evaluated, Slots
 from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
@@ -22,26 +21,26 @@ from peft_study.training.slot_count import settle
 from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 EXACT_STEPS = 20
-"""For so many steps a float32 run repeats to `EXACT`, whatever lies beside it; then rounding has grown (AdamW)."""
+"""Steps for which a float32 run repeats to `EXACT`, whatever its row holds; after them rounding has grown (AdamW)."""
 EXACT = 1e-5
 """Of the loss."""
 COARSE = 1e-2
-"""Of the loss: where rounding has grown, or in bf16, two runs may never be further apart."""
+"""Of the loss: the largest difference that is allowed where rounding has grown, and in bf16."""
 NOISE_SHARE = 0.1
-"""There, they may be this share of the dev loss's own uncertainty (half its interval) apart: no finding sees that."""
+"""Share of the dev loss's own uncertainty (half its interval) that is allowed there: no finding depends on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """What came of a trial that was trained again.
+    """A trial that was trained again, beside its first run.
 
     Attributes:
         folder: of the new run.
         name: of the trial.
         before, now: how it ended: status and reason.
         curve: optimizer step, dev loss then, dev loss now, in nats a token.
-        tolerance: how far apart the last two may be; None where there is none to compare.
-        same: it ended alike, and its last dev loss is the same to the tolerance.
+        tolerance: how far apart the last two may be; None where no loss is compared.
+        same: both ended alike, and the last dev losses are within the tolerance.
         notes: what differs in code, versions and machine.
     """
 
@@ -65,43 +64,38 @@ def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest)
         OutputError: when the base or the data changed since the study began, or the folder cannot be written.
         Interrupted: when asked to stop.
     """
-    config = _settings(study, trial)
-    with _new_folder(study, trial) as folder:
-        return _rerun(study, trial, config, folder, watcher, stop)
-
-
-def _rerun(
-    study: Study, trial: TrialRecord, config: TrainConfig, folder: RunFolder, watcher: Watcher, stop: StopRequest
-) -> Rerun:
-    """Trains once the new run's folder is locked; arguments as of `rerun`."""
-    session = open_session(study.config.model, study.config.data, study.config.training, watcher.say, test=True)
-    refuse_other_inputs(describe(session), study.folder.run)
-    record = {**environment(), **describe(session)}
-    notes = changes(study.folder.run.record() or {}, record)
-    for note in (*session.notes, *notes):
-        watcher.say(note)
-    settle(session, study.folder.run, [], trials=1, wanted="auto")
-    own = config.model_copy(update={"output": folder.path})
-    folder.claim(own.model_dump(mode="json"), config.model_dump(mode="json"), overwrite=False, remedy="")
-    try:
-        folder.write_record(record)
-        sums, outcome = _train(study, trial, config, session, folder, watcher, stop)
-    except BaseException as error:
-        folder.end(error)
-        raise
-    folder.set_status(outcome.status, outcome.reason)
-    found = _judged(study, trial, sums, outcome, session.base.placement.dtype_name, folder.path, notes)
-    folder.write("rerun.json", asdict(found))
+    if trial.kind == "reference":
+        raise ConfigError(f"{trial.name} is the untouched base: nothing was trained", remedy="give another trial")
+    if trial.status in ("running", "interrupted"):
+        raise ConfigError(f"{trial.name} has not ended", remedy="`peft-study status` says how the study continues")
+    # locked before model and data are loaded, so that a study folder that cannot be written is refused first
+    folder = _new_folder(study, trial)
+    with folder.locked():
+        session = open_session(study.config.model, study.config.data, study.config.training, watcher.say, test=True)
+        refuse_other_inputs(describe(session), study.folder.run)
+        record = {**environment(), **describe(session)}
+        notes = changes(study.folder.run.record() or {}, record)
+        for note in (*session.notes, *notes):
+            watcher.say(note)
+        settle(session, study.folder.run, [], trials=1, wanted="auto")
+        resolved = run_settings(study.config, trial.settings, folder.path)
+        folder.claim(resolved, resolved, overwrite=False, remedy="")
+        try:
+            folder.write_record(record)
+            sums, outcome = _train(study, trial, session, folder, watcher, stop)
+        except BaseException as error:
+            folder.end(error)
+            raise
+        folder.set_status(outcome.status, outcome.reason)
+        found = _judged(study, trial, sums, outcome, session.base.placement.dtype_name, folder.path, notes)
+        folder.write("rerun.json", asdict(found))
     return found
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns what differs in code, versions and machine, a line each."""
-    pairs = [
-        (name, before.get("packages", {}).get(name), version)
-        for name, version in {"python": now["python"], **now["packages"]}.items()
-        if name != "python"
-    ]
+    packages = before.get("packages", {})
+    pairs = [(name, packages.get(name), version) for name, version in now["packages"].items()]
     pairs.append(("python", before.get("python"), now["python"]))
     for part, names in (("machine", ("processor", "gpu", "threads")), ("base", ("dtype", "device"))):
         pairs += [(name, before.get(part, {}).get(name), now[part][name]) for name in names]
@@ -134,48 +128,20 @@ def tolerance(dev: Estimate, *, steps: int, exact: bool) -> float:
     return max(fine, min(coarse, NOISE_SHARE * (dev.high - dev.low) / 2))
 
 
-def _settings(study: Study, trial: TrialRecord) -> TrainConfig:
-    if trial.kind == "reference":
-        raise ConfigError(f"{trial.name} is the untouched base: nothing was trained", remedy="give another trial")
-    if trial.status in ("running", "interrupted"):
-        raise ConfigError(f"{trial.name} has not ended", remedy="`peft-study status` says how the study goes on")
-    config = trained(study, trial)
-    if config is None:
-        raise OutputError(
-            "is gone, so its settings are not known",
-            where=str(study.folder.trial(trial.name).path / "config.resolved.json"),
-            remedy="put it back",
-        )
-    return config
-
-
-@contextlib.contextmanager
-def _new_folder(study: Study, trial: TrialRecord) -> Iterator[RunFolder]:
-    """Makes and locks reruns/NAME, or NAME-2, ...: the first that is not there; it goes again where nothing came of it.
-
-    So a study's folder that cannot be written is refused before model and data are loaded.
-    """
+def _new_folder(study: Study, trial: TrialRecord) -> RunFolder:
+    """Returns reruns/NAME, or NAME-2, ...: the first that does not exist yet."""
     reruns, number = study.folder.path / "reruns", 1
     while (path := reruns / (trial.name if number == 1 else f"{trial.name}-{number}")).exists():
         number += 1
-    folder = RunFolder(path)
-    with folder.locked():
-        yield folder
+    return RunFolder(path)
 
 
 def _train(
-    study: Study,
-    trial: TrialRecord,
-    config: TrainConfig,
-    session: Session,
-    folder: RunFolder,
-    watcher: Watcher,
-    stop: StopRequest,
+    study: Study, trial: TrialRecord, session: Session, folder: RunFolder, watcher: Watcher, stop: StopRequest
 ) -> tuple[dict[int, Losses], Outcome]:
-    keep = trial.kind == "final" or config.method.method != "full"
-    settings = TrialSettings(method=config.method, training=config.training, rungs=tuple(trial.sums), keep=keep)
+    settings = trial.settings.model_copy(update={"rungs": tuple(trial.sums)})
     plan = TrialPlan(trial.name, settings, folder)
-    # a rerun that is stopped begins again: no checkpoints
+    # no checkpoints: a rerun that is stopped cannot be resumed
     logging = study.config.logging.model_copy(update={"checkpoint_every": None, "checkpoint_minutes": None})
     slots = Slots(session, logging, watcher, checkpoints=folder.checkpoints, identity="rerun", tolerant=True)
     sums: dict[int, Losses] = {}
