@@ -115,8 +115,8 @@ def open_world(name: str, device: str = "auto") -> World:
 
 def real_examples(count: int) -> list[Example]:
     """Returns the first `count` examples of tulu-like-mix as our cache tokenises them: 193 tokens on average."""
-    from peft_study.data.cache import tokenize
     from peft_study.data.chat import ChatEncoder
+    from peft_study.data.tokens import tokenize
 
     encoder = ChatEncoder(load_tokenizer(EMBEDDED), max_length=MAX_LENGTH)
     data = tokenize([SHARED / "data" / "tulu-like-mix" / "train.jsonl.gz"], encoder)

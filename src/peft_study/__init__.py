@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_study.config import StudyConfig, TrainConfig, validate
-    from peft_study.data.cache import TokenizedData, tokenize
     from peft_study.data.chat import ChatEncoder
     from peft_study.data.convert import convert
     from peft_study.data.sample import sample
+    from peft_study.data.tokens import TokenizedData, tokenize
     from peft_study.engine.engine import Engine
     from peft_study.engine.trial import Trial
     from peft_study.errors import PeftStudyError, UserError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "peft_study.config": ("StudyConfig", "TrainConfig", "validate"),
-    "peft_study.data.cache": ("TokenizedData", "tokenize"),
+    "peft_study.data.tokens": ("TokenizedData", "tokenize"),
     "peft_study.data.chat": ("ChatEncoder",),
     "peft_study.data.convert": ("convert",),
     "peft_study.data.sample": ("sample",),

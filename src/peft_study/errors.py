@@ -8,7 +8,7 @@
         ├── TemplateError    a chat template that cannot be rendered or whose answers cannot be located
         ├── ModelError       a model or adapter folder that cannot be used
         ├── OutputError      a place that cannot be written, or that holds something worth keeping
-        └── ProcessError     another process of the same run is gone
+        └── ProcessError     another process of the same run died
 
 Everything else (``AssertionError``, ``TypeError``, ...) is a defect of this program and keeps its traceback.
 """
@@ -67,7 +67,7 @@ class ModelError(UserError):
 
 
 class ProcessError(UserError):
-    """Another process of the same run is gone, so this one cannot go on."""
+    """Another process of the same run died, so that this one must stop."""
 
 
 class OutputError(UserError):

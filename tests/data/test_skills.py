@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import skills_answers
 from peft_study.data import skills
 from peft_study.data.conversation import Conversation, Message
-from peft_study.data.skills.base import result_of
-from peft_study.errors import ConfigError, DataError, OutputError
+from peft_study.errors import ConfigError, OutputError
 
 # sha256 of `skills.write(path)` as first made; a change here changes every number that was measured on the data.
 FROZEN_SHA256 = "1349913060239232d337b2272f8f7e21134723a1e402a0580c9b62c831a24137"
@@ -59,30 +59,30 @@ BY_HAND = [
 @pytest.mark.parametrize(("skill", "question", "result"), BY_HAND)
 def test_results_worked_out_by_hand_pass_and_others_fail(skill: str, question: str, result: str) -> None:
     row = ask(skill, question)
-    assert skills.check(row, f"Some reason.\nAnswer: {result}")
-    assert skills.check(row, f"Answer: wrong\nAnswer:  {result}.\n")
-    assert not skills.check(row, result), "the house format is part of the answer"
-    assert not skills.check(row, f"Answer: {result} 7")
-    assert not skills.check(row, "Answer: nothing")
-    assert not skills.check(row, f"Answer: {result}\nAnswer: nothing")
+    assert skills_answers.check(row, f"Some reason.\nAnswer: {result}")
+    assert skills_answers.check(row, f"Answer: wrong\nAnswer:  {result}.\n")
+    assert not skills_answers.check(row, result), "the house format is part of the answer"
+    assert not skills_answers.check(row, f"Answer: {result} 7")
+    assert not skills_answers.check(row, "Answer: nothing")
+    assert not skills_answers.check(row, f"Answer: {result}\nAnswer: nothing")
 
 
 def test_a_wrong_unit_is_wrong_and_a_left_out_one_is_not() -> None:
     row = ask("units", "Convert 2 kilometres to metres.")
-    assert skills.check(row, "Answer: 2000")
-    assert skills.check(row, "Answer: 2,000 metres")
-    assert not skills.check(row, "Answer: 2000 kilometres")
+    assert skills_answers.check(row, "Answer: 2000")
+    assert skills_answers.check(row, "Answer: 2,000 metres")
+    assert not skills_answers.check(row, "Answer: 2000 kilometres")
 
 
 def test_json_numbers_are_not_strings() -> None:
     row = ask("json", "Extract order, item and count as JSON: Order 4711: 12 lamps.")
-    assert not skills.check(row, 'Answer: {"order": "4711", "item": "lamps", "count": 12}')
+    assert not skills_answers.check(row, 'Answer: {"order": "4711", "item": "lamps", "count": 12}')
 
 
 def test_result_of_takes_the_last_answer_line() -> None:
-    assert result_of("Answer: 1\nAnswer: 2 metres.") == "2 metres"
-    assert result_of("Answer:\n5") is None
-    assert result_of("The Answer: 5") is None
+    assert skills_answers.result_of("Answer: 1\nAnswer: 2 metres.") == "2 metres"
+    assert skills_answers.result_of("Answer:\n5") is None
+    assert skills_answers.result_of("The Answer: 5") is None
 
 
 def test_the_data_of_seed_0_is_frozen(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_every_seed_gives_checked_unrepeated_balanced_rows(seed: int, count: int
     assert max(per_skill) - min(per_skill) <= 1
     assert skills.generate(max(1, count // 2), seed) == rows[: max(1, count // 2)]
     assert all(re.fullmatch(r"[^\n]+\nAnswer: [^\n]+", row.messages[1].content) for row in rows)
-    assert all(map(skills.check, rows))
+    assert all(map(skills_answers.check, rows))
 
 
 def test_fewer_rows_are_the_beginning_of_more() -> None:
@@ -129,26 +129,24 @@ def test_the_answer_of_another_row_of_the_same_skill_fails() -> None:
     tried = 0
     for row in rows:
         other = next(r for r in rows if r.source == row.source and r is not row)
-        if result_of(row.messages[1].content) != result_of(other.messages[1].content):
+        if skills_answers.result_of(row.messages[1].content) != skills_answers.result_of(other.messages[1].content):
             tried += 1
-            assert not skills.check(row, other.messages[1].content)
+            assert not skills_answers.check(row, other.messages[1].content)
     assert tried > 200
 
 
 def test_the_check_reads_the_question_not_the_stored_answer() -> None:
     row = skills.generate(1)[0]
     wrong = replace(row, messages=(row.messages[0], Message("assistant", "Because.\nAnswer: nonsense")))
-    assert not skills.check(wrong)
-    assert skills.check(wrong, row.messages[1].content)
+    assert not skills_answers.check(wrong)
+    assert skills_answers.check(wrong, row.messages[1].content)
 
 
-def test_errors_name_the_count_or_the_source() -> None:
+def test_errors_name_the_count() -> None:
     with pytest.raises(ConfigError, match="count is 0"):
         skills.generate(0)
     with pytest.raises(ConfigError, match="ask for at most"):
         skills.generate(10**6)
-    with pytest.raises(DataError, match="'gsm8k' has no answer check"):
-        skills.check(Conversation("g", (Message("user", "?"), Message("assistant", "!")), "gsm8k"))
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.data.cache import TokenizedData
 from peft_study.data.conversation import Example
+from peft_study.data.tokens import TokenizedData
 
 Place = tuple[TokenizedData, int]
 """Data, and a row of it."""
@@ -129,8 +129,8 @@ class Pool:
     def draw(self, count: int, shares: Mapping[Stratum, int], order: Sequence[int]) -> Pool:
         """Returns `count` of the rows, of each stratum in proportion to its share.
 
-        The next row always comes from the stratum that is furthest below its share: largest-remainder rounding, where
-        no stratum runs out. A row that would take the last text of a stratum waits until there are no others.
+        The next row always comes from the stratum that is furthest below its share: largest-remainder rounding, unless
+        a stratum runs out. A stratum of one text comes last, since it would vanish from the rows that are left.
 
         Args:
             count: at most the rows there are.
@@ -140,31 +140,19 @@ class Pool:
         queues: dict[Stratum, deque[int]] = {}
         for i in order:
             queues.setdefault(self.strata[i], deque()).append(i)
-        left, homes = Counter[Stratum](), dict[bytes, tuple[Stratum, ...]]()
-        # by digest alone: to compare tokens as well would read every row, and this is a courtesy to small strata
-        for stratum, digest in set(zip(self.strata, self.digests, strict=True)):
-            left[stratum] += 1  # texts of the stratum that nobody has drawn
-            homes[digest] = (*homes.get(digest, ()), stratum)
         given, taken, total = Counter[Stratum](), list[int](), sum(shares.values())
-        for last in (False, True):
-            heap = [(given[stratum] * total - count * shares[stratum], n, stratum) for n, stratum in enumerate(queues)]
-            heapq.heapify(heap)
-            waiting: dict[Stratum, deque[int]] = {stratum: deque() for stratum in queues}
-            while heap and len(taken) < count:
-                _, number, stratum = heap[0]
-                if not queues[stratum]:
-                    heapq.heappop(heap)
-                    continue
-                i = queues[stratum].popleft()
-                if not last and any(left[home] == 1 for home in homes.get(self.digests[i], ())):
-                    waiting[stratum].append(i)
-                    continue
-                taken.append(i)
-                for home in homes.pop(self.digests[i], ()):
-                    left[home] -= 1
-                given[stratum] += 1
-                heapq.heapreplace(heap, (given[stratum] * total - count * shares[stratum], number, stratum))
-            queues = waiting
+        texts = Counter(stratum for stratum, _ in set(zip(self.strata, self.digests, strict=True)))
+        heap = [(texts[s] == 1, -count * shares[s], number, s) for number, s in enumerate(queues)]
+        heapq.heapify(heap)
+        while heap and len(taken) < count:
+            single, _, number, stratum = heap[0]
+            if not queues[stratum]:
+                heapq.heappop(heap)
+                continue
+            taken.append(queues[stratum].popleft())
+            given[stratum] += 1
+            below = given[stratum] * total - count * shares[stratum]
+            heapq.heapreplace(heap, (single, below, number, stratum))
         return self.pick(sorted(taken))
 
 

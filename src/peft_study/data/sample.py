@@ -102,9 +102,9 @@ def sample(
         if reservoir.rows < spec.sizes[-1]:
             what = f"a sample of {spec.sizes[-1]} rows is wanted, but there are only {reservoir.rows} rows"
             raise DataError(what, where=", ".join(sources), remedy="ask for fewer, or give more sources")
-        method, counts = allocate(reservoir.strata, spec.sizes)
+        counts = allocate(reservoir.strata, spec.sizes)
         blocks = reservoir.blocks(counts)
-        manifest = _manifest(spec, opened, reservoir, method)
+        manifest = _manifest(spec, opened, reservoir)
         for index, (size, target) in enumerate(zip(spec.sizes, targets, strict=True)):
             entry = _write_sample(files.open(target), target, blocks[: index + 1], reservoir)
             manifest["samples"][str(size)] = entry | _strata_entry(spec, counts[index])
@@ -115,24 +115,24 @@ def sample(
     return manifest
 
 
-def allocate(population: Mapping[str, int], sizes: Sequence[int]) -> tuple[str, list[dict[str, int]]]:
+def allocate(population: Mapping[str, int], sizes: Sequence[int]) -> list[dict[str, int]]:
     """Divides each sample among strata in proportion to their rows, so that each larger sample holds the smaller.
 
-    A stratum's count is its exact quota rounded down or up. The rule is largest remainder, size by size. That rule
-    can take a row away from a stratum when the sample grows (the Alabama paradox), and then no nesting is possible;
-    in that case all sizes follow the quota method of Balinski and Young (1975), which only ever adds.
+    The rule is largest remainder, size by size. It can take a row away from a stratum when the sample grows (the
+    Alabama paradox), and then samples would not be nested; in that case the smaller sample is divided as the larger.
 
     Args:
         population: rows by stratum.
         sizes: in ascending order; none larger than all rows together.
 
     Returns:
-        The name of the rule that was used, and the counts by stratum for each size.
+        The counts by stratum for each size.
     """
     counts = [_largest_remainder(population, size) for size in sizes]
-    if all(small[name] <= large[name] for small, large in itertools.pairwise(counts) for name in population):
-        return "largest remainder", counts
-    return "quota method", _quota_method(population, sizes)
+    for i in reversed(range(len(sizes) - 1)):
+        if any(counts[i][name] > counts[i + 1][name] for name in population):
+            counts[i] = _largest_remainder(counts[i + 1], sizes[i])
+    return counts
 
 
 def _largest_remainder(population: Mapping[str, int], size: int) -> dict[str, int]:
@@ -141,20 +141,6 @@ def _largest_remainder(population: Mapping[str, int], size: int) -> dict[str, in
     by_remainder = sorted(population, key=lambda name: (-(size * population[name] % total), name))
     for name in by_remainder[: size - sum(counts.values())]:
         counts[name] += 1
-    return counts
-
-
-def _quota_method(population: Mapping[str, int], sizes: Sequence[int]) -> list[dict[str, int]]:
-    names = sorted(population)
-    rows_S = np.array([population[name] for name in names], dtype=np.int64)
-    total = int(rows_S.sum())
-    given_S = np.zeros(len(names), dtype=np.int64)
-    counts = []
-    for size in range(1, sizes[-1] + 1):
-        below_upper_quota_S = given_S * total < size * rows_S
-        given_S[np.argmax(np.where(below_upper_quota_S, rows_S / (given_S + 1), 0.0))] += 1
-        if size in sizes:
-            counts.append(dict(zip(names, given_S.tolist(), strict=True)))
     return counts
 
 
@@ -247,14 +233,14 @@ def _write_sample(
     return {"file": target.name, "sha256": writer.close(), "counts": dict(sorted(counts.items()))}
 
 
-def _manifest(spec: SampleSpec, sources: Sequence[Source], reservoir: _Reservoir, method: str) -> dict[str, Any]:
+def _manifest(spec: SampleSpec, sources: Sequence[Source], reservoir: _Reservoir) -> dict[str, Any]:
     """Returns all of the manifest but the samples. It holds no time and no machine: the same draw, the same bytes."""
     files = [file for source in sources for file in source.files]
     return {
         "seed": spec.seed,
         "sizes": list(spec.sizes),
         "by": spec.by,
-        "allocation": method if spec.by is not None else "uniform",
+        "allocation": "largest remainder" if spec.by is not None else "uniform",
         "order": "smaller samples first, then by random key: the first n rows of a uniform sample are a uniform sample",
         "split": spec.split,
         "map": dict(spec.mapping) if spec.mapping else None,

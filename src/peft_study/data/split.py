@@ -20,10 +20,10 @@ import numpy as np
 
 from peft_study.config import DataConfig, SourceConfig
 from peft_study.data import skills
-from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Pool, Rows
 from peft_study.data.survey import check_heads
+from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import ConfigError, UserError
 from peft_study.seeds import key
 from peft_study.storage.cache_dir import cache_root

@@ -14,8 +14,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from peft_study.data.cache import TokenizedData, tokenize
 from peft_study.data.chat import ChatEncoder
+from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import ConfigError
 from peft_study.storage.files import AtomicFiles, made_folder
 

@@ -69,10 +69,10 @@ def central(space: MethodSpace) -> dict[str, Any]:
 def verdict(
     rates: Sequence[float], trials: Sequence[TrialRecord], counts_N: npt.NDArray[np.int64]
 ) -> tuple[tuple[float, float] | None, str]:
-    """Returns the bounds that a range test leaves (None: all of them), and what it showed.
+    """Returns the range that a range test leaves (None: all of it), and its result in words.
 
-    Cut off are the rates above the highest that neither diverged nor ended worse than it began, and those below the
-    highest that still does not move; what moves little in a few steps may move in many, so that one stays.
+    Left out are rates above the highest that neither diverged nor ended worse than it began, and rates below the
+    highest that does not move the loss yet; that one stays, because it may do so in more steps.
 
     Args:
         rates: ascending.
@@ -84,13 +84,13 @@ def verdict(
     if not learning:
         return (
             None,
-            f"range test: no rate of {rates[0]:g} to {rates[-1]:g} learned anything in so few steps; none was cut off",
+            f"range test: no rate of {rates[0]:g} to {rates[-1]:g} learned anything in so few steps; none was left out",
         )
     low = max(0, learning[0] - 1)
     high = learning[-1]
     still_right = [i for i in range(high + 1, len(rates)) if moves[i] == "still"]
     high = still_right[-1] if still_right else high
-    if low == high:  # a range has two ends: the next rate that was tried, upwards if there is one
+    if low == high:  # a range needs two ends: take the next tested rate, the upper one if there is one
         low, high = (low, high + 1) if high + 1 < len(rates) else (low - 1, high)
     said = []
     if low > 0:

@@ -56,6 +56,9 @@ class SpaceSampler:
         self._method, self._space, self._sampler, self._seed = method, space, sampler, seed
         self._counts_N = counts_N
         self._dimensions = space.dimensions()
+        # trials in Optuna's form, kept for as long as the distributions stay the same
+        self._kept: dict[tuple[str, str, int], FrozenTrial] = {}
+        self._kept_for: dict[str, BaseDistribution] = {}
 
     def suggest(self, trials: Sequence[TrialRecord], bounds: Bounds, fresh: Bounds) -> Values:
         """Returns the values of the next trial.
@@ -98,7 +101,15 @@ class SpaceSampler:
             values = [value for value in values if value > 0 or not dimension.log]
             wide[name] = (min([low, *values]), max([high, *values]))
         distributions = self._distributions(wide)
-        return [self._frozen(trial, distributions) for trial in trials]
+        if distributions != self._kept_for:
+            self._kept, self._kept_for = {}, distributions
+        found = []
+        for trial in trials:
+            state = trial.name, trial.status, len(trial.sums)
+            if state not in self._kept:
+                self._kept[state] = self._frozen(trial, distributions)
+            found.append(self._kept[state])
+        return found
 
     def _frozen(self, trial: TrialRecord, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
         params = {n: _label(v) for n, v in trial.values.items() if n in distributions}

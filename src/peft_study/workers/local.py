@@ -1,8 +1,7 @@
 """One worker in this process.
 
-Its checkpoint carries the study's decisions, so after a kill everything since then is repeated, to the last bit.
-Several workers (workers/pool.py) resume from what the journal says instead, each trial from the newest checkpoint that
-holds it.
+Its checkpoint has the number of the journal's lines, so everything since then is repeated after a kill, bit by bit.
+With several workers (workers/pool.py) the journal is kept, and each trial resumes from the newest checkpoint with it.
 """
 
 from __future__ import annotations

@@ -65,16 +65,16 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What came of some commands.
+    """The answer to commands.
 
     Attributes:
-        events: of trials, in the order in which they happened.
-        room: free slots; 0 where a trial must be alone.
+        events: of trials, in order.
+        room: free slots; 0 while a trial must be alone.
         running: names of the trials in the slots.
         paces: of the trials that took a step.
         lines: for the user.
         trainable: parameter counts of trials that began.
-        lost: trials that died with the worker: to be entered again.
+        lost: trials of a dead worker, which must be entered again.
     """
 
     events: Sequence[TrialEvent]
@@ -87,7 +87,7 @@ class Report:
 
 
 class _Collector:
-    """Keeps what the slots tell until the next report."""
+    """Collects progress of the slots for the next report."""
 
     def __init__(self) -> None:
         self.paces: dict[str, Pace] = {}
@@ -110,13 +110,13 @@ class _Collector:
 
 
 class Worker:
-    """Runs trials as it is told.
+    """Executes commands with one engine.
 
     Args:
-        session: with its slots and row budget settled.
+        session: with slots and row budget set.
         logging: how often things are written.
         checkpoints: folder of this worker's checkpoints.
-        identity: of what its trials' numbers depend on.
+        identity: digest of what its trials' numbers depend on.
     """
 
     def __init__(self, session: Session, logging: LoggingConfig, *, checkpoints: Path, identity: str) -> None:
@@ -192,9 +192,9 @@ class Worker:
             adapter.detach()
 
     def _report(self, events: Sequence[TrialEvent]) -> Report:
-        told, slots = self._collector, self._slots
-        report = Report(events, slots.room(), slots.running, dict(told.paces), tuple(told.lines), dict(told.trainable))
-        told.paces, told.lines, told.trainable = {}, [], {}
+        new, slots = self._collector, self._slots
+        report = Report(events, slots.room(), slots.running, dict(new.paces), tuple(new.lines), dict(new.trainable))
+        new.paces, new.lines, new.trainable = {}, [], {}
         return report
 
 

@@ -1,7 +1,6 @@
-"""The embedded data set: short instructions in twelve skills whose answers can be checked, made from a seed.
+"""The embedded data set: short instructions in twelve skills, each with one right answer, made from a seed.
 
     Draws(seed) --Skill.make--> question, reason, result --> Conversation(source="skills/<name>")
-    question    --Skill.truth--> result, worked out from the text alone  --Skill.agrees--> True or False
 
 Every answer has the same form, which a base model does not know and a fine-tuned one learns: one line of
 reasoning, then ``Answer: <result>``.
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from peft_study.data.conversation import Conversation, Message
 from peft_study.data.skills import dates, numbers, text
-from peft_study.data.skills.base import Draws, Skill, result_of
-from peft_study.errors import ConfigError, DataError
+from peft_study.data.skills.base import Draws, Skill
+from peft_study.errors import ConfigError
 from peft_study.storage.files import atomic_writer, made_folder
 
 EMBEDDED_NAME = "skills"
@@ -61,27 +60,6 @@ def generate(count: int = 2000, seed: int = 0) -> list[Conversation]:
         turns = (Message("user", task.question), Message("assistant", task.answer))
         rows.append(Conversation(f"{EMBEDDED_NAME}-{seed}-{len(rows):06d}", turns, f"{EMBEDDED_NAME}/{skill.name}"))
     return rows
-
-
-def check(conversation: Conversation, answer: str | None = None) -> bool:
-    """Returns whether ``answer`` (default: the conversation's own) ends in the right result.
-
-    The right result is worked out again from the text of the user's turn; the stored answer is not looked at.
-
-    Raises:
-        DataError: the conversation is not one of this data set.
-    """
-    name = conversation.source.removeprefix(f"{EMBEDDED_NAME}/")
-    if name not in SKILLS:
-        raise DataError(
-            f"source {conversation.source!r} has no answer check",
-            where=conversation.id,
-            remedy=f"only conversations of the embedded data set {EMBEDDED_NAME!r} can be checked",
-        )
-    question = next(message.content for message in conversation.messages if message.role == "user")
-    given = result_of(conversation.messages[-1].content if answer is None else answer)
-    skill = SKILLS[name]
-    return given is not None and skill.agrees(skill.truth(question), given)
 
 
 def write(path: str | Path, count: int = 2000, seed: int = 0) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +10,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 ANSWER = "Answer:"
-_ANSWER_LINE = re.compile(rf"^\s*{ANSWER}[ \t]*(\S.*?)\s*$", re.MULTILINE)
 
 
 class Draws:
@@ -54,34 +52,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """A kind of instruction whose answers can be checked.
+    """A kind of instruction, each with one right answer.
 
     Attributes:
         name: the last part of the source, ``skills/<name>``.
         make: draws an instruction and its answer.
-        truth: the result, worked out again from the text of the instruction alone.
-        agrees: whether a result that somebody gave (second) means the same as the truth (first).
     """
 
     name: str
     make: Callable[[Draws], Task]
-    truth: Callable[[str], str]
-    agrees: Callable[[str, str], bool]
-
-
-def result_of(text: str) -> str | None:
-    """Returns what stands behind the last ``Answer:`` of ``text`` without a closing full stop; None without one."""
-    found = _ANSWER_LINE.findall(text)
-    return found[-1].removesuffix(".").rstrip() if found else None
-
-
-def same_words(truth: str, given: str) -> bool:
-    """Compares two results as words: the case and the amount of white space do not matter."""
-    return truth.casefold().split() == given.casefold().split()
-
-
-def same_list(truth: str, given: str) -> bool:
-    """Compares two results as comma-separated lists, in order."""
-    return [item.strip().casefold() for item in truth.split(",")] == [
-        item.strip().casefold() for item in given.split(",")
-    ]

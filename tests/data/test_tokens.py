@@ -6,18 +6,20 @@ import errno
 import json
 import multiprocessing
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from peft_study.data import cache, parallel, tokenized
-from peft_study.data.cache import TokenizedData, cache_root, tokenize
+from command_line import largest_file
+from peft_study.data import parallel
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.formats import read_conversations
+from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import DataError, OutputError, TemplateError
+from peft_study.storage import files
+from peft_study.storage.cache_dir import cache_root
 from tiny_tokenizer import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -90,7 +92,6 @@ def test_holds_what_the_encoder_gives(data: Path, tmp_path: Path) -> None:
         assert result.supervised_N[number] == example.supervised_L.sum() > 0
         assert result.first_N[number] == whole.supervised_L.argmax()
     assert result.truncated == sum(len(encode.encode_whole(c)) > 60 for c in conversations) > 0
-    assert isinstance(result._tokens, np.memmap)
     assert result[-1].tokens_L.tolist() == result[19].tokens_L.tolist()
     with pytest.raises(IndexError):
         result[20]
@@ -119,30 +120,32 @@ def test_key_follows_what_decides_the_tokens(data: Path, tmp_path: Path, encoded
     assert encoded == [20] * 4
 
 
-@pytest.mark.parametrize("name", ["tokens.int32", "supervised.uint8", "offsets.int64", "ids.jsonl", "meta.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damaged_cache_is_built_again(name: str, damage: str, data: Path, tmp_path: Path, encoded: list[int]) -> None:
-    good = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
-    copy = TokenizedData(Path(shutil.copytree(good.folder, tmp_path / "copy")), good.meta)
-    path = good.folder / name
+@pytest.mark.parametrize("damage", ["token", "count", "start", "end", "cut", "half", "empty", "removed"])
+def test_damaged_cache_is_built_again(damage: str, data: Path, tmp_path: Path, encoded: list[int]) -> None:
+    good = tokenize([data], encoder(), cache_dir=tmp_path / "fresh")
+    (tmp_path / "cache").mkdir()
+    path = Path(shutil.copy(good.path, tmp_path / "cache"))
     content = path.read_bytes()
-    if damage == "remove":
-        path.unlink()
+    places = {
+        "token": content.index(good[7].tokens_L.tobytes()),
+        "count": content.index(b'"truncated": 0') + len(b'"truncated": '),
+        "start": 0,
+        "end": len(content) - 1,
+    }
+    if damage in places:
+        place = places[damage]
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
-        path.write_bytes(content[:-1] if damage == "cut" else bytes([content[0] ^ 1]) + content[1:])
-    assert_same(tokenize([data], encoder(), cache_dir=tmp_path / "cache"), copy)
+        path.write_bytes(content[: {"cut": -1, "half": len(content) // 2, "empty": 0, "removed": 0}[damage]])
+    if damage == "removed":
+        path.unlink()
+    again = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert_same(again, good)
+    assert again.truncated == 0
     assert encoded == [20, 20]
     tokenize([data], encoder(), cache_dir=tmp_path / "cache")
     assert encoded == [20, 20]
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [good.key]
-
-
-def test_meta_data_that_was_edited_is_not_believed(data: Path, tmp_path: Path, encoded: list[int]) -> None:
-    good = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
-    meta = json.loads((good.folder / "meta.json").read_text())
-    (good.folder / "meta.json").write_text(json.dumps({**meta, "dropped": 7}))
-    assert tokenize([data], encoder(), cache_dir=tmp_path / "cache").dropped == 0
-    assert encoded == [20, 20]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [f"{good.key}.arrow"]
 
 
 def test_killed_writer_leaves_nothing_that_counts(
@@ -152,29 +155,12 @@ def test_killed_writer_leaves_nothing_that_counts(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_install", killed)
+        patch.setattr(files.os, "fsync", killed)
         with pytest.raises(KeyboardInterrupt):
             tokenize([data], encoder(), cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
     tokenize([data], encoder(), cache_dir=tmp_path / "cache")
     assert encoded == [20, 20]
-
-
-def test_leftovers_of_the_killed_are_removed_once_old(data: Path, tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    old, young, foreign = root / f".{'a' * 16}.old", root / f".{'b' * 16}.young", root / ".somebody.else"
-    for folder in (old, young, foreign):
-        folder.mkdir(parents=True)
-        (folder / "tokens.int32").touch()
-    yesterday = time.time() - 2 * 24 * 3600
-    import os
-
-    for path in (old / "tokens.int32", old, foreign / "tokens.int32", foreign):
-        os.utime(path, (yesterday, yesterday))
-    tokenize([data], encoder(), cache_dir=root)
-    assert not old.exists()
-    assert young.exists()
-    assert foreign.exists()
 
 
 def _tokenize_elsewhere(data: Path, folder: Path, barrier: object) -> None:
@@ -194,22 +180,6 @@ def test_two_writers_of_one_key(data: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache").iterdir())) == 1
     result = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
     assert_same(result, tokenize([data], encoder(), cache_dir=tmp_path / "fresh"))
-
-
-def test_the_whole_one_of_two_results_stays(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While this process encodes, another finishes the same key."""
-    reference = tokenize([data], encoder(), cache_dir=tmp_path / "fresh")
-    install = cache._install
-
-    def late(temporary: Path, folder: Path) -> None:
-        shutil.copytree(reference.folder, folder)
-        (folder / "mine").touch()
-        install(temporary, folder)
-
-    monkeypatch.setattr(cache, "_install", late)
-    result = tokenize([data], encoder(), cache_dir=tmp_path / "cache")
-    assert (result.folder / "mine").exists()
-    assert_same(result, reference)
 
 
 def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,13 +243,18 @@ def test_a_length_at_which_nothing_is_supervised(data: Path, tmp_path: Path) -> 
     assert len(tokenize([data], encoder(shortest), cache_dir=tmp_path / "cache")) > 0
 
 
-@pytest.mark.parametrize("moment", ["write", "sync"])
-def test_disk_full(moment: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tokenized._Checked, moment, full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OutputError, match="disk is full"):
+        tokenize([data], encoder(), cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_disk_full_amid_the_rows(data: Path, tmp_path: Path) -> None:
+    with largest_file(2_000), pytest.raises(OutputError, match="File too large"):
         tokenize([data], encoder(), cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -299,7 +274,7 @@ def test_missing_source(tmp_path: Path) -> None:
 def test_cache_lies_where_the_user_says(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "mine"))
     assert cache_root() == tmp_path / "mine"
-    assert tokenize([data], encoder()).folder.parent == tmp_path / "mine" / "tokens"
+    assert tokenize([data], encoder()).path.parent == tmp_path / "mine" / "tokens"
 
 
 def test_memory_holds_no_more_than_the_chunks_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
