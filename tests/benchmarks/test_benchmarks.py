@@ -16,10 +16,9 @@ import one_trial
 import profile_step
 import pytest
 import startup
+import summary
 import trl_best
 import worlds
-
-import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ("--model", "tiny", "--device", "cpu", "--rounds", "1")
@@ -106,7 +105,7 @@ def test_trls_assistant_only_loss_marks_the_same_tokens(tmp_path: Path) -> None:
     import datasets
 
     from peft_study.data.chat import ChatEncoder
-    from peft_study.data.formats import read_conversations
+    from peft_study.data.stream import read_conversations
 
     source = ROOT.parent / "shared" / "data" / "tulu-like-mix" / "train.jsonl.gz"
     if not source.exists():

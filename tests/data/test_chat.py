@@ -11,8 +11,7 @@ import pytest
 from chat_cases import GEMMA, LLAMA3, TOKENIZER, encoder, turns
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
-from peft_study.data.rendering import FROZEN_CLOCK
-from peft_study.data.templates import NAMED_TEMPLATES
+from peft_study.data.templates import FROZEN_CLOCK, NAMED_TEMPLATES
 from peft_study.errors import ConfigError, ModelError, TemplateError
 from tiny_tokenizer import tiny_tokenizer
 

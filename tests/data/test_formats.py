@@ -15,11 +15,10 @@ from peft_study.data.formats import (
     Format,
     detect_format,
     parse_mapping,
-    parsed_rows,
-    read_conversations,
     to_conversation,
 )
 from peft_study.data.sources import open_sources
+from peft_study.data.stream import parsed_rows, read_conversations
 from peft_study.errors import ConfigError, DataError
 
 ASK, ANSWER = {"role": "user", "content": " Why?\n"}, {"role": "assistant", "content": "So. "}
@@ -226,7 +225,7 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
 def test_mixed_formats_name_both_rows(tmp_path: Path) -> None:
     tulu, pair = {"messages": [ASK, ANSWER]}, {"prompt": "p", "completion": "c"}
     path = write(tmp_path / "a.jsonl", {"messages": []}, tulu, tulu, pair, tulu)
-    errors = [row.error for row in parsed_rows(open_sources([path]))]
+    errors = [row.parsed if isinstance(row.parsed, DataError) else None for row in parsed_rows(open_sources([path]))]
     assert [error is None for error in errors] == [False, True, True, False, True]
     assert str(errors[3]) == (
         f"{path} row 4: this row is prompt/completion, but {path} row 2 is Tulu (messages): one source mixes formats; "
@@ -248,7 +247,7 @@ def test_progress_ends_at_all_rows_and_one(tmp_path: Path) -> None:
     row = {"prompt": "p", "completion": "c"}
     calls: list[tuple[int, float]] = []
     paths = [write(tmp_path / name, *[row] * 300) for name in ("a.jsonl", "b.jsonl")]
-    list(read_conversations(paths, on_progress=lambda rows, share: calls.append((rows, share))))
+    list(parsed_rows(open_sources(paths), on_progress=lambda rows, share: calls.append((rows, share))))
     assert calls == sorted(calls)
     assert calls[-1] == (600, 1.0)
 

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.formats import read_conversations
 from peft_study.data.stats import DataStats, compute_stats, plot_stats, render_stats
+from peft_study.data.stream import read_conversations
 from peft_study.errors import ConfigError, OutputError
 from tiny_tokenizer import tiny_tokenizer
 

@@ -15,7 +15,7 @@ import pytest
 from command_line import largest_file
 from peft_study.data import parallel
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.formats import read_conversations
+from peft_study.data.stream import read_conversations
 from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import DataError, OutputError, TemplateError
 from peft_study.storage import files

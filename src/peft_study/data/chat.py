@@ -19,9 +19,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from peft_study.data.conversation import Conversation, Example, Message
-from peft_study.data.rendering import FROZEN_CLOCK, Renderer
 from peft_study.data.spans import Span, SpanFinder
-from peft_study.data.templates import resolve_template
+from peft_study.data.templates import FROZEN_CLOCK, Renderer, resolve_template
 from peft_study.errors import ConfigError, ModelError, TemplateError
 
 #: Raised whenever the same conversation may give other tokens or another mask than before.

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from peft_study.data.conversation import Conversation
-from peft_study.data.formats import OnProgress, ParsedRow, parsed_rows
-from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, data_suffix
+from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, SKIP, data_suffix
 from peft_study.data.sources import open_sources
-from peft_study.data.turns import SKIP
+from peft_study.data.stream import OnProgress, ParsedRow, parsed_rows
 from peft_study.errors import DataError, OutputError
 from peft_study.storage.files import AtomicFiles, made_folder, refuse_existing
 
@@ -128,19 +127,18 @@ def convert(
     with made_folder(output.parent), AtomicFiles() as files:
         writer = LineWriter(files.open(output), output)
         rejects_file: BinaryIO | None = None
+        first_error: DataError | None = None
         for row in parsed_rows(opened, mapping, on_progress):
-            line, error = _line_or_error(row)
-            if error is None:
-                writer.write(line)
+            try:
+                writer.write(line_of(row.conversation(), row.raw.where))
                 rows += 1
-                continue
-            if on_error == "fail":
-                raise error
-            rejects_file = rejects_file or files.open(rejects)
-            rejects_file.write(_reject_line(row, error))
-            rejected += 1
-            if rejected == 1:
-                first_error = error
+            except DataError as error:
+                if on_error == "fail":
+                    raise
+                rejects_file = rejects_file or files.open(rejects)
+                rejects_file.write(_reject_line(row, error))
+                rejected += 1
+                first_error = first_error or error
         if rows == 0:
             what = f"all {rejected} rows are unusable, the first because: {first_error}"
             raise DataError(what, where=", ".join(sources))
@@ -149,15 +147,6 @@ def convert(
         rejects.unlink(missing_ok=True)  # one of an earlier conversion would be taken for this one's
     seconds = time.perf_counter() - start
     return ConvertReport(output, rows, rejected, seconds, sha256, rejects if rejects_file else None)
-
-
-def _line_or_error(row: ParsedRow) -> tuple[bytes, DataError | None]:
-    if row.conversation is None:
-        return b"", row.error
-    try:
-        return line_of(row.conversation, row.raw.where), None
-    except DataError as error:
-        return b"", error
 
 
 def _reject_line(row: ParsedRow, error: DataError) -> bytes:

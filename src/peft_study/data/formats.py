@@ -11,19 +11,13 @@ Text is kept exactly as it is. A conversation that ends with a user turn is kept
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_study.data.conversation import Conversation, Message
-from peft_study.data.readers import RawRow, read_file
-from peft_study.data.sources import Source, open_sources
-from peft_study.data.turns import check_conversation, text_of, tools_of, turns_of
+from peft_study.data.conversation import ROLES, Conversation, Message, Role
+from peft_study.data.readers import SKIP
 from peft_study.errors import ConfigError, DataError, nearest
-
-# Called now and then with the rows read so far and the share (0..1) of all sources that is behind.
-OnProgress = Callable[[int, float], None]
 
 
 class Format(enum.Enum):
@@ -47,6 +41,15 @@ _PAIR_COLUMNS = {
 _CONTEXT_COLUMNS = ("input", "context")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _NAME_COLUMNS = "name the columns with --map messages=COL or --map prompt=COL,response=COL (in a study: data.mapping)"
+_SHAREGPT_ROLES: dict[str, Role] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+    "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+    "tool_call": "assistant", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool", "function": "tool", "ipython": "tool",
+}  # fmt: skip
+_CALLS = ("tool_calls", "function_call", "function_calls")
+# What chat templates read of a turn beside role and content.
+_EXTRAS = (*_CALLS, "tool_call_id", "name", "functions", "reasoning_content", "thinking")
 
 
 def parse_mapping(text: str | None) -> dict[str, str] | None:
@@ -76,8 +79,15 @@ def parse_mapping(text: str | None) -> dict[str, str] | None:
     return mapping
 
 
-def detect_format(values: Mapping[str, Any]) -> Format | None:
-    """Returns the form that the row's column names show, or None. Columns that hold null count only if all do."""
+def detect_format(values: Mapping[str, Any], mapping: Mapping[str, str] | None = None) -> Format | None:
+    """Returns the form that the mapping or the row's column names show, or None.
+
+    Columns that hold null count only if all do.
+    """
+    if mapping and "messages" in mapping:
+        return Format.MESSAGES
+    if mapping and "prompt" in mapping:
+        return Format.PROMPT
     filled = {name for name, value in values.items() if value is not None}
     for names in (filled, set(values)):
         for form, columns in _TURN_COLUMNS.items():
@@ -112,7 +122,7 @@ def to_conversation(
     """
     mapping = mapping or {}
     _check_mapped(values, mapping, where)
-    form = _mapped_format(values, mapping)
+    form = detect_format(values, mapping)
     if form is None:
         raise DataError(f"no known columns: found {', '.join(values) or 'none'}", where=where, remedy=_NAME_COLUMNS)
     if form in _TURN_COLUMNS:
@@ -175,130 +185,108 @@ def _label(values: Mapping[str, Any], column: str, where: str) -> str:
     raise DataError(f"{column} is neither a text nor a number", where=where, remedy=remedy)
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRow:
-    """A raw row with what became of it: a conversation, or the reason why not."""
-
-    raw: RawRow
-    conversation: Conversation | None
-    error: DataError | None
-
-
-def parsed_rows(
-    sources: Sequence[Source], mapping: Mapping[str, str] | None = None, on_progress: OnProgress | None = None
-) -> Iterator[ParsedRow]:
-    """Yields every row of the sources in order, the unusable ones with their error.
-
-    A row whose format differs from the first usable one of its source is unusable, since the columns of a mixture
-    are mostly an accident. Raises `DataError` where a file as a whole cannot be read.
-    """
-    share = _Share(sources, on_progress)
-    for source in sources:
-        first: tuple[Format, str] | None = None
-        for number, raw in enumerate(source.rows(share.tick), start=1):
-            form = None if raw.broken else _mapped_format(raw.values, mapping)
-            try:
-                if raw.broken:
-                    raise raw.broken
-                if first and form and form is not first[0]:
-                    raise _mixed(first, form, raw.where)
-                conversation = to_conversation(
-                    raw.values,
-                    row_id=f"{source.name}-{number}",
-                    default_source=source.name,
-                    where=raw.where,
-                    mapping=mapping,
-                )
-                assert form is not None
-                first = first or (form, raw.where)
-            except DataError as error:
-                yield ParsedRow(raw, None, error)
-            else:
-                yield ParsedRow(raw, conversation, None)
-            share.row()
-        share.source_done(source)
-
-
-def read_conversations(
-    sources: Sequence[str],
-    *,
-    split: str | None = None,
-    mapping: Mapping[str, str] | None = None,
-    on_progress: OnProgress | None = None,
-) -> Iterator[Conversation]:
-    """Yields the conversations of files, folders or hub ids, in order; stops at the first unusable row.
+def text_of(value: Any, what: str, where: str) -> str:
+    """Returns a text as it is, or the joined texts of a list of text parts; null is the empty text.
 
     Raises:
-        DataError: a source or a row cannot be used (what, file and row, remedy).
+        DataError: the value is neither, a part is no text (an image, say), or the text is not valid Unicode.
     """
-    for row in parsed_rows(open_sources(sources, split), mapping, on_progress):
-        if row.conversation is None:
-            assert row.error is not None
-            raise row.error
-        yield row.conversation
+    if value is None:
+        return ""
+    if isinstance(value, (list, tuple)):
+        value = "".join(_part_text(part, number, what, where) for number, part in enumerate(value, start=1))
+    if not isinstance(value, str):
+        found = f"{type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"{what} is not a text but {found}", where=where, remedy=f"write it as a text; {SKIP}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            found = f"half a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1})"
+            raise DataError(f"{what} is not valid Unicode: {found}", where=where, remedy=SKIP) from error
+    return value
 
 
-def first_conversations(
-    sources: Sequence[str], split: str | None = None, mapping: Mapping[str, str] | None = None
-) -> Iterator[Conversation]:
-    """Yields the first conversation of every file; of data on the hub none, which is only looked up.
+def turns_of(value: Any, column: str, where: str) -> list[Message]:
+    """Returns the turns of a ``messages`` or ``conversations`` column.
 
     Raises:
-        DataError: as `read_conversations`.
+        DataError: there are none, or one has no known role, no content, or content that is no text.
     """
-    for source in open_sources(sources, split):
-        heads = [raw for file in source.files for raw in islice(read_file(file, _unheard), 1)]
-        # one shard may have no rows; where none has any, `rows` says so
-        for raw in heads or (source.rows(_unheard) if source.files else ()):
-            if raw.broken:
-                raise raw.broken
-            yield to_conversation(
-                raw.values, row_id=raw.where, default_source=source.name, where=raw.where, mapping=mapping
-            )
+    if value is None or (isinstance(value, (list, tuple)) and not value):
+        raise DataError(f"the row has no messages ({column} is empty)", where=where, remedy=SKIP)
+    if not isinstance(value, (list, tuple)):
+        remedy = (
+            "a turn list looks like [{'role': 'user', 'content': '...'}, ...]; name its column with --map messages=COL"
+        )
+        raise DataError(f"{column} is not a list of turns but {type(value).__name__}", where=where, remedy=remedy)
+    return [_turn(turn, number, where) for number, turn in enumerate(value, start=1)]
 
 
-def _unheard(_share: float) -> None:
-    pass
+def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Returns the tools of a row from a list, a JSON text of a list, or a list of JSON texts; None where none.
+
+    Raises:
+        DataError: the value is none of these.
+    """
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value.strip() else value
+        if not tools:
+            return None
+        if not isinstance(tools, (list, tuple)):
+            raise TypeError
+        parsed = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, TypeError) as error:
+        raise _bad_tools(where) from error
+    if not all(isinstance(tool, Mapping) for tool in parsed):
+        raise _bad_tools(where)
+    return [dict(tool) for tool in parsed]
 
 
-class _Share:
-    """Adds up what is behind over several sources."""
-
-    def __init__(self, sources: Sequence[Source], on_progress: OnProgress | None) -> None:
-        self._total = max(sum(source.size for source in sources), 1)
-        self._size = [source.size for source in sources]
-        self._on_progress = on_progress
-        self._done = 0
-        self._rows = 0
-        self._share = 0.0
-
-    def tick(self, share: float) -> None:
-        current = self._size[0] if self._size else 0
-        self._share = (self._done + share * current) / self._total
-
-    def row(self) -> None:
-        self._rows += 1
-        if self._rows % 256 == 0:
-            self._report()
-
-    def source_done(self, source: Source) -> None:
-        self._done += source.size
-        self._size.pop(0)
-        self._report()
-
-    def _report(self) -> None:
-        if self._on_progress is not None:
-            self._on_progress(self._rows, self._share)
+def check_conversation(messages: Sequence[Message], where: str) -> None:
+    """Raises `DataError` where a user or assistant turn says nothing, or where no turn is the assistant's."""
+    for number, message in enumerate(messages, start=1):
+        calls = message.extra is not None and any(name in message.extra for name in _CALLS)
+        if message.role in ("user", "assistant") and not message.content.strip() and not calls:
+            raise DataError(f"turn {number} ({message.role}) has empty content", where=where, remedy=SKIP)
+    if all(message.role != "assistant" for message in messages):
+        raise DataError("the conversation has no assistant turn to learn from", where=where, remedy=SKIP)
 
 
-def _mapped_format(values: Mapping[str, Any], mapping: Mapping[str, str] | None) -> Format | None:
-    if mapping and "messages" in mapping:
-        return Format.MESSAGES
-    if mapping and "prompt" in mapping:
-        return Format.PROMPT
-    return detect_format(values)
+def _turn(turn: Any, number: int, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        what = f"turn {number} is not an object with role and content but {type(turn).__name__}"
+        raise DataError(what, where=where, remedy=SKIP)
+    named = "role" in turn or "from" not in turn
+    role = _role(turn.get("role"), ROLES, number, where) if named else _sharegpt_role(turn["from"], number, where)
+    content = turn.get("content") if "content" in turn or "value" not in turn else turn["value"]
+    extra = {name: turn[name] for name in _EXTRAS if turn.get(name) not in (None, "", [], {})}
+    return Message(role, text_of(content, f"content of turn {number} ({role})", where), extra or None)
 
 
-def _mixed(first: tuple[Format, str], form: Format, where: str) -> DataError:
-    what = f"this row is {form.value}, but {first[1]} is {first[0].value}: one source mixes formats"
-    return DataError(what, where=where, remedy="keep one format in a file and give the files as several sources")
+def _role(role: Any, valid: Sequence[str], number: int, where: str) -> Role:
+    for state in ROLES:
+        if role == state:
+            return state
+    what = f"turn {number} has no role" if role is None else f"turn {number} has the unknown role {role!r}"
+    alias = _SHAREGPT_ROLES.get(str(role).lower())
+    raise DataError(what, where=where, remedy=f"did you mean {alias!r}?" if alias else nearest(str(role), valid))
+
+
+def _sharegpt_role(speaker: Any, number: int, where: str) -> Role:
+    return _SHAREGPT_ROLES.get(str(speaker).lower()) or _role(speaker, tuple(_SHAREGPT_ROLES), number, where)
+
+
+def _part_text(part: Any, number: int, what: str, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        remedy = f"only text can be trained on; {SKIP}"
+        raise DataError(f"{what}: part {number} is not a text but {str(kind)!r}", where=where, remedy=remedy)
+    return str(part["text"])
+
+
+def _bad_tools(where: str) -> DataError:
+    what = "tools is neither a list of objects nor the JSON text of one"
+    return DataError(what, where=where, remedy=SKIP)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from peft_study.data.templates import REASONING_FIELDS
+
 #: The tags around thoughts that templates split an answer at.
 THOUGHT_TAGS = re.compile(r"(</?think>|</?thinking>|\[/?THINK\]|<\|(?:START|END)_THINKING\|>)")
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class Style(Enum):
@@ -74,7 +75,7 @@ class Masker:
     def mask(self, message: Mapping[str, Any], style: Style) -> MaskedTurn:
         """Returns the turn with its content, reasoning and tool calls masked."""
         turn = MaskedTurn(message=dict(message))
-        for key in _REASONING_FIELDS:
+        for key in REASONING_FIELDS:
             if isinstance(message.get(key), str) and message[key].strip():
                 turn.message[key] = self._append(turn)
         content, calls = message.get("content"), message.get("tool_calls")

@@ -30,7 +30,7 @@ _PIECE = 1 << 20  # bytes read at once
 _BATCH = 256  # rows turned into Python objects at once
 _LARGEST_ROW = 1 << 28  # characters; beyond it a missing bracket is likelier than a row
 _BLANK = " \t\r\n"
-_BROKEN = "correct the row, or leave such rows out with `peft-study data convert --on-error skip`"
+SKIP = "correct the row, or leave such rows out with `peft-study data convert --on-error skip`"
 _AGAIN = "the file is damaged or incomplete: copy or download it again"
 
 
@@ -169,7 +169,7 @@ def _line_row(path: Path, number: int, line: bytes) -> RawRow:
     except UnicodeDecodeError as error:
         broken = DataError(f"not UTF-8 (byte {error.start + 1})", where=where, remedy="save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        broken = DataError(f"broken JSON line ({_reason(error)})", where=where, remedy=_BROKEN)
+        broken = DataError(f"broken JSON line ({_reason(error)})", where=where, remedy=SKIP)
     else:
         return _checked(path, number, value)
     return RawRow(path, number, {}, broken)
@@ -185,7 +185,7 @@ def _checked(path: Path, number: int, value: Any) -> RawRow:
     if isinstance(value, dict):
         return RawRow(path, number, value)
     what = f"a row must be an object with named columns, this one is {type(value).__name__} {str(value)[:40]!r}"
-    return RawRow(path, number, {}, DataError(what, where=f"{path} row {number}", remedy=_BROKEN))
+    return RawRow(path, number, {}, DataError(what, where=f"{path} row {number}", remedy=SKIP))
 
 
 class _Text:

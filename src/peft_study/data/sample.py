@@ -24,9 +24,9 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from peft_study.data.convert import LineWriter, line_of
-from peft_study.data.formats import OnProgress, parsed_rows
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import Source, open_sources
+from peft_study.data.stream import OnProgress, parsed_rows
 from peft_study.errors import ConfigError, DataError, OutputError, nearest
 from peft_study.storage.files import AtomicFiles, made_folder
 
@@ -200,12 +200,10 @@ class _Reservoir:
 def _fill(reservoir: _Reservoir, sources: Sequence[Source], spec: SampleSpec, on_progress: OnProgress | None) -> None:
     keys = _random_keys(spec.seed)
     for row in parsed_rows(sources, spec.mapping, on_progress):
-        if row.conversation is None:
-            assert row.error is not None
-            raise row.error
-        source = row.conversation.source
+        conversation = row.conversation()
+        source = conversation.source
         stratum = "" if spec.by is None else source if spec.by == "source" else _stratum(row.raw, spec.by)
-        reservoir.offer(stratum, next(keys), source, line_of(row.conversation, row.raw.where))
+        reservoir.offer(stratum, next(keys), source, line_of(conversation, row.raw.where))
 
 
 def _random_keys(seed: int) -> Iterator[int]:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_study.data.masking import THOUGHT_TAGS, MaskedTurn, Masker, Style, has_thoughts, marker_stem
-from peft_study.data.rendering import GENERATION_END, GENERATION_START, Renderer
+from peft_study.data.templates import GENERATION_END, GENERATION_START, Renderer
 from peft_study.errors import TemplateError
 
 Messages = Sequence[Mapping[str, Any]]

@@ -22,7 +22,7 @@ from peft_study.config import DataConfig, SourceConfig
 from peft_study.data import skills
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Pool, Rows
-from peft_study.data.survey import check_heads
+from peft_study.data.stream import check_heads
 from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import ConfigError, UserError
 from peft_study.seeds import key

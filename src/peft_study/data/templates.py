@@ -1,20 +1,51 @@
-"""Chat templates by name, and where a template comes from: a NAME, a FILE, or the tokenizer itself.
+"""Chat templates: a NAME, a FILE or the tokenizer's own, and their rendering as transformers does it.
 
-The named ones give, turn for turn, the text of open-instruct's ``CHAT_TEMPLATES`` (``tulu``, ``zephyr``,
-``simple_chat``, ``simple_concat_with_space``, ``simple_concat_with_new_line``, ``assistant_message_only``). Two
-differences are meant: a ``tool`` turn, which open-instruct drops in silence, is written like any other role, and
-``chatml`` is here as well. ``tulu`` in pictures (eos after every answer, a newline after it unless it is the last):
+The named ones write the same text as open-instruct's ``CHAT_TEMPLATES`` (``tulu``, ``zephyr``, ``simple_chat``,
+``simple_concat_with_space``, ``simple_concat_with_new_line``, ``assistant_message_only``), with two intended
+differences: a ``tool`` turn, which open-instruct drops silently, is written like any other role, and ``chatml`` is
+added. ``tulu`` in pictures (eos after every answer, then a newline unless it is the last answer):
 
     <|system|>⏎ text ⏎ <|user|>⏎ text ⏎ <|assistant|>⏎ answer eos ⏎ <|user|>⏎ text ⏎ <|assistant|>⏎ answer eos
+
+The Jinja environment is the one documented for chat templates: sandboxed, with ``trim_blocks``, ``lstrip_blocks``, loop
+controls, ``raise_exception``, ``strftime_now``, a plain ``tojson`` and the ``{% generation %}`` tag. It is built here
+because transformers' own reads the wall clock and cannot be given another one (its template arguments are reduced to
+plain data), so tokens would change from day to day. A test compares the two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from peft_study.errors import TemplateError, nearest
+
+#: What ``strftime_now`` shows unless told otherwise: the date that Llama 3's template falls back to.
+FROZEN_CLOCK = datetime(2024, 7, 26)
+
+#: Enclose what ``{% generation %}`` encloses, in the marked rendering. Unicode noncharacters: no text has them.
+GENERATION_START, GENERATION_END = "\ufdd0\ufdd1", "\ufdd1\ufdd0"
+
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+# What a template's own code can raise, beyond Jinja's errors, on data it did not expect.
+_TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 
 _EACH = "{%- for message in messages -%}"
 _END = "{%- endfor -%}"
@@ -98,3 +129,114 @@ def resolve_template(template: str | None, own: str | Mapping[str, str] | None) 
     if "/" in template or path.suffix in {".jinja", ".jinja2", ".j2", ".txt"}:
         raise TemplateError("there is no such chat template file", where=template, remedy="check the path")
     raise TemplateError(f"unknown chat template {template!r}", remedy=nearest(template, [*NAMED_TEMPLATES, *variants]))
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}...{% endgeneration %}``: transparent, or marked where the environment says so."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja reads this class attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_enclose"), [], [], body).set_lineno(line)
+
+    def _enclose(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        return f"{GENERATION_START}{text}{GENERATION_END}" if self.environment.globals["mark_generation"] else text
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of Jinja's own filter, as chat templates expect."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class Renderer:
+    """One compiled chat template. Holds no state between calls: threads may share it.
+
+    Args:
+        name: what messages call the template.
+        text: its Jinja source.
+        variables: what the template sees besides the messages (``bos_token``, ``eos_token``, ...).
+        clock: what ``strftime_now`` shows.
+
+    Raises:
+        TemplateError: the source is not valid Jinja.
+    """
+
+    def __init__(self, name: str, text: str, variables: Mapping[str, Any], clock: datetime = FROZEN_CLOCK) -> None:
+        self.name = name
+        self.text = text
+        self.clock = clock
+        self.has_generation_tags = _GENERATION_TAG.search(text) is not None
+        self._variables = dict(variables)
+        self._plain = self._compile(mark_generation=False)
+        self._marked = self._compile(mark_generation=True) if self.has_generation_tags else self._plain
+
+    def _compile(self, *, mark_generation: bool) -> jinja2.Template:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = self.clock.strftime
+        environment.globals["mark_generation"] = mark_generation
+        try:
+            return environment.from_string(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"chat template {self.name!r} is not valid Jinja: {error.message}", where=f"line {error.lineno}"
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        mark_generation: bool = False,
+    ) -> str:
+        """Returns the text of a conversation.
+
+        Args:
+            messages: turns as mappings with ``role`` and ``content``; keys whose value is None are left out.
+            tools: JSON schemas, as in the ``tools`` column.
+            add_generation_prompt: end with the header of the next assistant turn.
+            mark_generation: enclose what ``{% generation %}`` encloses in GENERATION_START and GENERATION_END.
+
+        Raises:
+            TemplateError: the template refuses the conversation (its own words are in the message).
+        """
+        template = self._marked if mark_generation else self._plain
+        try:
+            return template.render(
+                {
+                    **self._variables,
+                    "messages": [_as_templates_read(message) for message in messages],
+                    "tools": None if tools is None else list(tools),
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+        except _TEMPLATE_FAULTS as error:
+            raise TemplateError(
+                f"chat template {self.name!r} refuses the conversation: {error}",
+                remedy="change the row, or choose another chat template",
+            ) from error
+
+
+def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """One turn without None values, its reasoning under the two names that templates look for."""
+    turn = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((turn[field] for field in REASONING_FIELDS if field in turn), None)
+    return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}

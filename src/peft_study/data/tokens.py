@@ -27,9 +27,9 @@ import pyarrow as pa
 
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
-from peft_study.data.formats import read_conversations
 from peft_study.data.parallel import DIGEST_BYTES, EncodedChunk, encode_rows
 from peft_study.data.sources import open_sources
+from peft_study.data.stream import read_conversations
 from peft_study.errors import DataError
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.files import AtomicFiles, output_error

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
+from peft_study.data.formats import turns_of
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
-from peft_study.data.turns import turns_of
 from peft_study.errors import DataError, ModelError, first_line
 from peft_study.methods.peft_files import CONFIG, WEIGHTS, base_mismatch, encoding, read_config, read_note
 from peft_study.model.digest import folder_digest

@@ -21,7 +21,7 @@ import yaml
 from peft_study.config import METHODS, SPACES, TRAINING_DIMENSIONS, Choices, Range, Strict, StudyConfig, TrainingConfig
 from peft_study.config.schema import SCHEMA_FILE
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.survey import Survey, check_heads, survey
+from peft_study.data.stream import Survey, check_heads, survey
 from peft_study.errors import DataError
 from peft_study.model.load import load_tokenizer
 from peft_study.storage.files import atomic_writer, made_folder

@@ -10,8 +10,7 @@ import pytest
 
 from command_line import conversation
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.formats import read_conversations
-from peft_study.data.survey import ROWS_TOKENISED, survey
+from peft_study.data.stream import ROWS_TOKENISED, read_conversations, survey
 from peft_study.errors import DataError
 from tiny_tokenizer import tiny_tokenizer
 
