@@ -128,7 +128,7 @@ def test_a_stopped_study_goes_on_to_the_same_numbers(cli: CommandLine, study: Pa
     with patch.object(StopRequest, "asked", property(lambda _s: next(asked, True), lambda _s, _v: None), create=True):
         stopped = cli("run", study)
     assert stopped.code == 130
-    assert "the same command (without --overwrite) goes on" in stopped.err
+    assert "the same command (without --overwrite) resumes there" in stopped.err
     assert json.loads((tmp_path / "out/status.json").read_text())["status"] == "interrupted"
     ran = cli("run", study).ok()
     assert "resumes at step" in ran.out
