@@ -115,7 +115,7 @@ class Pool:
         return self.pick(kept)
 
     def grouped(self, stratify: bool) -> Pool:
-        """Returns the rows with strata fit to be drawn from: a single one, or a source each.
+        """Returns the rows with the strata to draw from: a single one, or one per source.
 
         Sources that say one thing only are one stratum together. They cannot be on both sides of a split, and where
         every row names a source of its own (its address, say), such rows are still drawn in proportion and at random.
@@ -134,7 +134,7 @@ class Pool:
 
         Args:
             count: at most the rows there are.
-            shares: rows of each stratum in what is to be represented.
+            shares: rows of each stratum in the data that the draw represents.
             order: the rows, shuffled: each stratum's are taken in this order. It also decides between equal strata.
         """
         queues: dict[Stratum, deque[int]] = {}

@@ -111,8 +111,8 @@ def to_conversation(
 
     Args:
         values: the row's columns.
-        row_id: the id of a row that brings none.
-        default_source: the source of a row that brings none.
+        row_id: the id of a row that has none.
+        default_source: the source of a row that has none.
         where: file and row, for error messages.
         mapping: what `parse_mapping` returned.
 
@@ -224,7 +224,7 @@ def turns_of(value: Any, column: str, where: str) -> list[Message]:
 
 
 def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Returns the tools of a row from a list, a JSON text of a list, or a list of JSON texts; None where none.
+    """Returns the tools of a row from a list, a JSON text of a list, or a list of JSON texts; None if there are none.
 
     Raises:
         DataError: the value is none of these.
@@ -244,7 +244,7 @@ def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
 
 
 def check_conversation(messages: Sequence[Message], where: str) -> None:
-    """Raises `DataError` where a user or assistant turn says nothing, or where no turn is the assistant's."""
+    """Raises `DataError` if a user or assistant turn is empty, or if there is no assistant turn."""
     for number, message in enumerate(messages, start=1):
         calls = message.extra is not None and any(name in message.extra for name in _CALLS)
         if message.role in ("user", "assistant") and not message.content.strip() and not calls:

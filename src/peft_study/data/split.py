@@ -196,7 +196,7 @@ def _in_file(error: UserError, field: str, path: str) -> UserError:
 def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> TokenizedData:
     file = path
     if path == skills.EMBEDDED_NAME:
-        # written anew each time: it takes a moment, and a file left by an older version must not be taken for it
+        # written each time: it is quick, and a file of an older version must not be used
         written = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
         skills.write(written)
         file = str(written)
