@@ -103,7 +103,7 @@ def encode_rows(
         UserError: of the first row that cannot be read or encoded; the same one whatever the number of processes.
     """
     rows = _Rows(conversations)
-    count = usable_cores() if workers is None else workers
+    count = _usable_cores() if workers is None else workers
     head = list(itertools.islice(rows, IN_PROCESS_ROWS)) if count > 1 else []
     chunks = _chunks(itertools.chain(head, rows))
     if len(head) < IN_PROCESS_ROWS:
@@ -123,8 +123,7 @@ def encode_rows(
         raise rows.failure
 
 
-def usable_cores() -> int:
-    """Returns the number of cores this process may run on."""
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
