@@ -30,13 +30,13 @@ _PROBE = "Hi, world!\n\n 3 naïve  cafés \U0001f642\n"
 
 
 class ChatEncoder:
-    """Turns conversations into tokens with the mask of what is to be learned.
+    """Turns conversations into tokens and a mask of the tokens to learn.
 
     The whole rendered conversation is tokenised at once, without the tokenizer's automatic special tokens (the
     template writes its own, so none is doubled). Every assistant turn including its end token is supervised, nothing
-    else: see ``peft_study.data.spans``. A token is supervised when any of its characters belongs to an answer. So where
-    the tokenizer merges the end of a header with the start of an answer, no character of the answer goes unlearned,
-    whatever the merges happen to be. Special tokens spelled out in a message are tokenised as such, as in transformers.
+    else: see ``peft_study.data.spans``. A token is supervised when any of its characters belongs to an answer, so every
+    character of an answer is learned even if the tokenizer merges its start with the end of a header. Special tokens
+    spelled out in a message are tokenised as such, as in transformers.
 
     Args:
         tokenizer: a fast tokenizer of transformers. It is read here and not kept.
@@ -50,7 +50,7 @@ class ChatEncoder:
         template_text: its source.
         clock: the frozen clock.
         missing_bos: the BOS token, as text, where the tokenizer puts it before a text by itself and examples do not
-            begin with it: the model then reads what it never saw in training. None: nothing is missing.
+            begin with it, so that the model reads texts unlike those of its training; else None.
         fingerprint: sha256 over everything that decides the tokens: tokenizer, template, clock, length, bos.
 
     Raises:
@@ -94,18 +94,15 @@ class ChatEncoder:
 
     def _build(self) -> None:
         self._backend: Tokenizer = Tokenizer.from_str(self._backend_json)
-        self._finder, self._renderer = self._compile(self.template_text)
+        self._finder = self._compile(self.template_text)
         same = self._tool_text == self.template_text
-        self._tool_finder, self._tool_renderer = (
-            (self._finder, self._renderer) if same else self._compile(self._tool_text)
-        )
+        self._tool_finder = self._finder if same else self._compile(self._tool_text)
 
-    def _compile(self, text: str) -> tuple[SpanFinder, Renderer]:
-        renderer = Renderer(self.template_name, text, self._variables, self.clock)
-        return SpanFinder(renderer, self._eos, self._special), renderer
+    def _compile(self, text: str) -> SpanFinder:
+        return SpanFinder(Renderer(self.template_name, text, self._variables, self.clock), self._eos, self._special)
 
     def __getstate__(self) -> dict[str, Any]:
-        built = ("_backend", "_finder", "_renderer", "_tool_finder", "_tool_renderer")
+        built = ("_backend", "_finder", "_tool_finder")
         return {key: value for key, value in self.__dict__.items() if key not in built}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,14 +114,16 @@ class ChatEncoder:
         if self._bos_id is not None or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
             return None
         try:
-            text = self._renderer.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+            text = self._finder.renderer.render(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            )
         except TemplateError:
-            return None  # a template that refuses even this is heard of with the first row
+            return None  # a template that refuses even this fails at the first row
         return None if self._encode_text(text).ids[:1] == [bos] else str(tokenizer.bos_token)
 
     @property
     def bos_warning(self) -> str | None:
-        """What to tell the user where BOS is missing, in one line; None where it is not."""
+        """One line for the user if BOS is missing, else None."""
         if self.missing_bos is None:
             return None
         return (
@@ -158,9 +157,9 @@ class ChatEncoder:
         Raises:
             TemplateError: the template refuses the conversation.
         """
-        renderer = self._tool_renderer if tools is not None else self._renderer
+        finder = self._tool_finder if tools is not None else self._finder
         turns = [message.to_dict() for message in messages]
-        return renderer.render(turns, tools, add_generation_prompt=add_generation_prompt)
+        return finder.renderer.render(turns, tools, add_generation_prompt=add_generation_prompt)
 
     def encode(self, conversation: Conversation) -> Example:
         """Returns the tokens and the mask, cut on the right to ``max_length`` tokens.
@@ -177,10 +176,9 @@ class ChatEncoder:
         Raises:
             TemplateError: as ``encode``.
         """
-        tools = conversation.tools
-        finder = self._tool_finder if tools is not None else self._finder
+        finder = self._tool_finder if conversation.tools is not None else self._finder
         try:
-            text, spans = finder.locate([message.to_dict() for message in conversation.messages], tools)
+            text, spans = finder.locate([m.to_dict() for m in conversation.messages], conversation.tools)
         except TemplateError as error:
             where = f"conversation {conversation.id!r}"
             raise TemplateError(error.what, where=where, remedy=error.remedy) from error

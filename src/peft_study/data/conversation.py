@@ -49,7 +49,7 @@ class Conversation:
 class Example:
     """One tokenised conversation of L tokens.
 
-    ``supervised_L[i]`` is true where token ``i`` is to be predicted (from the tokens before it);
+    ``supervised_L[i]`` is true if the model learns to predict token ``i`` from the tokens before it;
     position 0 is never supervised, because nothing precedes it.
     """
 

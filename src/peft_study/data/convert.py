@@ -26,7 +26,7 @@ OnError = Literal["fail", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What a conversion did. ``sha256`` is that of the file as it lies on the disk; ``rejects`` only where it is."""
+    """What a conversion did. ``sha256`` is of the file on the disk; ``rejects`` is None if no row was rejected."""
 
     output: Path
     rows: int
@@ -54,7 +54,7 @@ class LineWriter:
             self._packed = zstandard.ZstdCompressor().stream_writer(sink, closefd=False)
 
     def write(self, line: bytes) -> None:
-        """Writes one line, which brings its own line feed."""
+        """Writes one line, which ends in a line feed."""
         (self._packed or self._sink).write(line)
 
     def close(self) -> str:
@@ -65,7 +65,7 @@ class LineWriter:
 
 
 class _HashedFile:
-    """As much of a binary file as compressors need."""
+    """The part of a binary file that compressors need."""
 
     def __init__(self, handle: BinaryIO) -> None:
         self._handle = handle
@@ -111,7 +111,7 @@ def convert(
         on_error: ``fail`` stops at the first unusable row; ``skip`` writes file, row and reason of such rows into
             ``OUT.rejects.jsonl``. A file that cannot be read to its end is always an error.
         overwrite: whether an existing output may be replaced.
-        on_progress: called now and then with rows so far and the share (0..1) that is behind.
+        on_progress: as `OnProgress`.
 
     Raises:
         DataError: a source or a row cannot be used, or no row is left.

@@ -92,7 +92,7 @@ class Pool:
         )
 
     def apart_from(self, other: Pool) -> Pool:
-        """Returns the rows that say nothing a row of `other` says: neither digest nor tokens are equal."""
+        """Returns the rows that equal no row of `other`, neither in digest nor in tokens."""
         said = set(other.digests)
         tokens = {_tokens(place) for place in other.places}
         # rows are read from disk only where the length is that of a row of the other
@@ -104,7 +104,7 @@ class Pool:
         )
 
     def distinct(self) -> Pool:
-        """Returns the rows without those that say what an earlier one says."""
+        """Returns the rows without copies of earlier ones."""
         digests, tokens, kept = set[bytes](), set[bytes](), []
         for i, (place, digest) in enumerate(zip(self.places, self.digests, strict=True)):
             said = _tokens(place)
@@ -115,10 +115,10 @@ class Pool:
         return self.pick(kept)
 
     def grouped(self, stratify: bool) -> Pool:
-        """Returns the rows with strata fit to be drawn from: a single one, or a source each.
+        """Returns the rows with the strata to draw from: a single one, or one per source.
 
-        Sources that say one thing only are one stratum together. They cannot be on both sides of a split, and where
-        every row names a source of its own (its address, say), such rows are still drawn in proportion and at random.
+        Sources with a single text form one stratum, since a text cannot be on both sides of a split. So rows are drawn
+        in proportion and at random even if each has a source of its own (a web address, for example).
         """
         if not stratify:
             return Pool(self.places, [("", "")] * len(self), self.digests)
@@ -134,7 +134,7 @@ class Pool:
 
         Args:
             count: at most the rows there are.
-            shares: rows of each stratum in what is to be represented.
+            shares: rows of each stratum in the data that the draw represents.
             order: the rows, shuffled: each stratum's are taken in this order. It also decides between equal strata.
         """
         queues: dict[Stratum, deque[int]] = {}

@@ -111,8 +111,8 @@ def to_conversation(
 
     Args:
         values: the row's columns.
-        row_id: the id of a row that brings none.
-        default_source: the source of a row that brings none.
+        row_id: the id of a row that has none.
+        default_source: the source of a row that has none.
         where: file and row, for error messages.
         mapping: what `parse_mapping` returned.
 
@@ -151,7 +151,7 @@ def _check_mapped(values: Mapping[str, Any], mapping: Mapping[str, str], where: 
 
 
 def _pick(values: Mapping[str, Any], columns: Sequence[str]) -> str:
-    """Returns the first of the columns that holds something, else the first that is there, else the first."""
+    """Returns the first of the columns that is not null, else the first that exists, else the first."""
     filled = [column for column in columns if values.get(column) is not None]
     return (filled or [column for column in columns if column in values] or list(columns))[0]
 
@@ -224,7 +224,7 @@ def turns_of(value: Any, column: str, where: str) -> list[Message]:
 
 
 def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
-    """Returns the tools of a row from a list, a JSON text of a list, or a list of JSON texts; None where none.
+    """Returns the tools of a row from a list, a JSON text of a list, or a list of JSON texts; None if there are none.
 
     Raises:
         DataError: the value is none of these.
@@ -236,15 +236,16 @@ def tools_of(value: Any, where: str) -> list[dict[str, Any]] | None:
         if not isinstance(tools, (list, tuple)):
             raise TypeError
         parsed = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        if not all(isinstance(tool, Mapping) for tool in parsed):
+            raise TypeError
     except (ValueError, TypeError) as error:
-        raise _bad_tools(where) from error
-    if not all(isinstance(tool, Mapping) for tool in parsed):
-        raise _bad_tools(where)
+        what = "tools is neither a list of objects nor the JSON text of one"
+        raise DataError(what, where=where, remedy=SKIP) from error
     return [dict(tool) for tool in parsed]
 
 
 def check_conversation(messages: Sequence[Message], where: str) -> None:
-    """Raises `DataError` where a user or assistant turn says nothing, or where no turn is the assistant's."""
+    """Raises `DataError` if a user or assistant turn is empty, or if there is no assistant turn."""
     for number, message in enumerate(messages, start=1):
         calls = message.extra is not None and any(name in message.extra for name in _CALLS)
         if message.role in ("user", "assistant") and not message.content.strip() and not calls:
@@ -285,8 +286,3 @@ def _part_text(part: Any, number: int, what: str, where: str) -> str:
         remedy = f"only text can be trained on; {SKIP}"
         raise DataError(f"{what}: part {number} is not a text but {str(kind)!r}", where=where, remedy=remedy)
     return str(part["text"])
-
-
-def _bad_tools(where: str) -> DataError:
-    what = "tools is neither a list of objects nor the JSON text of one"
-    return DataError(what, where=where, remedy=SKIP)

@@ -1,4 +1,4 @@
-"""Assistant turns with markers in place of what the model is to say.
+"""Assistant turns with markers in place of their text.
 
     {"role": "assistant", "content": "Paris."}   ->   {"role": "assistant", "content": "0qk7x000e0000z"}
 
@@ -37,7 +37,7 @@ class MaskedTurn:
         markers: every marker in it, in the order in which templates write them.
         opening: markers that begin the answer if no other is written before them.
         closing: the marker that ends the answer's content, if it has content.
-        calls_tools: the answer goes on after its content.
+        calls_tools: the answer has tool calls after its content.
     """
 
     message: dict[str, Any]

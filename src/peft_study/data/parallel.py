@@ -40,7 +40,7 @@ class EncodedChunk:
 
     Attributes:
         ids, sources: of the rows.
-        digests: of what the rows say (DIGEST_BYTES each): equal rows have equal digests.
+        digests: of what the rows say (`row_digest`).
         tokens_T, supervised_T: all rows, one after the other.
         lengths_N: tokens of each row.
         whole_lengths_N: tokens before the cut.
@@ -49,7 +49,7 @@ class EncodedChunk:
 
     ids: list[str]
     sources: list[str]
-    digests: bytes
+    digests: list[bytes]
     tokens_T: npt.NDArray[np.int32]
     supervised_T: npt.NDArray[np.bool_]
     lengths_N: npt.NDArray[np.int64]
@@ -81,7 +81,7 @@ def encode_chunk(conversations: list[Conversation], encoder: ChatEncoder) -> Enc
     return EncodedChunk(
         ids=[conversation.id for conversation in conversations],
         sources=[conversation.source for conversation in conversations],
-        digests=b"".join(map(row_digest, conversations)),
+        digests=[row_digest(conversation) for conversation in conversations],
         tokens_T=np.concatenate([whole.tokens_L[cut] for whole in wholes]),
         supervised_T=np.concatenate([whole.supervised_L[cut] for whole in wholes]),
         lengths_N=np.array([len(whole.tokens_L[cut]) for whole in wholes], dtype=np.int64),
@@ -97,13 +97,13 @@ def encode_rows(
 ) -> Iterator[EncodedChunk]:
     """Yields the encoded conversations in chunks, in their order, on ``workers`` processes (None: one a core).
 
-    At most three chunks a process are under way. Fewer than IN_PROCESS_ROWS rows are encoded in this process.
+    At most three chunks per process are read ahead. Fewer than IN_PROCESS_ROWS rows are encoded in this process.
 
     Raises:
         UserError: of the first row that cannot be read or encoded; the same one whatever the number of processes.
     """
     rows = _Rows(conversations)
-    count = usable_cores() if workers is None else workers
+    count = _usable_cores() if workers is None else workers
     head = list(itertools.islice(rows, IN_PROCESS_ROWS)) if count > 1 else []
     chunks = _chunks(itertools.chain(head, rows))
     if len(head) < IN_PROCESS_ROWS:
@@ -117,22 +117,21 @@ def encode_rows(
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()  # several chunks are under way, which nobody wants any more
+                    worker.terminate()  # the chunks still being encoded are no longer needed
                 raise
     if rows.failure is not None:
         raise rows.failure
 
 
-def usable_cores() -> int:
-    """Returns the number of cores this process may run on."""
+def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Rows:
     """An iterator that ends at the first row that cannot be read, and keeps the error for later.
 
-    Rows are read ahead of their encoding; the rows before the broken one are encoded first, and theirs is then the
-    error to report.
+    Rows are read before they are encoded. The rows before the broken one are encoded first, and an error of theirs
+    comes first.
     """
 
     def __init__(self, conversations: Iterable[Conversation]) -> None:
@@ -178,7 +177,7 @@ _worker_encoder: ChatEncoder | None = None
 
 def _start_worker(encoder: ChatEncoder) -> None:
     global _worker_encoder
-    # Ctrl-C reaches the whole group: the parent alone answers it, and stops these. Its own handlers came with the fork.
+    # Ctrl-C reaches the whole process group, but only the parent handles it. Fork copied the parent's handlers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _worker_encoder = encoder

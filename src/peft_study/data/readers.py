@@ -1,6 +1,6 @@
 """Rows of one file, streamed: JSON lines, a JSON array, Arrow, parquet; plain, gzip or zstandard.
 
-file  --bytes in pieces-->  rows (dict)          nothing is held but the piece at hand
+file  --bytes in pieces-->  rows (dict)          only one piece is in memory
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 DATA_SUFFIXES = (*JSON_SUFFIXES, ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 
-# What a row reader reports now and then: the share (0..1) of the file that is behind it.
+# Called now and then with the share (0..1) of the file read so far.
 Tick = Callable[[float], None]
 
 _PIECE = 1 << 20  # bytes read at once
 _BATCH = 256  # rows turned into Python objects at once
-_LARGEST_ROW = 1 << 28  # characters; beyond it a missing bracket is likelier than a row
+_LARGEST_ROW = 1 << 28  # characters; anything longer is more likely a missing bracket than a row
 _BLANK = " \t\r\n"
 SKIP = "correct the row, or leave such rows out with `peft-study data convert --on-error skip`"
 _AGAIN = "the file is damaged or incomplete: copy or download it again"
@@ -36,7 +36,7 @@ _AGAIN = "the file is damaged or incomplete: copy or download it again"
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it lies in a file.
+    """One row as it is in a file.
 
     ``row`` counts from 1; in JSON lines it is the number of the line. Where the row itself cannot be read,
     ``broken`` says why and ``values`` is empty; an error of the whole file is raised instead.
@@ -83,7 +83,7 @@ def read_file(path: Path, tick: Tick) -> Iterator[RawRow]:
 
 
 def _pieces(path: Path, tick: Tick) -> Iterator[bytes]:
-    """Yields the decompressed bytes; the first bytes decide about compression, because names lie."""
+    """Yields the decompressed bytes; the first bytes, not the name, tell the compression."""
     import zstandard
 
     try:
@@ -114,7 +114,7 @@ def _read_all(handle: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _zstandard_pieces(raw: BinaryIO) -> Iterator[bytes]:
-    """Yields what one or more zstandard frames hold; the library's own reader takes a cut frame for the end."""
+    """Yields what one or more zstandard frames hold; the library's own reader takes a cut frame for a complete one."""
     import zstandard
 
     frame = zstandard.ZstdDecompressor().decompressobj()
@@ -189,7 +189,7 @@ def _checked(path: Path, number: int, value: Any) -> RawRow:
 
 
 class _Text:
-    """A growing window on decoded text; ``position`` is where reading goes on."""
+    """A growing window on decoded text; ``position`` is where reading continues."""
 
     def __init__(self, path: Path, pieces: Iterator[bytes]) -> None:
         self._path = path
@@ -200,7 +200,7 @@ class _Text:
         self.ended = False
 
     def more(self) -> None:
-        """Doubles what lies ahead, so that one long row costs linear time."""
+        """Doubles the text ahead, so that one long row costs linear time."""
         parts = [self.buffer[self.position :]]
         wanted = max(len(parts[0]), 1)
         self.position = 0
@@ -247,14 +247,14 @@ def _array_rows(path: Path, pieces: Iterator[bytes]) -> Iterator[RawRow]:
 
 
 def _array_value(text: _Text, where: str) -> Any:
-    """Reads one element, taking in more text as long as that may mend what the parser complains about."""
+    """Reads one element, reading more text while that may resolve the parser's error."""
     decoder = json.JSONDecoder()
     text.next_sign()
     while True:
         try:
             value, end = decoder.raw_decode(text.buffer, text.position)
         except json.JSONDecodeError as error:
-            # Text that merely stops is complained about at its end, or where the open string begins.
+            # For text that is cut off, the parser names the end, or where the open string begins.
             stops = error.msg.startswith("Unterminated string") or error.pos >= len(text.buffer) - 16
             if not stops or text.ended or len(text.buffer) > _LARGEST_ROW:
                 what = f"broken JSON array ({error.msg})" if not text.ended else "the array is broken or ends early"
@@ -262,7 +262,7 @@ def _array_value(text: _Text, where: str) -> Any:
         except (ValueError, RecursionError) as error:
             raise DataError(f"broken JSON array ({error})", where=where, remedy=_AGAIN) from error
         else:
-            if end < len(text.buffer) or text.ended:  # a number might go on in the next piece
+            if end < len(text.buffer) or text.ended:  # a number might continue in the next piece
                 text.position = end
                 return value
         text.more()

@@ -3,13 +3,12 @@
     rows --a random key each--> the smallest keys of every stratum --counts per stratum--> sample-N.jsonl, manifest.json
 
 Every row draws a 64-bit key; the n rows with the smallest keys are a uniform sample without replacement, and the
-smaller sample lies inside the larger. A file is ordered by key, the smaller sample first: so ``sample-9000.jsonl`` is
-the beginning of ``sample-90000.jsonl``, and whoever takes the first n rows still takes a sample.
+smaller sample is part of the larger. A file is ordered by key, the smaller sample first: so ``sample-9000.jsonl`` is
+the beginning of ``sample-90000.jsonl``, and the first n rows of a file are a sample too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import itertools
 import json
@@ -28,6 +27,7 @@ from peft_study.data.readers import RawRow
 from peft_study.data.sources import Source, open_sources
 from peft_study.data.stream import OnProgress, parsed_rows
 from peft_study.errors import ConfigError, DataError, OutputError, nearest
+from peft_study.model.digest import file_digest
 from peft_study.storage.files import AtomicFiles, made_folder
 
 MANIFEST = "manifest.json"
@@ -83,8 +83,8 @@ def sample(
         sources: files, folders or hub ids, taken as one.
         output: the folder for ``sample-N.jsonl`` and ``manifest.json``; made where it is missing.
         spec: what to draw.
-        overwrite: whether samples that lie in the folder may be replaced.
-        on_progress: called now and then with rows so far and the share (0..1) that is behind.
+        overwrite: whether samples in the folder may be replaced.
+        on_progress: as `OnProgress`.
 
     Returns:
         The manifest: seed, sizes, by, rows and counts per source of the whole and of each sample, sha256 of all files.
@@ -146,7 +146,7 @@ def _largest_remainder(population: Mapping[str, int], size: int) -> dict[str, in
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Kept:
-    """A candidate row: its key, its place among all rows, its source, and where its line lies in the spill file."""
+    """A candidate row: its key, its number among all rows, its source, and the place of its line in the spill file."""
 
     key: int
     number: int
@@ -156,7 +156,7 @@ class _Kept:
 
 
 class _Reservoir:
-    """The candidates of every stratum, never more than ``largest`` each; their lines lie on the disk."""
+    """The candidates of every stratum, at most ``largest`` each; their lines are on the disk."""
 
     def __init__(self, largest: int, spill: IO[bytes]) -> None:
         self._largest = largest
@@ -243,7 +243,7 @@ def _manifest(spec: SampleSpec, sources: Sequence[Source], reservoir: _Reservoir
         "split": spec.split,
         "map": dict(spec.mapping) if spec.mapping else None,
         "sources": [source.spec for source in sources],
-        "files": [{"file": str(file), "sha256": _sha256(file)} for file in files],
+        "files": [{"file": str(file), "sha256": file_digest(file)} for file in files],
         "rows": reservoir.rows,
         "counts": dict(sorted(reservoir.sources.items())),
         **_strata_entry(spec, reservoir.strata),
@@ -254,11 +254,6 @@ def _manifest(spec: SampleSpec, sources: Sequence[Source], reservoir: _Reservoir
 def _strata_entry(spec: SampleSpec, counts: Mapping[str, int]) -> dict[str, Any]:
     """Returns the counts per stratum where they differ from those per source."""
     return {} if spec.by in (None, "source") else {"strata": dict(sorted(counts.items()))}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_output(output: Path, targets: Sequence[Path], sources: Sequence[Source], overwrite: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Source:
     size: int = 0  # bytes of all files
 
     def rows(self, tick: Tick) -> Iterator[RawRow]:
-        """Yields every row; ``tick`` hears the share (0..1) of the source that is behind.
+        """Yields every row; ``tick`` receives the share (0..1) of the source read so far.
 
         Raises:
             DataError: a file is missing, damaged, cut short or empty, or the source has no rows at all.
@@ -58,16 +58,15 @@ class Source:
             raise DataError("the source holds no rows", where=self.spec, remedy="give a source that holds rows")
 
     def _file_rows(self, tick: Tick) -> Iterator[RawRow]:
-        behind = 0
+        before = size = 0
+
+        def tick_file(share: float) -> None:
+            tick((before + share * size) / max(self.size, 1))
+
         for file in self.files:
-            bytes_here = file.stat().st_size if file.exists() else 0
-            base = behind
-
-            def tick_file(share: float, base: int = base, bytes_here: int = bytes_here) -> None:
-                tick((base + share * bytes_here) / max(self.size, 1))
-
+            size = file.stat().st_size if file.exists() else 0
             yield from read_file(file, tick_file)
-            behind += bytes_here
+            before += size
 
 
 def open_sources(specs: Sequence[str], split: str | None = None) -> list[Source]:
@@ -101,15 +100,12 @@ def _choose(spec: str, splits: Splits, wanted: str | None) -> tuple[str, list[Pa
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Puts the folder's name before names that two sources share, so that their rows keep apart."""
+    """Puts the folder's name before names that two sources share, to tell their rows apart."""
     names = [source.name for source in sources]
-    if len(set(names)) == len(names):
-        return sources
     return [
-        Source(s.spec, f"{Path(s.spec).resolve().parent.name}/{s.name}" if names.count(s.name) > 1 else s.name, s.split,
-               s.files, s.size)
+        replace(s, name=f"{Path(s.spec).resolve().parent.name}/{s.name}") if names.count(s.name) > 1 else s
         for s in sources
-    ]  # fmt: skip
+    ]
 
 
 def _stem(spec: str) -> str:
@@ -227,7 +223,7 @@ def _card(folder: Path) -> dict[str, Any]:
 
 
 def _walked_splits(folder: Path) -> Splits:
-    """Returns the data files below a folder by split, told from the names as the hub does."""
+    """Returns the data files below a folder by split, by the rules that the hub has for names."""
     paths = [
         p for p in sorted(folder.rglob("*")) if not any(part.startswith(".") for part in p.relative_to(folder).parts)
     ]
@@ -267,7 +263,7 @@ def _split_word(name: str) -> str | None:
 
 
 def _check_shards(files: list[Path]) -> None:
-    """Refuses a set of NAME-0000K-of-0000N files with a hole: an interrupted download must not pass for the whole."""
+    """Refuses a set of NAME-0000K-of-0000N files with a gap: an interrupted download is not whole."""
     groups: dict[tuple[Path, str, int], set[int]] = {}
     for file in files:
         if match := _SHARD.match(file.name):

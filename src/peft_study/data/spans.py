@@ -1,20 +1,20 @@
-"""Where the answers lie in a rendered conversation.
+"""Finds the answers in a rendered conversation.
 
 Each assistant turn is supervised from the end of its header through its end token. The template is a program: it may
-trim, drop earlier thoughts, write a date. So nothing is searched for by its text. Where the template has
-``{% generation %}`` tags they say it. Else the answers are replaced by markers, which shows the context pieces:
+trim, drop earlier thoughts, write a date. So nothing is searched for by its text. ``{% generation %}`` tags mark the
+answers if the template has them. Otherwise the answers are replaced by markers, which shows the text around them:
 
     masked     c0 [m1] c1 [m2] c2          c0 = "<|user|>⏎hi⏎<|assistant|>⏎"    c1 = "</s>⏎<|user|>⏎..."
     one real   c0 [r1] c1 [m2] c2          the length of r1, what the template made of answer 1, follows
     real       c0 [r1] c1 [r2] c2          must hold, character by character; then every offset is known
 
-(The renderings with one real answer are skipped where the third line already holds with the answers as they are.)
-An answer may contain its own context, or stand in the user's turn too: offsets come from lengths, never from a search.
+(The renderings with one real answer are skipped if the third line already holds with the answers as they are.)
+An answer may contain its own context, or occur in the user's turn too: offsets come from lengths, never from a search.
 
-The header ends where the rendering of the turns before, with the generation prompt, ends: thoughts that a template
-wraps around an answer are the model's to write. The end token is the text that the template writes right after the
-last answer of a conversation (or eos); white space between answer and end token is supervised, since it must be
-written to get there, and what follows the end token is not. A template that writes no end token has none supervised.
+The header ends where the rendering of the turns before it ends, generation prompt included: the model also writes the
+thoughts that a template puts around an answer. The end token is the text that the template writes right after the last
+answer of a conversation (or eos). White space between answer and end token is supervised, since the model has to write
+it; text after the end token is not. If a template writes no end token, none is supervised.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ Tools = Sequence[Mapping[str, Any]] | None
 #: Half-open range of characters.
 Span = tuple[int, int]
 
-# What ends a turn that calls a tool, in the models that then write another token than after an answer.
+# End tokens of a turn that calls a tool, for models that end it with another token than an answer.
 _TOOL_CALL_ENDS = ("<|eom_id|>", "<|call|>")
 _REMEDY = "use a template with {% generation %} tags around its answers, or one that writes every answer as it is"
 
 
 class _ContextDiffersError(Exception):
-    """What surrounds an answer depends on the answer: this style of masking cannot show where it lies."""
+    """The text around an answer depends on the answer, so this style of masking cannot locate it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class SpanFinder:
     """
 
     def __init__(self, renderer: Renderer, eos: str, special: Sequence[str]) -> None:
-        self._renderer = renderer
+        self.renderer = renderer
         self._eos = eos
         self._special = tuple(sorted(special, key=len, reverse=True))
 
@@ -74,9 +74,9 @@ class SpanFinder:
         Raises:
             TemplateError: the template refuses the conversation, or an answer cannot be located in it.
         """
-        text = self._renderer.render(messages, tools)
+        text = self.renderer.render(messages, tools)
         turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if self._renderer.has_generation_tags:
+        if self.renderer.has_generation_tags:
             return text, self._tagged_spans(messages, tools, text, turns)
         if not turns:
             return text, []
@@ -102,7 +102,7 @@ class SpanFinder:
 
     def _check_tags(self, messages: Messages, tools: Tools, turns: list[int]) -> None:
         """Every answer must lie inside the tags."""
-        stem = marker_stem([self._renderer.text, json.dumps(messages, default=str)])
+        stem = marker_stem([self.renderer.text, json.dumps(messages, default=str)])
         masked = self._mask(messages, tools, turns, Masker(stem), Style.WHOLE)
         text, spans = self._tagged(masked.messages, tools)
         for number, turn in zip(turns, masked.turns, strict=True):
@@ -112,7 +112,7 @@ class SpanFinder:
 
     def _tagged(self, messages: Messages, tools: Tools) -> tuple[str, list[Span]]:
         """The rendered text and the ranges of the tags in it, empty ones left out."""
-        first, *rest = self._renderer.render(messages, tools, mark_generation=True).split(GENERATION_START)
+        first, *rest = self.renderer.render(messages, tools, mark_generation=True).split(GENERATION_START)
         pieces, spans, length = [first], [], len(first)
         for piece in rest:
             inside, closed, outside = piece.partition(GENERATION_END)
@@ -127,7 +127,7 @@ class SpanFinder:
     # --- templates without ------------------------------------------------------------------------------------------
 
     def _marked_spans(self, messages: Messages, tools: Tools, text: str, turns: list[int]) -> list[Span]:
-        masker = Masker(marker_stem([text, self._renderer.text, json.dumps(messages, default=str)]))
+        masker = Masker(marker_stem([text, self.renderer.text, json.dumps(messages, default=str)]))
         masked = self._mask(messages, tools, turns, masker, Style.WHOLE)
         plain = [messages[number].get("content") or "" for number in turns]
         if _assemble(masked, plain) == text and not any(turn.calls_tools for turn in masked.turns):
@@ -154,7 +154,7 @@ class SpanFinder:
         masked_turns = [masker.mask(messages[number], style) for number in turns]
         for number, turn in zip(turns, masked_turns, strict=True):
             masked_messages[number] = turn.message
-        text = self._renderer.render(masked_messages, tools)
+        text = self.renderer.render(masked_messages, tools)
         found: dict[str, int] = {}
         for match in masker.pattern.finditer(text):
             if match.group() in found:
@@ -173,10 +173,10 @@ class SpanFinder:
         return _Masked(masked_messages, masked_turns, text, ranges)
 
     def _one_real(self, messages: Messages, tools: Tools, masked: _Masked, turns: list[int], k: int) -> str:
-        """What the template makes of answer ``k``: what stands between its context pieces."""
+        """The text that the template writes for answer ``k``: all between the context pieces."""
         variant: list[Mapping[str, Any]] = list(masked.messages)
         variant[turns[k]] = messages[turns[k]]
-        text = self._renderer.render(variant, tools)
+        text = self.renderer.render(variant, tools)
         start, end = masked.ranges[k]
         before, after = masked.text[:start], masked.text[end:]
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
@@ -206,16 +206,16 @@ class SpanFinder:
         return start
 
     def _proven_header(self, masked: _Masked, tools: Tools, number: int) -> int | None:
-        """Where the header of turn ``number`` ends: the turns before it, rendered with the generation prompt."""
+        """End of the header of turn ``number``: of the turns before it, rendered with the generation prompt."""
         try:
-            before = self._renderer.render(masked.messages[:number], tools, add_generation_prompt=True)
+            before = self.renderer.render(masked.messages[:number], tools, add_generation_prompt=True)
         except TemplateError:
             return None  # some templates refuse a conversation that begins with the answer
         if masked.text.startswith(before):
             return len(before)
         thoughts = THOUGHT_TAGS.search(self._generation_prompt)
         if thoughts and before.endswith(self._generation_prompt):
-            # The prompt begins the thoughts; this turn has others, or none. Its header ends where they would begin.
+            # The prompt opens the thoughts; this turn has others or none. Its header ends where thoughts would begin.
             before = before[: len(before) - len(self._generation_prompt) + thoughts.start()]
             if masked.text.startswith(before):
                 return len(before)
@@ -225,7 +225,7 @@ class SpanFinder:
         """What the template itself writes after each answer, up to the next answer."""
         text, ranges = masked.text, masked.ranges
         if self._spells_end(masked.messages):
-            text = self._renderer.render(_neutral(masked.messages), tools)
+            text = self.renderer.render(_neutral(masked.messages), tools)
             markers = [(turn.markers[0], turn.markers[-1]) for turn in masked.turns]
             if any(text.count(marker) != 1 for pair in markers for marker in pair):
                 raise self._error("writes the answers by what the user says")
@@ -243,9 +243,9 @@ class SpanFinder:
         return position + length
 
     def _spells_end(self, messages: Messages) -> bool:
-        """Whether a turn that is no answer spells out an end token.
+        """Whether a turn that is no answer contains an end token.
 
-        If the template writes nothing between an answer and such a turn, it must not pass for the answer's end.
+        If the template writes nothing between an answer and such a turn, that token is not the answer's end.
         """
         others = [str(message.get("content")) for message in messages if message["role"] != "assistant"]
         return any(mark in content for content in others for mark in self._end_marks)
@@ -262,11 +262,11 @@ class SpanFinder:
 
     @functools.cached_property
     def _generation_prompt(self) -> str:
-        """What ``add_generation_prompt`` adds to a conversation, or "" where that cannot be told."""
+        """What ``add_generation_prompt`` adds to a conversation, or "" if unknown."""
         try:
             probe = [{"role": "user", "content": "x"}]
-            with_prompt = self._renderer.render(probe, add_generation_prompt=True)
-            without = self._renderer.render(probe)
+            with_prompt = self.renderer.render(probe, add_generation_prompt=True)
+            without = self.renderer.render(probe)
         except TemplateError:
             return ""
         return with_prompt[len(without) :] if with_prompt.startswith(without) else ""
@@ -282,7 +282,7 @@ class SpanFinder:
         asked, answered = "0qkuserz", "0qkanswerz"
         try:
             probe = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-            text = self._renderer.render(probe)
+            text = self.renderer.render(probe)
         except TemplateError:
             return tuple(marks)
         tail = text.partition(answered)[2]
@@ -304,7 +304,7 @@ class SpanFinder:
         return next((token for token in self._special if token and text.startswith(token)), "")
 
     def _error(self, what: str) -> TemplateError:
-        return TemplateError(f"chat template {self._renderer.name!r} {what}", remedy=_REMEDY)
+        return TemplateError(f"chat template {self.renderer.name!r} {what}", remedy=_REMEDY)
 
 
 def _assemble(masked: _Masked, answers: Sequence[str]) -> str:
@@ -318,5 +318,5 @@ def _assemble(masked: _Masked, answers: Sequence[str]) -> str:
 
 
 def _neutral(messages: Messages) -> list[Mapping[str, Any]]:
-    """The turns with another text in place of everything that is no answer."""
+    """The turns, with another text in every turn that is no answer."""
     return [message if message["role"] == "assistant" else {**message, "content": "x"} for message in messages]

@@ -7,7 +7,7 @@
           ▼   the rest, without what they say
     training rows
 
-Rows that say the same (equal digests, or equal tokens) never stand in two parts; they may in one.
+Rows that say the same (equal digests, or equal tokens) are never in two parts; one part may have both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from peft_study.seeds import key
 from peft_study.storage.cache_dir import cache_root
 
 HELD_OUT_ROWS = 64
-"""Held-out rows where nothing is said; at most a tenth of the data. As many again are a study's test rows."""
+"""Held-out rows by default, at most a tenth of the data; a study has as many test rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Split:
     Attributes:
         train: rows to train on.
         held_out: rows that settings are chosen by.
-        test: rows that the chosen settings are measured on, where they were asked for.
+        test: rows that the chosen settings are measured on; None if not asked for.
         notes: lines the user should see once.
     """
 
@@ -50,7 +50,7 @@ class Split:
 
 
 def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool = False) -> Split:
-    """Tokenises the data and divides it. Where both parts are drawn, the test leaves the held-out rows as they were.
+    """Tokenises the data and divides it. Asking for test rows does not change the held-out rows.
 
     Args:
         data: sources, and what is held out of them.
@@ -102,7 +102,7 @@ def check_files(data: DataConfig, encoder: ChatEncoder, *, test: bool) -> None:
 
 
 def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> Pool:
-    """Returns the rows of all sources, as many as are to be used."""
+    """Returns the rows of all sources that are used."""
     pool = Pool([], [], [])
     for source in data.train:
         tokens = _tokenized(source.path, data, encoder, notes)
@@ -115,7 +115,7 @@ def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: lis
 def _files(
     data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str], *, test: bool
 ) -> tuple[Pool | None, Pool | None]:
-    """Returns the held-out and the test rows where they come from files, without a text in common."""
+    """Returns the held-out and the test rows that come from files, with no text in common."""
     held_out = opened = None
     if isinstance(data.held_out, str):
         held_out = _file("held_out", data.held_out, data, encoder, notes)
@@ -140,7 +140,7 @@ def _files(
 
 
 def _halves(path: str, pool: Pool, stratify: bool, seed: int, notes: list[str]) -> tuple[Pool, Pool]:
-    """Divides the rows of a file; a row that repeats another could not be on either side, and adds nothing to one."""
+    """Divides the rows of a file. Copies of a row are left out: on both sides they leak, on one they add nothing."""
     distinct = pool.distinct()
     if len(distinct) < 2:
         raise ConfigError(
@@ -156,7 +156,7 @@ def _halves(path: str, pool: Pool, stratify: bool, seed: int, notes: list[str]) 
 
 
 def _beside_files(pool: Pool, data: DataConfig, *parts: Pool | None) -> Pool:
-    """Returns the training rows that say nothing the held-out and test files say."""
+    """Returns the training rows that equal no row of the held-out and test files."""
     for part in parts:
         pool = pool if part is None else pool.apart_from(part)
     if not len(pool):
@@ -196,7 +196,7 @@ def _in_file(error: UserError, field: str, path: str) -> UserError:
 def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> TokenizedData:
     file = path
     if path == skills.EMBEDDED_NAME:
-        # written anew each time: it takes a moment, and a file left by an older version must not be taken for it
+        # written each time: it is quick, and a file of an older version must not be used
         written = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
         skills.write(written)
         file = str(written)
@@ -223,7 +223,7 @@ def _taken(source: SourceConfig, available: int, seed: int) -> Sequence[int]:
 
 
 def _counts(data: DataConfig, available: int, *, held_out: bool, test: bool) -> tuple[int, int]:
-    """Returns how many held-out and how many test rows to draw; 0 of a part that is not drawn."""
+    """Returns how many held-out and test rows to draw; 0 for a part that is not drawn."""
     first = _count("held_out", data.held_out, available) if held_out else 0
     second = 0
     if test:
@@ -254,5 +254,5 @@ def _count(field: str, wanted: float | str | None, available: int) -> int:
 
 
 def _deciding(data: DataConfig, test_rows: int) -> str:
-    """Returns the setting to change where too many rows are drawn."""
+    """Returns the setting to change if too many rows are drawn."""
     return "data.test" if test_rows and data.test is not None else "data.held_out"

@@ -19,10 +19,10 @@ from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import ConfigError
 from peft_study.storage.files import AtomicFiles, made_folder
 
-#: Shares of rows whose length is reported.
 SHOWN_SOURCES = 20
 """Sources in the table, largest first; a mixture may have hundreds."""
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+"""Shares of rows whose length is reported."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def compute_stats(
         max_length: the cut to report on, in tokens; None for no cut.
         split: the split to take of each source.
         mapping: what ``parse_mapping`` returned.
-        on_progress: hears the number of rows tokenised so far.
+        on_progress: receives the number of rows tokenised so far.
 
     Raises:
         UserError: of the data, the template or the cache.
@@ -100,11 +100,10 @@ def compute_stats(
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length is {max_length}", remedy="give at least 1 token")
     data = tokenize(sources, encoder, split=split, mapping=mapping, on_progress=on_progress)
-    return stats_of(data, max_length=max_length, model=model, template=encoder.template_name)
+    return _stats_of(data, max_length=max_length, model=model, template=encoder.template_name)
 
 
-def stats_of(data: TokenizedData, *, max_length: int | None, model: str, template: str) -> DataStats:
-    """Counts over data that was tokenised at full length, as ``compute_stats``."""
+def _stats_of(data: TokenizedData, *, max_length: int | None, model: str, template: str) -> DataStats:
     lengths_N = data.lengths_N
     supervised_N = _supervised_within(data, max_length)
     limit = int(lengths_N.max()) if max_length is None else max_length
@@ -163,11 +162,9 @@ def render_stats(stats: DataStats) -> Group:
     table.add_column("source", no_wrap=True, overflow="ellipsis", max_width=26)
     for heading in ("rows", "tokens", "mean", "superv.", *(("cut", "lost") if cut else ()), "dupl."):
         table.add_column(heading, justify="right", no_wrap=True)
-    largest = sorted(stats.by_source, key=lambda source: -source.rows)[:SHOWN_SOURCES]
-    for source in largest:
+    for source in stats.by_source[:SHOWN_SOURCES]:
         table.add_row(*_cells(source, cut))
-    left_out = len(stats.by_source) - len(largest)
-    if left_out:
+    if (left_out := len(stats.by_source) - SHOWN_SOURCES) > 0:
         table.add_row(f"... and {left_out} smaller sources")
     table.add_section()
     table.add_row(*_cells(stats.total, cut))

@@ -24,7 +24,7 @@ OnProgress = Callable[[int, float], None]
 ROWS_READ = 100_000
 """Rows after which a survey stops reading."""
 ROWS_TOKENISED = 1000
-"""Rows whose length is taken: a share of one in a hundred is known to half of itself."""
+"""Rows whose length is taken: enough to know a share of 1% to within half of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +136,11 @@ def _unheard(_share: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a first look at a data set found.
+    """What a survey of a data set found.
 
     Attributes:
         rows: conversations read.
-        whole: these are all; else there are more.
+        whole: whether these are all.
         lengths_N: tokens of some of them, drawn at random, in ascending order.
     """
 
@@ -149,11 +149,11 @@ class Survey:
     lengths_N: npt.NDArray[np.int64]
 
     def within(self, tokens: int) -> float:
-        """Returns the share of rows that have at most so many tokens."""
+        """Returns the share of rows that have at most this many tokens."""
         return float((self.lengths_N <= tokens).mean())
 
     def quantile(self, share: float) -> int:
-        """Returns the tokens that so large a share of the rows does not exceed."""
+        """Returns the length in tokens that this share of the rows does not exceed."""
         return int(np.quantile(self.lengths_N, share, method="higher"))
 
 
@@ -165,16 +165,16 @@ def survey(
     rows_read: int = ROWS_READ,
     on_progress: Callable[[int], None] | None = None,
 ) -> Survey:
-    """Reads the sources up to so many rows and tokenises some of them.
+    """Reads up to ``rows_read`` rows of the sources and tokenises some of them.
 
-    The rows are drawn from all that were read: mixtures are often sorted by where their rows came from.
+    The tokenised rows are drawn from all rows read, since mixtures are often sorted by source.
 
     Args:
         sources: files, folders, hub ids or the embedded data set.
         encoder: template and tokenizer, without a ``max_length`` of its own.
         split: the split to take of each source.
         rows_read: where to stop.
-        on_progress: hears the number of rows read so far.
+        on_progress: receives the number of rows read so far.
 
     Raises:
         DataError: a source or row cannot be used.

@@ -28,7 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from peft_study.errors import TemplateError, nearest
 
-#: What ``strftime_now`` shows unless told otherwise: the date that Llama 3's template falls back to.
+#: What ``strftime_now`` shows by default: the date that Llama 3's template falls back to.
 FROZEN_CLOCK = datetime(2024, 7, 26)
 
 #: Enclose what ``{% generation %}`` encloses, in the marked rendering. Unicode noncharacters: no text has them.
@@ -85,7 +85,7 @@ NAMED_TEMPLATES: dict[str, str] = {
 
 
 class Template(NamedTuple):
-    """A chat template: its name for messages, its text, and the text to use where a conversation brings tools."""
+    """A chat template: its name for messages, its text, and the text for conversations with tools."""
 
     name: str
     text: str
@@ -93,11 +93,11 @@ class Template(NamedTuple):
 
 
 def resolve_template(template: str | None, own: str | Mapping[str, str] | None) -> Template:
-    """Finds the template that a user means.
+    """Returns the template that a user names.
 
     Args:
         template: None for the tokenizer's own; a name of ``NAMED_TEMPLATES``, or of the tokenizer's own set where it
-            brings several; or the path of a Jinja file.
+            has several; or the path of a Jinja file.
         own: the tokenizer's ``chat_template``: one text, several by name, or none.
 
     Raises:
@@ -132,7 +132,7 @@ def resolve_template(template: str | None, own: str | Mapping[str, str] | None) 
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}``: transparent, or marked where the environment says so."""
+    """``{% generation %}...{% endgeneration %}``: marked if the environment says ``mark_generation``."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja reads this class attribute
 

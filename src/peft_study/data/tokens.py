@@ -31,6 +31,7 @@ from peft_study.data.parallel import DIGEST_BYTES, EncodedChunk, encode_rows
 from peft_study.data.sources import open_sources
 from peft_study.data.stream import read_conversations
 from peft_study.errors import DataError
+from peft_study.model.digest import file_digest
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.files import AtomicFiles, output_error
 
@@ -247,7 +248,7 @@ def _batch(chunk: EncodedChunk, counts: _Counts) -> pa.RecordBatch:
         supervised_N[kept_N],
         chunk.whole_lengths_N[kept_N],
         chunk.first_N[kept_N],
-        [chunk.digests[row * DIGEST_BYTES : (row + 1) * DIGEST_BYTES] for row in rows],
+        [chunk.digests[row] for row in rows],
         [chunk.ids[row] for row in rows],
         [chunk.sources[row] for row in rows],
     ]
@@ -276,17 +277,16 @@ def _nothing_supervised(counts: _Counts, encoder: ChatEncoder) -> DataError:
 
 def _cache_key(specs: Sequence[str], encoder: ChatEncoder, split: str | None, mapping: Mapping[str, str] | None) -> str:
     data = [
-        [source.name, source.split, [_sha256(file) for file in source.files] or _hub_revision(source.spec)]
+        [source.name, source.split, [_digest(file) for file in source.files] or _hub_revision(source.spec)]
         for source in open_sources(specs, split)
     ]
     parts = [_LAYOUT, data, dict(mapping or {}), encoder.fingerprint, _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_digest(path)
     except OSError as error:
         raise DataError(f"cannot read it: {error.strerror}", where=str(path), remedy="check the path") from error
 

@@ -20,20 +20,17 @@ from peft_study.storage.files import atomic_writer, made_folder
 EMBEDDED_NAME = "skills"
 """Name of the data set on the command line and in configuration files."""
 
-VERSION = 1
-"""Grows with every change that makes other rows from the same seed, so that caches do not mix them."""
-
 SKILLS: dict[str, Skill] = {skill.name: skill for skill in (*dates.SKILLS, *numbers.SKILLS, *text.SKILLS)}
 
-# A skill whose next fresh instruction takes more draws than this has run out of them.
+# A skill that needs more draws than this for a new instruction has run out of them.
 _MOST_DRAWS = 500
 
 
 def generate(count: int = 2000, seed: int = 0) -> list[Conversation]:
     """Returns ``count`` conversations of one user and one assistant turn, all user turns different.
 
-    The same seed gives the same conversations everywhere, and fewer of them are the beginning of more. Every run
-    of ``len(SKILLS)`` conversations holds each skill once, in random order.
+    The same seed gives the same conversations on every machine, and a smaller count gives the first of them. Each
+    group of ``len(SKILLS)`` conversations has every skill once, in random order.
 
     Raises:
         ConfigError: ``count`` is below 1, or above what the skills can make without repeating themselves.
