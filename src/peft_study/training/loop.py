@@ -298,7 +298,7 @@ class Slots:
         rows, fitting, failed = self._session.held_out, list(runs), dict[str, str]()
         while fitting:
             try:
-                losses = self._engine.evaluate([run.trial for run in fitting], rows, range(len(rows)))
+                losses = self._engine.losses([run.trial.adapter for run in fitting], rows, range(len(rows)))
             except DoesNotFit as error:
                 if not self._tolerant:
                     raise
