@@ -22,7 +22,8 @@ from torch import Tensor
 from peft_study.data.conversation import Example
 from peft_study.errors import ModelError, out_of_memory
 from peft_study.methods.base import Adapter
-from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
+from peft_study.methods.dropout import DropoutKey
+from peft_study.methods.hooks import LinearHooks, Span
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base

@@ -18,7 +18,7 @@ from peft_study.data.conversation import Example
 from peft_study.engine.order import DataOrder
 from peft_study.engine.row import Item
 from peft_study.methods.base import Adapter
-from peft_study.methods.hooks import DropoutKey
+from peft_study.methods.dropout import DropoutKey
 
 
 class Examples(Protocol):
