@@ -23,8 +23,7 @@ from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, Prom
 from peft_study.data.conversation import Example
 from peft_study.engine.row import Item, RowRunner
 from peft_study.methods import Adapter, create
-from peft_study.methods.dropout import keep_mask
-from peft_study.methods.hooks import DropoutKey
+from peft_study.methods.dropout import DropoutKey, keep_mask
 from peft_study.model.load import Base
 
 METHODS: dict[str, MethodConfig] = {
@@ -145,19 +144,7 @@ class GivenMask(nn.Module):
 
     def forward(self, x_BLI: Tensor) -> Tensor:
         """Drops what the engine drops for the example in hand."""
-        seed, step, example = GivenMask.at
-        _, length, width = x_BLI.shape
-        mask = keep_mask(
-            seed=seed,
-            step=step,
-            example=example,
-            module=self.module,
-            length=length,
-            width=width,
-            probability=self.p,
-            like=x_BLI,
-        )
-        return x_BLI * mask
+        return x_BLI * keep_mask(DropoutKey(*GivenMask.at, x_BLI.shape[1]), self.module, self.p, x_BLI)
 
 
 def give_masks(reference: Reference, probability: float) -> None:

@@ -51,7 +51,7 @@ def test_it_and_the_engine_give_the_same_losses(flat: ModuleType, family: str) -
     counts = sum(e.supervised_L.sum() for e in held_out)
 
     def engines_held_out() -> float:
-        (sums,) = engine.evaluate([trial], held_out, range(4))
+        (sums,) = engine.losses([trial.adapter], held_out, range(4))
         return float(sums.sum() / counts)
 
     assert flat.held_out_loss(model, held_out) == pytest.approx(engines_held_out(), rel=1e-5)

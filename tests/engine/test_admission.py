@@ -127,8 +127,8 @@ def test_held_out_losses_of_several_trials_are_those_of_each() -> None:
         return whole(items)
 
     engine.runner.row = note  # type: ignore[method-assign]
-    together = engine.evaluate(trials, EXAMPLES, [5, 0, 3])
+    together = engine.losses([trial.adapter for trial in trials], EXAMPLES, [5, 0, 3])
     assert {0, 1} in rows, "they share a row"
     for trial, found in zip(trials, together, strict=True):
-        (alone,) = engine.evaluate([trial], EXAMPLES, [5, 0, 3])
+        (alone,) = engine.losses([trial.adapter], EXAMPLES, [5, 0, 3])
         assert found == pytest.approx(alone, rel=1e-5)

@@ -20,7 +20,7 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.row import Item, RowRunner, fill_rows
 from peft_study.engine.trial import Trial
 from peft_study.methods import Adapter, create
-from peft_study.methods.hooks import DropoutKey
+from peft_study.methods.dropout import DropoutKey
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import Base
 

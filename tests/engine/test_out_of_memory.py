@@ -199,10 +199,10 @@ def test_an_evaluation_goes_on_with_smaller_rows_and_the_same_losses() -> None:
     base = tw.base("llama")
     trials = [trial(base, name) for name in NAMES]
     examples = tw.examples([25, 9, 30, 14, 22, 8, 17])
-    expected = Engine(base, row_tokens=ROW_TOKENS).evaluate(trials, examples, range(7))
+    expected = Engine(base, row_tokens=ROW_TOKENS).losses([trial.adapter for trial in trials], examples, range(7))
     engine, memory = engine_of(base, limit=50)
     with pytest.warns(UserWarning, match="nothing is lost") as caught:
-        found = engine.evaluate(trials, examples, range(7))
+        found = engine.losses([trial.adapter for trial in trials], examples, range(7))
     assert len(caught) == 2  # 160, 80, 40
     assert engine.row_tokens == 40
     assert [list(losses) for losses in found] == [pytest.approx(list(losses), rel=1e-5) for losses in expected]
@@ -219,7 +219,7 @@ def test_an_evaluation_of_one_example_that_does_not_fit_ends_and_says_whose_it_w
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(DoesNotFit, match=r"one example of 3\d tokens does not fit.*gradient_checkpointing") as raised,
     ):
-        engine.evaluate([lora, prompt], tw.examples([30, 9]), range(2))
+        engine.losses([lora.adapter, prompt.adapter], tw.examples([30, 9]), range(2))
     assert raised.value.adapter is prompt.adapter
     assert len(memory.rows) < 12
 

@@ -270,10 +270,10 @@ def test_a_held_out_loss_that_is_not_finite(path: str, poison: float) -> None:
     config, wanted = KINDS["prompt"]
     world = World(path, config, "middle")
     trials, (examples, _) = world.engine.trials, data_of(path)
-    before = world.engine.evaluate(trials, examples, range(4))
+    before = world.engine.losses([trial.adapter for trial in trials], examples, range(4))
     with torch.no_grad():
         world.patient.parameters[wanted].fill_(poison)
-    after = world.engine.evaluate(trials, examples, range(4))
+    after = world.engine.losses([trial.adapter for trial in trials], examples, range(4))
     for own, one, two in zip(trials, before, after, strict=True):
         if own is world.patient:
             assert np.isfinite(one).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,15 @@ import peft_reference as pr
 import tiny_world as tw
 from peft_study.config import LoraConfig
 from peft_study.engine.row import Item, RowRunner
-from peft_study.methods.dropout import keep_mask
-from peft_study.methods.hooks import DropoutKey
+from peft_study.methods.dropout import DropoutKey, keep_mask
 from peft_study.seeds import key
 
-HERE: dict[str, Any] = {"seed": 1, "step": 2, "example": 3, "module": "model.layers.0.q_proj"}
+HERE = DropoutKey(seed=1, step=2, example=3, length=50)
+MODULE = "model.layers.0.q_proj"
 
 
-def mask(probability: float = 0.25, length: int = 50, width: int = 40, **changed: Any) -> Tensor:
-    return keep_mask(**{**HERE, **changed}, length=length, width=width, probability=probability, like=torch.zeros(1))
+def mask(probability: float = 0.25, width: int = 40, module: str = MODULE, **changed: int) -> Tensor:
+    return keep_mask(replace(HERE, **changed), module, probability, torch.zeros(width))
 
 
 def test_same_place_same_mask_whatever_was_drawn_before() -> None:
@@ -53,8 +54,7 @@ def test_the_share_kept_is_one_minus_p_and_the_mean_is_one(probability: float) -
 
 
 def test_mask_is_in_the_type_of_what_it_multiplies() -> None:
-    like = torch.zeros(1, dtype=torch.bfloat16)
-    assert keep_mask(**HERE, length=3, width=4, probability=0.5, like=like).dtype == torch.bfloat16
+    assert keep_mask(HERE, MODULE, 0.5, torch.zeros(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_keys_keep_their_parts_apart() -> None:

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +48,16 @@ class Checkpoint:
         trials: names of the trials in its slots, in slot order.
         steps: optimizer steps that each of them had taken.
         decided: what the caller of `save` kept beside the trials.
+        manifest: the content of its ``checkpoint.json``.
     """
 
     folder: Path
     step: int
     identity: str
-    trials: tuple[str, ...] = ()
-    steps: tuple[int, ...] = ()
-    decided: Mapping[str, Any] = field(default_factory=dict)
+    trials: tuple[str, ...]
+    steps: tuple[int, ...]
+    decided: Mapping[str, Any]
+    manifest: Mapping[str, Any]
 
 
 def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapping[str, Any] | None = None) -> Path:
@@ -71,17 +73,12 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
     Raises:
         OutputError: when it cannot be written.
     """
-    target = folder / f"step_{number}"
+    target, temporary = folder / f"step_{number}", folder / f".step-{secrets.token_hex(4)}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".step-{secrets.token_hex(4)}"
-        temporary.mkdir()
-    except OSError as error:
-        raise _unwritable(error, target) from error
-    try:
+        temporary.mkdir(parents=True)
         trials, digests = [], {}
         for slot, (trial, served) in engine.places.items():
-            path = temporary / _file(slot)
+            path = temporary / f"slot-{slot}.safetensors"
             save_file({name: tensor.cpu().contiguous() for name, tensor in _tensors(trial).items()}, path)
             _sync(path)
             digests[path.name] = file_digest(path)
@@ -106,7 +103,8 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
         _sync(folder)
         shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise _unwritable(error, target) from error
+        what = f"the checkpoint could not be written ({error})"
+        raise OutputError(what, where=str(target), remedy="free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
@@ -124,19 +122,17 @@ def load(engine: Engine, found: Checkpoint, trials: Mapping[str, Trial]) -> None
         OutputError: when files are damaged or belong to other settings; the engine then has no trials.
     """
     assert not engine.trials, "a checkpoint is of the whole engine"
-    manifest = _manifest(found)
-    entries = manifest["trials"]
-    loaded = {entry["name"]: _read(found, manifest, entry["slot"], trials[entry["name"]]) for entry in entries}
-    engine.row_tokens = manifest["row_tokens"]
-    for entry in entries:
-        name = entry["name"]
-        _go_on(engine, trials[name], entry, loaded[name], slot=entry["slot"], served=entry["served"])
+    entries = found.manifest["trials"]
+    loaded = [_read(found, entry, trials[entry["name"]]) for entry in entries]
+    engine.row_tokens = found.manifest["row_tokens"]
+    for entry, tensors in zip(entries, loaded, strict=True):
+        _restore(engine, trials[entry["name"]], entry, tensors, slot=entry["slot"], served=entry["served"])
 
 
 def load_one(engine: Engine, found: Checkpoint, trial: Trial) -> None:
-    """Lets one trial of a checkpoint go on in a free slot of any engine, whoever is there beside it.
+    """Resumes one trial of a checkpoint in a free slot of any engine, beside any other trials.
 
-    Its numbers are those it would have had where it was, but for the rounding of other rows.
+    Its numbers are those of the engine it comes from, up to the rounding of other rows.
 
     Args:
         engine: of the same base and data, with room.
@@ -146,12 +142,11 @@ def load_one(engine: Engine, found: Checkpoint, trial: Trial) -> None:
     Raises:
         OutputError: when its files are damaged or belong to other settings; the trial is then as it was.
     """
-    manifest = _manifest(found)
-    entry = next(entry for entry in manifest["trials"] if entry["name"] == trial.name)
-    _go_on(engine, trial, entry, _read(found, manifest, entry["slot"], trial))
+    entry = next(entry for entry in found.manifest["trials"] if entry["name"] == trial.name)
+    _restore(engine, trial, entry, _read(found, entry, trial))
 
 
-def _go_on(
+def _restore(
     engine: Engine,
     trial: Trial,
     entry: Mapping[str, Any],
@@ -171,8 +166,8 @@ def _go_on(
 def find(folder: Path) -> list[Checkpoint]:
     """Returns the whole checkpoints of a run, oldest first (by number: step_900 before step_1000).
 
-    One that a killed process had written to its end but not yet renamed, or had renamed away to replace it, is whole,
-    too; it counts where there is none of its name.
+    A killed process may leave a whole one that it had not yet renamed, or had renamed away to replace it: that one
+    counts where none has its name.
     """
     found: dict[int, Checkpoint] = {}
     for path in (*folder.glob("step_*"), *folder.glob(".step-*")):
@@ -190,14 +185,14 @@ def read(folder: Path) -> Checkpoint | None:
             return None
         names = tuple(entry["name"] for entry in manifest["trials"])
         steps = tuple(entry["step"] for entry in manifest["trials"])
-        return Checkpoint(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"])
+        return Checkpoint(folder, manifest["step"], manifest["identity"], names, steps, manifest["decided"], manifest)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def newest(folder: Path) -> Checkpoint | None:
     """Returns the newest whole checkpoint of a run, or None where there is none."""
-    return next(iter(reversed(find(folder))), None)
+    return next(reversed(find(folder)), None)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -210,12 +205,8 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(old.folder)
 
 
-def _file(slot: int) -> str:
-    return f"slot-{slot}.safetensors"
-
-
 def _tensors(trial: Trial) -> dict[str, Tensor]:
-    """Returns all tensors that the trial goes on from."""
+    """Returns all tensors that the trial resumes from."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trial.parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach()
@@ -226,12 +217,13 @@ def _tensors(trial: Trial) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(found: Checkpoint, manifest: dict[str, Any], slot: int, trial: Trial) -> dict[str, Tensor]:
+def _read(found: Checkpoint, entry: Mapping[str, Any], trial: Trial) -> dict[str, Tensor]:
     """Returns the trial's tensors, checked whole and fitting."""
-    broken = _damaged(found)
-    path = found.folder / _file(slot)
+    remedy = "resume from an earlier one (delete this folder)"
+    broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
+    path = found.folder / f"slot-{entry['slot']}.safetensors"
     try:
-        if file_digest(path) != manifest["sha256"][path.name]:
+        if file_digest(path) != found.manifest["sha256"][path.name]:
             raise broken
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -261,23 +253,6 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
             trial.optimizer.state[parameter] = {
                 kind: tensors[f"{kind}/{name}"].to(homes[kind], copy=True) for kind in _STATE
             }
-
-
-def _manifest(found: Checkpoint) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((found.folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(found) from error
-    return manifest
-
-
-def _damaged(found: Checkpoint) -> OutputError:
-    remedy = "resume from an earlier one (delete this folder)"
-    return OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
-
-
-def _unwritable(error: Exception, target: Path) -> OutputError:
-    return OutputError(f"the checkpoint could not be written ({error})", where=str(target), remedy="free some space")
 
 
 def _sync(path: Path) -> None:

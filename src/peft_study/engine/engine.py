@@ -39,10 +39,9 @@ class StepEvent:
     """A trial took an optimizer step, or had to leave: its numbers are no longer finite, or memory ran out.
 
     Attributes:
-        trial: which one.
-        report: of the step; None where it left.
-        diverged: why it left, else None.
-        failed: the optimizer's state did not fit into the memory, and it left for that.
+        report: of the step; None where the trial left.
+        diverged: which number was not finite.
+        failed: the optimizer's state did not fit into the memory.
     """
 
     trial: Trial
@@ -143,7 +142,7 @@ class Engine:
     def evict(self, trial: Trial) -> None:
         """Takes the trial out, whatever it was doing; the others do not notice.
 
-        Admitted again, it begins its current batch anew.
+        Admitted again, it restarts its current batch.
 
         Raises:
             ConfigError: when it has no slot.
@@ -158,7 +157,7 @@ class Engine:
     def step(self) -> list[StepEvent]:
         """Runs one row (in every process one) forward and backward; returns the optimizer steps that it completed.
 
-        Out of memory halves the row, and the batches it held begin anew: no example is lost.
+        Out of memory halves the row, and the batches it held restart: no example is lost.
 
         Raises:
             DoesNotFit: when a single example does not fit into the memory; its trial is still in its slot.
@@ -175,7 +174,7 @@ class Engine:
                 try:
                     trial.record(place, loss)
                 except Diverged as reason:
-                    events.append(self._remove(trial, reason))
+                    events.append(self._diverged(trial, reason))
         complete = [trial for trial in self.trials if trial.batch_complete]
         for trial in complete:
             self.processes.sum_gradients(list(trial.parameters.values()))
@@ -183,28 +182,21 @@ class Engine:
             try:
                 events.append(StepEvent(trial, trial.finish_batch(norm)))
             except Diverged as reason:
-                events.append(self._remove(trial, reason))
+                events.append(self._diverged(trial, reason))
             except (RuntimeError, MemoryError) as error:  # AdamW's moments are made in the first step
                 if not out_of_memory(error):
                     raise
                 events.append(self._no_room(trial))
         return events
 
-    def evaluate(self, trials: Sequence[Trial], examples: Examples, indices: Sequence[int]) -> list[Losses]:
-        """Returns for each trial the summed token loss of each example, in nats, without dropout.
-
-        The trials' examples share rows; an exclusive trial must be in its slot.
-
-        Raises:
-            DoesNotFit: when a single example does not fit; it says with whose adapter.
-        """
-        return self.losses([trial.adapter for trial in trials], examples, indices)
-
     def losses(self, adapters: Sequence[Adapter], examples: Examples, indices: Sequence[int]) -> list[Losses]:
-        """Returns what `evaluate` does, for adapters; rows are cut smaller where they do not fit into the memory.
+        """Returns for each adapter the summed token loss of each example, in nats, without dropout.
+
+        The adapters' examples share rows, which are cut smaller where they do not fit into the memory; the trial of an
+        exclusive adapter must be in its slot.
 
         Raises:
-            DoesNotFit: when a single example does not fit.
+            DoesNotFit: when a single example does not fit; it has its adapter.
         """
         return self.retried(
             lambda: example_losses(self.runner, adapters, examples, indices, self.row_tokens, processes=self.processes)
@@ -214,7 +206,7 @@ class Engine:
         """Returns what `work` does, with rows cut smaller as often as one is out of memory.
 
         Args:
-            work: runs rows of `row_tokens`; of one that holds a single example it says so itself.
+            work: runs rows of `row_tokens`; raises `DoesNotFit` for a row of a single example.
 
         Raises:
             ModelError: when a row does not fit and several processes would have to agree on smaller ones.
@@ -233,13 +225,13 @@ class Engine:
                 )
             self._shrink()  # outside the handler, whose traceback holds the row's tensors
 
-    def _remove(self, trial: Trial, reason: Diverged) -> StepEvent:
+    def _diverged(self, trial: Trial, reason: Diverged) -> StepEvent:
         self.evict(trial)
         return StepEvent(trial, None, str(reason))
 
     def _no_room(self, trial: Trial) -> StepEvent:
-        numbers = sum(p.numel() for p in trial.parameters.values())
         self.evict(trial)
+        numbers = sum(p.numel() for p in trial.parameters.values())
         what = f"the optimizer's state of {numbers:,} parameters ({8 * numbers / 2**30:,.1f} GB) does not fit into the "
         remedy = "train fewer parameters, or fewer trials side by side (slots)"
         return StepEvent(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
@@ -247,7 +239,7 @@ class Engine:
     def _plan(self) -> list[_Row]:
         """Fills a row for each process, always from the slot that has been served least.
 
-        Everything that decides it is the same in all processes, so they agree without a word.
+        It depends only on what is the same in all processes, so all make the same plan.
         """
         rows = [_Row() for _ in range(self.processes.count)]
         running = {slot: trial for slot, trial in sorted(self._slots.items()) if not trial.finished}
@@ -286,13 +278,13 @@ class Engine:
             full, item_losses = True, [0.0] * len(own)
         before = sum(len(row.entries) for row in rows[: self.processes.rank])
         count = sum(len(row.entries) for row in rows)
-        told = [0.0] * before + item_losses + [0.0] * (count - before - len(own))
-        # a loss that is infinite in one process must not become NaN by what the others add: they add zero
-        *losses, failures = self.processes.total([*told, float(full)])
+        # each process adds zeros for the others' items, so that an infinite loss stays infinite and is not NaN
+        padded = [0.0] * before + item_losses + [0.0] * (count - before - len(own))
+        *losses, failures = self.processes.total([*padded, float(full)])
         return None if failures else losses
 
     def _halve(self, rows: Sequence[_Row]) -> None:
-        """Makes rows smaller after one did not fit, and begins anew the batches that were in them."""
+        """Makes rows smaller after one did not fit, and restarts the batches that were in them."""
         if max(len(row.entries) for row in rows) == 1:
             raise DoesNotFit(max(rows, key=lambda row: row.used).entries[0][2], self.base.device)
         for trial in {id(t): t for row in rows for t, _, _ in row.entries}.values():

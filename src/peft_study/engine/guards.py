@@ -1,4 +1,4 @@
-"""What trains, said and checked before the first step."""
+"""Which parameters train: counted and checked before the first step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refuse_unexpected(base: Base, adapter: Adapter) -> None:
     """Refuses to train when a parameter outside the method's own would train, or one of its own would not.
 
     A missing call of `get_peft_model` once turned a prompt-tuning run into full fine-tuning at 1e-4, unnoticed
-    (references: shizhengLi/PEFT, commit 0b8506f); this check is why that cannot happen here.
+    (references: shizhengLi/PEFT, commit 0b8506f).
 
     Raises:
         ModelError: naming the first such parameter.

@@ -66,7 +66,7 @@ class BaseLosses:
     Args:
         measure: returns the base's summed losses of these examples.
         count: examples of the data.
-        path: file the losses are kept in (NaN: not computed yet), or None to keep them in memory.
+        path: file of the losses (NaN: not computed yet), or None to keep them in memory.
         processes: that measure together; one of them writes the file.
     """
 
@@ -90,12 +90,12 @@ class BaseLosses:
         """Returns the base's summed loss of each of these examples, computing the missing ones."""
         missing = sorted({i for i in indices if np.isnan(self._losses_N[i])})
         if missing:
-            # weights of an exclusive trial would be measured instead of the base's: its caller asks beforehand
+            # while an exclusive trial is attached this would measure its weights: its caller asks beforehand
             self._losses_N[missing] = self._measure(missing)
         return self._losses_N[list(indices)]
 
     def save(self) -> None:
-        """Writes what is known to disk."""
+        """Writes the losses computed so far to disk."""
         if self._path is not None and self._processes.writes:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with AtomicFiles() as files:

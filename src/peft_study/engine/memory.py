@@ -1,4 +1,4 @@
-"""How much memory trials can have, and what a setting takes of it: known from shapes before anything is allocated.
+"""Memory: how much trials can have, and how much a setting takes, estimated before anything is allocated.
 
 free beside the base = margin + a row's activations + slots x (16 bytes a trained number, what an adapter keeps)
 """
@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from peft_study.config import MethodConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import Item, said_whose
+from peft_study.engine.row import Item, fill_rows, said_whose
 from peft_study.engine.trial import Examples
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
@@ -35,14 +36,13 @@ CGROUP = Path("/sys/fs/cgroup")
 _BYTES_A_PARAMETER = 16
 """A float32 value with its gradient and AdamW's two moments."""
 
-
 _TRIED_TOKENS = 64
-"""Tokens of the row in which it is counted what the backward pass needs of each."""
+"""Tokens of the row that shows what the backward pass keeps of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryProbe:
-    """What a probe row showed, in bytes.
+    """Result of a probe row, in bytes.
 
     Attributes:
         free: before the row, with the base loaded; None where the system does not say.
@@ -62,7 +62,7 @@ class Room:
 
     Args:
         engine: without trials; its base is loaded.
-        free: bytes, where another worker of the same kind has found that out.
+        free: bytes, where another worker of the same kind has measured them.
         sharing: workers that share the memory of this machine's CPU; each loads the base and has a share of the rest.
     """
 
@@ -176,20 +176,13 @@ def probe(engine: Engine, adapter: Adapter, examples: Examples) -> int:
 def measured(free: int | None, activations: int, slot: int) -> MemoryProbe:
     """Returns how many slots fit, at least one."""
     slot = max(1, slot)
-    return MemoryProbe(
-        free, activations, slot, None if free is None else max(1, int((free * (1 - MARGIN) - activations) // slot))
-    )
+    fits = None if free is None else max(1, int((free * (1 - MARGIN) - activations) // slot))
+    return MemoryProbe(free, activations, slot, fits)
 
 
 def _row_peak(engine: Engine, adapter: Adapter, examples: Examples) -> int:
-    items: list[Item] = []
-    used = 0
-    for number in range(engine.row_tokens):
-        item = Item(0, adapter, examples[number % len(examples)])
-        if items and (not engine.base.proof.packs or used + item.row_length > engine.row_tokens):
-            break
-        items.append(item)
-        used += item.row_length
+    forever = (Item(0, adapter, examples[number % len(examples)]) for number in count())
+    items = next(fill_rows(forever, engine.row_tokens, packs=engine.base.proof.packs))
     device = engine.base.device
     with _peak(device) as peak, said_whose(items, device), engine.runner.row(items) as result:
         if result.total.requires_grad:
@@ -226,7 +219,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
         found[0] = torch.cuda.max_memory_allocated(device) - before
         return
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew at what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     before = resident("VmRSS") or 0
     yield found
     found[0] = max(0, (resident("VmHWM") or 0) - before)

@@ -1,4 +1,4 @@
-"""In which order a trial sees its examples: a function of the data seed, so that a resume needs no generator state."""
+"""The order of a trial's examples: a function of the data seed, so that a resume needs no generator state."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from peft_study.errors import ConfigError, ProcessError
 
 @dataclass(frozen=True, slots=True)
 class ProcessGroup:
-    """This process among those of the run; alone, every exchange is the identity."""
+    """This process among those of the run; alone, every exchange returns its input."""
 
     rank: int = 0
     count: int = 1
@@ -54,11 +54,11 @@ class ProcessGroup:
             parameter.grad = piece.view_as(parameter)
 
     def of_first(self, values: Sequence[float]) -> list[float]:
-        """Returns the values that the first process has: what each read from a disk may have changed meanwhile."""
+        """Returns the first process's values: a file that each has read may have changed meanwhile."""
         return self.total(values if self.rank == 0 else [0.0] * len(values))
 
     def wait(self) -> None:
-        """Returns when every process has come here."""
+        """Returns when every process has called this."""
         self.total([0.0])
 
 
@@ -70,9 +70,13 @@ def _sum(tensor: Tensor) -> None:
     try:
         dist.all_reduce(tensor)
     except RuntimeError as error:  # of any backend: the connection closed, or nothing came in time
-        raise ProcessError(
-            "another process of this run ended, so this one cannot go on", remedy="its own message says why"
-        ) from error
+        what = "another process of this run ended, so this one cannot go on"
+        raise ProcessError(what, remedy="its own message says why") from error
+
+
+def _started(environ: Mapping[str, str]) -> int:
+    size = environ.get("WORLD_SIZE", "1")
+    return max(1, int(size)) if size.isdigit() else 1
 
 
 @contextmanager
@@ -82,8 +86,8 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[ProcessGroup]:
     Raises:
         ConfigError: when the launcher's variables are incomplete, or the others cannot be reached.
     """
-    size = environ.get("WORLD_SIZE", "1")
-    if not size.isdigit() or int(size) <= 1:
+    size = _started(environ)
+    if size == 1:
         yield ALONE
         return
     local = int(environ.get("LOCAL_RANK", "0"))
@@ -112,15 +116,13 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[ProcessGroup]:
 
 
 def refuse_several_processes(environ: Mapping[str, str]) -> None:
-    """Stops a command that was started as one of several processes and knows nothing of the others.
-
-    Each of them would do the same work on the same data, N times over.
+    """Stops a command that was started as one of several processes, each of which would do the same work.
 
     Raises:
         ConfigError: ``WORLD_SIZE`` of ``environ`` is above 1.
     """
-    size = environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1:
+    size = _started(environ)
+    if size > 1:
         raise ConfigError(
             f"started as one of {size} processes, but a study is one process, with many trials in it",
             where=f"WORLD_SIZE={size}",

@@ -10,9 +10,10 @@ Shape legend: T tokens of the row, S supervised tokens, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 from peft_study.data.conversation import Example
 from peft_study.errors import ModelError, out_of_memory
 from peft_study.methods.base import Adapter
-from peft_study.methods.hooks import DropoutKey, LinearHooks, Span
+from peft_study.methods.dropout import DropoutKey
+from peft_study.methods.hooks import LinearHooks, Span
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
@@ -53,7 +55,7 @@ class Item:
 
 
 class DoesNotFit(ModelError):
-    """An item does not fit into the memory, even in a row of its own; `adapter` says whose it is."""
+    """An item does not fit into the memory, even in a row of its own; `adapter` is its trial's."""
 
     def __init__(self, item: Item, device: torch.device) -> None:
         super().__init__(
@@ -65,7 +67,7 @@ class DoesNotFit(ModelError):
 
 @contextmanager
 def said_whose(items: Sequence[Item], device: torch.device) -> Iterator[None]:
-    """Says which item it was where a row of a single one does not fit; a longer row can be cut.
+    """Names the item where a row of a single one does not fit; a longer row can be cut.
 
     Raises:
         DoesNotFit: instead of the device's own error.
@@ -133,7 +135,7 @@ class RowRunner:
             else:  # the model does more to its logits than is known here: it makes them itself, all at once
                 logits_SV = self.base.model(**inputs, logits_to_keep=places_S).logits[0]
                 total, losses_S = logit_losses(logits_SV, targets_S, weights_S)
-            home = owners_S.device if _float64(owners_S) else "cpu"
+            home = "cpu" if owners_S.device.type == "mps" else owners_S.device  # MPS has no float64
             sums_N = torch.zeros(len(items), dtype=torch.float64, device=home)
             sums_N.index_add_(0, owners_S.to(home), losses_S.to(home, torch.float64))
             yield RowResult(total, sums_N)
@@ -165,27 +167,21 @@ class RowRunner:
         return torch.cat(pieces)
 
     def _positions(self, items: Sequence[Item]) -> Tensor:
-        first = [item.adapter.prefix_tokens for item in items]
-        pieces = [torch.arange(p, p + item.row_length) for p, item in zip(first, items, strict=True)]
+        pieces = [torch.arange(item.row_length) + item.adapter.prefix_tokens for item in items]
         return torch.cat(pieces).to(self.base.device)
-
-
-def _float64(tensor: Tensor) -> bool:
-    return tensor.device.type != "mps"  # which has no float64
 
 
 def _spans(items: Sequence[Item]) -> list[Span]:
     """Joins neighbouring items of one slot."""
     spans: list[Span] = []
-    start, slots = 0, [item.slot for item in items]
-    for slot in dict.fromkeys(slots):
-        own = [item for item in items if item.slot == slot]
-        first = slots.index(slot)
-        assert slots[first : first + len(own)] == [slot] * len(own), "items of one slot stand together"
+    start = 0
+    for _, group in groupby(items, key=lambda item: item.slot):
+        own = list(group)
         end = start + sum(item.row_length for item in own)
         keys = tuple(item.dropout for item in own if item.dropout is not None)
         spans.append(Span(start, end, own[0].adapter, keys))
         start = end
+    assert len(spans) == len({item.slot for item in items}), "items of one slot stand together"
     return spans
 
 
@@ -207,11 +203,11 @@ def _supervised(items: Sequence[Item], layout: SegmentLayout) -> tuple[Tensor, T
     )
 
 
-def fill_rows(items: Sequence[Item], budget: int, *, packs: bool) -> Iterator[list[Item]]:
+def fill_rows(items: Iterable[Item], budget: int, *, packs: bool) -> Iterator[list[Item]]:
     """Cuts items, in their order, into rows of at most `budget` tokens; a longer item has a row of its own.
 
     Args:
-        items: what is to be run.
+        items: to be run.
         budget: tokens a row.
         packs: False for models that take one example a row.
     """

@@ -6,19 +6,19 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_study.config import TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.order import DataOrder
 from peft_study.engine.row import Item
 from peft_study.methods.base import Adapter
-from peft_study.methods.hooks import DropoutKey
+from peft_study.methods.dropout import DropoutKey
 
 
 class Examples(Protocol):
@@ -30,13 +30,13 @@ class Examples(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step of one trial did.
+    """One optimizer step of one trial.
 
     Attributes:
         step: optimizer steps taken, this one included.
         loss: mean over the supervised tokens of the batch, in nats, before the step.
-        reduced_loss: what was differentiated (equal to `loss` unless the reduction is `sum`).
-        learning_rate: rate the step was taken with.
+        reduced_loss: the differentiated value (equal to `loss` unless the reduction is `sum`).
+        learning_rate: of the step.
         gradient_norm: before clipping.
         tokens: data tokens of the batch; virtual tokens and padding do not count.
         supervised: supervised tokens of the batch.
@@ -65,7 +65,7 @@ class Diverged(Exception):
 
 @dataclass(slots=True)
 class _Batch:
-    """The optimizer batch in progress: items that no row has taken, and the loss sums of those that went through."""
+    """The optimizer batch in progress: items that no row has taken, and the loss sums of those that a row has run."""
 
     indices: list[int]
     items: deque[tuple[int, Item]]
@@ -77,12 +77,12 @@ class _Batch:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a trial stands, beside its tensors: what a checkpoint keeps of it.
+    """A trial's state beside its tensors, as a checkpoint keeps it.
 
     Attributes:
         step, tokens: optimizer steps taken and data tokens seen in them.
         loss_scale, good_steps: of float16.
-        sums: loss sums of the current batch's examples that went through a row, by their place in the batch.
+        sums: loss sums of the current batch's examples that a row has run, by their place in the batch.
         waiting: places that no row has taken yet, in order.
     """
 
@@ -145,17 +145,17 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """True when every step of the budget is taken."""
+        """True after the last step."""
         return self.step >= self.total_steps
 
     def progress(self) -> Progress:
-        """Returns where the trial stands, between two rows."""
+        """Returns the trial's state between two rows."""
         batch = self._batch
         sums, waiting = ({}, ()) if batch is None else (dict(batch.sums), tuple(place for place, _ in batch.items))
         return Progress(self.step, self.tokens, self.loss_scale, self.good_steps, sums, waiting)
 
     def restore(self, progress: Progress, slot: int) -> None:
-        """Puts step, schedule, loss scale and batch where a checkpoint had them; tensors are the caller's."""
+        """Restores step, schedule, loss scale and batch; the caller restores the tensors."""
         self.step, self.tokens = progress.step, progress.tokens
         self.loss_scale, self.good_steps = progress.loss_scale, progress.good_steps
         self._batch = None
@@ -167,20 +167,19 @@ class Trial:
         if self.optimizer is not None:
             # the schedule is a function of the step: LambdaLR recomputes the rate from its counter
             self.scheduler.last_epoch = progress.step
-            lambdas = self.scheduler.lr_lambdas
-            rates = [base * f(progress.step) for base, f in zip(self.scheduler.base_lrs, lambdas, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+            # one group: there is one base rate and one function
+            (rate,), (factor,) = self.scheduler.base_lrs, self.scheduler.lr_lambdas
+            self.optimizer.param_groups[0]["lr"] = rate * factor(progress.step)
             self.adapter.after_step()
 
     def restart_batch(self) -> None:
-        """Forgets what rows have done for the current batch: it is computed anew, from the same examples."""
+        """Drops the losses and gradients of the current batch: it is computed again, from the same examples."""
         self._batch = None
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
 
     def pending(self, slot: int) -> deque[tuple[int, Item]]:
-        """Returns the items of the current batch that no row has taken yet; begins the next batch where needed."""
+        """Returns the items of the current batch that no row has taken yet; starts the next batch where needed."""
         if self._batch is None:
             self._batch = self._begin(slot)
         return self._batch.items
@@ -190,19 +189,10 @@ class Trial:
         chosen = [self.examples[i] for i in indices]
         supervised = int(sum(example.supervised_L.sum() for example in chosen))
         divisor = max(supervised, 1) if self.training.reduce_loss == "mean" else self.training.sum_divisor
-        items = deque(
-            (
-                place,
-                Item(
-                    slot,
-                    self.adapter,
-                    example,
-                    weight=self.loss_scale / divisor,
-                    dropout=DropoutKey(self.training.seed, self.step, index, self.adapter.row_tokens + len(example)),
-                ),
-            )
-            for place, (index, example) in enumerate(zip(indices, chosen, strict=True))
-        )
+        items = deque[tuple[int, Item]]()
+        for place, (index, example) in enumerate(zip(indices, chosen, strict=True)):
+            dropout = DropoutKey(self.training.seed, self.step, index, self.adapter.row_tokens + len(example))
+            items.append((place, Item(slot, self.adapter, example, self.loss_scale / divisor, dropout)))
         return _Batch(indices, items, supervised, sum(len(e) for e in chosen), time.perf_counter())
 
     def record(self, place: int, loss_sum: float) -> None:
@@ -218,7 +208,7 @@ class Trial:
 
     @property
     def batch_complete(self) -> bool:
-        """True when every example of the current batch has been through a row."""
+        """True when a row has run every example of the current batch."""
         return self._batch is not None and len(self._batch.sums) == len(self._batch.indices)
 
     def gradients(self) -> list[Tensor]:
@@ -234,20 +224,21 @@ class Trial:
         Raises:
             Diverged: when the gradient is not finite (float16: and the loss scale cannot fall further).
         """
-        assert self.batch_complete
         assert self._batch is not None
+        assert self.batch_complete
         batch, self._batch = self._batch, None
-        rate = self.optimizer.param_groups[0]["lr"] if self.optimizer else 0.0
-        norm, skipped = (0.0, False) if self.optimizer is None else self._update(scaled_norm)
+        rate, norm, skipped = 0.0, 0.0, False
+        if self.optimizer is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            norm, skipped = self._update(scaled_norm)
         self.step += 0 if skipped else 1
         self.tokens += batch.tokens
         sums = [batch.sums[place] for place in range(len(batch.indices))]
         loss = sum(sums) / max(batch.supervised, 1)
-        mean = self.training.reduce_loss == "mean"
         return StepReport(
             step=self.step,
             loss=loss,
-            reduced_loss=loss if mean else sum(sums) / self.training.sum_divisor,
+            reduced_loss=loss if self.training.reduce_loss == "mean" else sum(sums) / self.training.sum_divisor,
             learning_rate=rate,
             gradient_norm=norm,
             tokens=batch.tokens,
@@ -262,7 +253,7 @@ class Trial:
         """Takes the optimizer step; returns the gradient norm and whether float16 overflowed."""
         assert self.optimizer is not None
         if self.step == 0:
-            _warn_of_idle(self.name, self.parameters)
+            self._warn_of_idle()
         norm = scaled_norm / self.loss_scale
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
@@ -285,16 +276,15 @@ class Trial:
             self.loss_scale *= 2
         return norm, False
 
-
-def _warn_of_idle(name: str, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Warns of parameters without a gradient: layers that the model passes by would be left untrained in silence."""
-    idle = [key for key, parameter in parameters.items() if parameter.grad is None]
-    if idle:
-        warnings.warn(
-            f"{name}: {len(idle)} of {len(parameters)} tensors got no gradient from the first batch, {idle[0]} first: "
-            "the model does not call these layers, or no token reached them",
-            stacklevel=2,
-        )
+    def _warn_of_idle(self) -> None:
+        """Warns of parameters without a gradient: layers that the model does not call would stay untrained."""
+        idle = [name for name, parameter in self.parameters.items() if parameter.grad is None]
+        if idle:
+            warnings.warn(
+                f"{self.name}: {len(idle)} of {len(self.parameters)} tensors got no gradient from the first batch, "
+                f"{idle[0]} first: the model does not call these layers, or no token reached them",
+                stacklevel=2,
+            )
 
 
 def gradient_norms(trials: Sequence[Trial]) -> list[float]:

@@ -24,7 +24,7 @@ from peft_study.model.embedded import DESCRIPTION, EMBEDDED
 from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model
 from peft_study.model.precision import Placement, choose
 from peft_study.model.proof import learned_positions
-from peft_study.storage.files import atomic_writer, made_folder
+from peft_study.storage.files import atomic_writer, made_folder, read_text
 
 _KEPT = ("id", "source")
 """Columns of a prompt's row that its answer keeps."""
@@ -43,14 +43,14 @@ class AdapterBase(NamedTuple):
 
 
 def is_whole_model(folder: Path) -> bool:
-    """Returns whether the folder is a model itself: what a run leaves that trained all weights."""
+    """Returns whether the folder is a model itself, as a run that trained all weights leaves it."""
     return not (folder / CONFIG).exists() and (folder / "config.json").exists()
 
 
 def find_base(adapter: Path, base: str | None = None) -> str:
-    """Returns what an adapter's base is loaded from: `base`, else the folder it was trained on, else by its name.
+    """Returns the folder or hub id of an adapter's base: `base`, else the folder it was trained on, else by its name.
 
-    The folder may be gone (it may lie in the cache, which may be deleted), or be that of another machine.
+    The folder may be missing: it may lie in a cache that was deleted, or on another machine.
 
     Raises:
         ModelError: when it is not found.
@@ -61,7 +61,7 @@ def find_base(adapter: Path, base: str | None = None) -> str:
     path = str(read_config(adapter).get("base_model_name_or_path") or "")
     name = path
     if not Path(path).is_dir():
-        # older notes have no name, but tell the embedded model by where it came from
+        # older notes have no name, but the origin of the embedded model
         name = note.get("base_name") or (EMBEDDED if note.get("base_origin") == DESCRIPTION else path)
     try:
         if not name:
@@ -76,7 +76,7 @@ def find_base(adapter: Path, base: str | None = None) -> str:
 def load_adapter_base(adapter: Path, base: str | None, placement: Placement) -> AdapterBase:
     """Loads an adapter's base, quantised as it was in training, and the tokenizer it was trained with.
 
-    Warns where the base's weights are others than those of the training.
+    Warns where the base's weights differ from those of the training.
 
     Args:
         adapter: folder of the adapter.
@@ -114,11 +114,9 @@ def put_on(adapter: Path, base: AdapterBase) -> Any:
     try:
         return PeftModel.from_pretrained(base.model, adapter)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the adapter cannot be put on {base.path} ({first_line(error)})",
-            where=str(adapter),
-            remedy="name the base it was trained on with --base, or export it again",
-        ) from error
+        what = f"the adapter cannot be put on {base.path} ({first_line(error)})"
+        remedy = "name the base it was trained on with --base, or export it again"
+        raise ModelError(what, where=str(adapter), remedy=remedy) from error
 
 
 class Answerer:
@@ -169,11 +167,9 @@ class Answerer:
             max_new_tokens = min(max_new_tokens, self._positions - self._virtual - ids.shape[1])
             if max_new_tokens < 1:
                 virtual = f" and {self._virtual} virtual tokens" if self._virtual else ""
-                raise ModelError(
-                    f"{ids.shape[1]} tokens of the prompt{virtual} leave none of the model's {self._positions} "
-                    "positions for an answer",
-                    remedy="give a shorter prompt, or begin a new conversation",
-                )
+                what = f"{ids.shape[1]} tokens of the prompt{virtual} leave none of the model's {self._positions} "
+                remedy = "give a shorter prompt, or begin a new conversation"
+                raise ModelError(f"{what}positions for an answer", remedy=remedy)
         streamer = None
         if stream is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -193,7 +189,7 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """What is to be answered.
+    """Conversations to answer.
 
     Attributes:
         rows: each with the turns so far as ``prompt``, and ``id`` and ``source`` where its row has them.
@@ -207,14 +203,17 @@ class Prompts:
 def read_prompts(path: Path) -> Prompts:
     """Reads the conversations to be answered: lines of a .txt, or rows with turns, prompt, instruction, question.
 
-    Trailing assistant turns are what is to be generated, and are left out.
+    Trailing assistant turns are left out: they are generated.
 
     Raises:
-        DataError: when there are none, or they cannot be read.
+        DataError: when there are none, or a row cannot be read.
+        ConfigError: when a .txt cannot be read.
     """
     if path.suffix == ".txt":
-        files = [path]
-        rows = [{"prompt": [{"role": "user", "content": line}]} for line in _text(path).splitlines() if line.strip()]
+        if not path.exists():
+            raise DataError("no such file", where=str(path), remedy="give a file of prompts")
+        files, lines = [path], read_text(path).splitlines()
+        rows = [{"prompt": [{"role": "user", "content": line}]} for line in lines if line.strip()]
     else:
         sources = open_sources([str(path)])
         files = [file for source in sources for file in source.files]
@@ -222,18 +221,6 @@ def read_prompts(path: Path) -> Prompts:
     if not rows:
         raise DataError("holds no prompts", where=str(path), remedy="write a prompt a line")
     return Prompts(tuple(rows), tuple(files))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise DataError("no such file", where=str(path), remedy="give a file of prompts") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 (byte {error.start + 1})", where=str(path), remedy="save it as UTF-8") from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})"
-        raise DataError(what, where=str(path), remedy="give a file of prompts") from error
 
 
 def _prompt(row: RawRow) -> dict[str, Any]:

@@ -6,27 +6,40 @@ order of segments in the row, neighbours and a resume therefore cannot change it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from peft_study.seeds import key
 
 
-def keep_mask(
-    *, seed: int, step: int, example: int, module: str, length: int, width: int, probability: float, like: Tensor
-) -> Tensor:
-    """Returns (length, width) in the type of `like`: 0 where dropped, else 1 / (1 - probability).
+@dataclass(frozen=True, slots=True)
+class DropoutKey:
+    """What a dropout mask depends on beside the module.
 
-    Args:
+    Attributes:
         seed: the trial's.
         step: optimizer steps taken before this one.
-        example: index of the example in the data.
-        module: full name of the linear layer, layer number included.
-        length: tokens of the example.
-        width: inputs of the layer.
-        probability: of dropping.
-        like: gives device and dtype.
+        example: its index in the data.
+        length: its tokens in the row.
     """
-    generator = torch.Generator(device=like.device).manual_seed(key(seed, step, example, module))
-    draw = torch.rand((length, width), generator=generator, device=like.device)
-    return (draw >= probability).to(like.dtype).mul_(1.0 / (1.0 - probability))
+
+    seed: int
+    step: int
+    example: int
+    length: int
+
+
+def keep_mask(at: DropoutKey, module: str, probability: float, x: Tensor) -> Tensor:
+    """Returns (length, width) in the type of `x`: 0 where dropped, else 1 / (1 - probability).
+
+    Args:
+        at: the trial, step and example.
+        module: full name of the linear layer, layer number included.
+        probability: of dropping.
+        x: inputs of the layer (..., width); give width, device and dtype.
+    """
+    generator = torch.Generator(device=x.device).manual_seed(key(at.seed, at.step, at.example, module))
+    draw = torch.rand((at.length, x.shape[-1]), generator=generator, device=x.device)
+    return (draw >= probability).to(x.dtype).mul_(1.0 / (1.0 - probability))

@@ -19,18 +19,8 @@ from torch import Tensor, nn
 
 from peft_study.methods import low_rank
 from peft_study.methods.base import Adapter
-from peft_study.methods.dropout import keep_mask
+from peft_study.methods.dropout import DropoutKey, keep_mask
 from peft_study.methods.low_rank import SpanUpdate
-
-
-@dataclass(frozen=True, slots=True)
-class DropoutKey:
-    """What a dropout mask depends on beside the module: one example of the span, with its tokens in the row."""
-
-    seed: int
-    step: int
-    example: int
-    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +50,7 @@ class LinearHooks:
             if type(module) is nn.Linear:  # a subclass may compute something else
                 module.forward = partial(self._linear, name, module, module.forward)  # type: ignore[method-assign]
             else:
-                module.register_forward_hook(partial(self._update, name))
+                module.register_forward_hook(partial(self._add, name))
             self._hooked.add(name)
 
     @contextmanager
@@ -73,42 +63,30 @@ class LinearHooks:
             self._spans = ()
 
     def _linear(self, name: str, module: nn.Linear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        spans = self._jobs(name, x)
+        spans = self._updates(name, x)
         if not spans:
             return forward(x)
         if module.weight.requires_grad or x.dtype != module.weight.dtype:
             return low_rank.add(x, forward(x), spans)
         return low_rank.linear(x, module.weight, module.bias, spans)
 
-    def _update(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        spans = self._jobs(name, inputs[0])
+    def _add(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        spans = self._updates(name, inputs[0])
         return low_rank.add(inputs[0], output, spans) if spans else output
 
-    def _jobs(self, name: str, x: Tensor) -> list[SpanUpdate]:
+    def _updates(self, name: str, x: Tensor) -> list[SpanUpdate]:
         """Returns the updates of the layer in the row that is being computed."""
-        spans = []
+        found = []
         for span in self._spans:
             update = span.adapter.linear_update(name)
             if update is not None:
-                spans.append(SpanUpdate(span.start, span.end, update, _mask(name, span, x)))
-        return spans
+                found.append(SpanUpdate(span.start, span.end, update, _mask(name, span, x)))
+        return found
 
 
 def _mask(name: str, span: Span, x: Tensor) -> Tensor | None:
     """Returns the dropout mask (L, I) of the span at the layer, or None where nothing is dropped."""
     if span.adapter.dropout <= 0 or not span.keys:
         return None
-    masks = [
-        keep_mask(
-            seed=key.seed,
-            step=key.step,
-            example=key.example,
-            module=name,
-            length=key.length,
-            width=x.shape[-1],
-            probability=span.adapter.dropout,
-            like=x,
-        )
-        for key in span.keys
-    ]
+    masks = [keep_mask(key, name, span.adapter.dropout, x) for key in span.keys]
     return masks[0] if len(masks) == 1 else torch.cat(masks)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peft_study.config import LoraConfig
 from peft_study.errors import ModelError, nearest
@@ -29,18 +29,12 @@ class LoraAdapter(Adapter):
             A = torch.empty(config.rank, inputs)
             # PEFT's initialisation of A: uniform in +-sqrt(3) * sqrt(2 / (1 + 5)) / sqrt(inputs)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=seeded(seed, "lora", name))
-            self._pairs[name] = (
-                nn.Parameter(A.to(device)),
-                nn.Parameter(torch.zeros(outputs, config.rank, device=device)),
-            )
+            B = torch.zeros(outputs, config.rank, device=device)
+            self._pairs[name] = nn.Parameter(A.to(device)), nn.Parameter(B)
 
     @classmethod
     def create(cls, config: LoraConfig, base: Base, _material: Material | None, seed: int) -> LoraAdapter:
-        """Makes the adapter of a trial.
-
-        Raises:
-            ModelError: when the base has no linear layer of the given names.
-        """
+        """Makes the adapter of a trial; raises ModelError when the base has no linear layer of the given names."""
         return cls(config, target_shapes(base.model, config.target_modules), base.device, seed)
 
     @classmethod
@@ -65,23 +59,17 @@ class LoraAdapter(Adapter):
 
     def save(self, folder: Path, base: Base) -> None:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors``."""
-        from peft import LoraConfig as PeftLoraConfig
-
-        config = PeftLoraConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base.path,
-            inference_mode=True,
+        write(
+            folder,
+            base,
+            "LoraConfig",
+            {f"base_model.model.{name}.weight": parameter for name, parameter in self.parameters().items()},
             r=self.config.rank,
             lora_alpha=self.config.alpha,
             lora_dropout=self.config.dropout,
             use_rslora=self.config.rslora,
             target_modules=_shortest_names(base.model, self._pairs),
         )
-        tensors: dict[str, Tensor] = {}
-        for name, (A, B) in self._pairs.items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = A
-            tensors[f"base_model.model.{name}.lora_B.weight"] = B
-        write(folder, config, tensors, base)
 
 
 def target_shapes(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -94,9 +82,8 @@ def target_shapes(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str,
     Raises:
         ModelError: when a name matches no linear layer.
     """
-    linear = {name: _shape(module) for name, module in model.named_modules() if _is_linear(module)}
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear = {name: shape for name, shape in linear.items() if model.get_submodule(name) is not head}
+    linear = {name: _shape(part) for name, part in model.named_modules() if _is_linear(part) and part is not head}
     if targets == "all-linear":
         if not linear:
             raise ModelError("the base has no linear layers that LoRA could adapt", remedy="choose another method")
@@ -106,11 +93,8 @@ def target_shapes(model: nn.Module, targets: str | tuple[str, ...]) -> dict[str,
         matches = {name: s for name, s in linear.items() if name == target or name.endswith(f".{target}")}
         if not matches:
             leaves = {name.rsplit(".", 1)[-1] for name in linear}
-            raise ModelError(
-                f"no linear layer of the base is called {target!r}",
-                where="target_modules",
-                remedy=nearest(target, leaves),
-            )
+            what = f"no linear layer of the base is called {target!r}"
+            raise ModelError(what, where="target_modules", remedy=nearest(target, leaves))
         chosen |= matches
     return {name: linear[name] for name in linear if name in chosen}
 

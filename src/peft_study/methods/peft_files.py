@@ -1,7 +1,6 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``, and nothing untrained.
 
-``peft_study.json`` beside them says which base the adapter was trained on, by which names it is found again, and
-whether it was quantised; PEFT ignores it.
+``peft_study.json`` beside them names the base the adapter was trained on, and its quantisation; PEFT ignores it.
 """
 
 from __future__ import annotations
@@ -22,21 +21,26 @@ from peft_study.storage.files import follow_umask
 
 WEIGHTS, CONFIG, ORIGIN = "adapter_model.safetensors", "adapter_config.json", "peft_study.json"
 TEMPLATE = "chat_template.jinja"
-"""Where transformers, too, looks for a tokenizer's chat template."""
+"""The chat template, as transformers names it."""
 
 
-def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) -> None:
+def write(folder: Path, base: Base, kind: str, tensors: Mapping[str, Tensor], **settings: Any) -> None:
     """Writes an adapter's two PEFT files and the note on its base.
 
     Args:
         folder: created where missing.
-        config: the `peft` configuration.
-        tensors: PEFT's names and values; stored as float32.
         base: the model the adapter belongs to.
+        kind: name of the `peft` configuration, and
+        settings: its values beside those that every adapter has.
+        tensors: PEFT's names and values; stored as float32.
 
     Raises:
         OutputError: when the folder cannot be written.
     """
+    import peft
+
+    shared = {"task_type": "CAUSAL_LM", "base_model_name_or_path": base.path, "inference_mode": True}
+    config = getattr(peft, kind)(**shared, **settings)
     cpu = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,9 +48,8 @@ def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) 
         save_file(cpu, folder / WEIGHTS, metadata={"format": "pt"})
         follow_umask(folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise OutputError(
-            f"the adapter could not be written ({error})", where=str(folder), remedy="free some space"
-        ) from error
+        what = f"the adapter could not be written ({error})"
+        raise OutputError(what, where=str(folder), remedy="free some space") from error
     note = {
         "base": base.path,
         "base_name": base.name,
@@ -60,7 +63,7 @@ def write(folder: Path, config: Any, tensors: Mapping[str, Tensor], base: Base) 
 
 
 def note_encoding(folder: Path, template: str, *, add_bos: bool) -> None:
-    """Keeps with an adapter how its training text was written, so that it is used with the same; none: no folder."""
+    """Keeps the chat template and `add_bos` of the training beside an adapter, if there is one."""
     if folder.is_dir():
         (folder / TEMPLATE).write_text(template)
         note = {**read_note(folder), "add_bos": add_bos}
@@ -68,15 +71,13 @@ def note_encoding(folder: Path, template: str, *, add_bos: bool) -> None:
 
 
 def read_note(folder: Path) -> dict[str, Any]:
-    """Returns what this program kept beside an adapter or a model: empty where somebody else wrote it.
+    """Returns the note that this program kept beside an adapter or a model: empty where another program wrote it.
 
     Raises:
         ModelError: when the file is damaged.
     """
     path = folder / ORIGIN
-    if not path.exists():
-        return {}
-    return _read_object(path)
+    return _read_object(path) if path.exists() else {}
 
 
 def encoding(folder: Path) -> dict[str, Any]:
@@ -106,8 +107,8 @@ def _read_object(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
-        remedy = "export the adapter again"
-        raise ModelError(f"{path.name} is not valid JSON", where=str(path.parent), remedy=remedy) from error
+        what = f"{path.name} is not valid JSON"
+        raise ModelError(what, where=str(path.parent), remedy="export the adapter again") from error
     return values
 
 

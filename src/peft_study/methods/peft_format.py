@@ -55,9 +55,8 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{WEIGHTS} cannot be read", where=str(folder), remedy="only safetensors are loaded; save it again"
-        ) from error
+        remedy = "only safetensors are loaded; save it again"
+        raise ModelError(f"{WEIGHTS} cannot be read", where=str(folder), remedy=remedy) from error
     readers = {"LORA": _read_lora, "PREFIX_TUNING": _read_prefix, "PROMPT_TUNING": _read_prompt}
     kind = str(values.get("peft_type"))
     if kind not in readers:
@@ -65,11 +64,8 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     try:
         return readers[kind](folder, values, tensors, base)
     except (KeyError, ValueError) as error:  # a setting that is missing, or out of its range
-        raise ModelError(
-            f"{CONFIG} cannot be used ({str(error).splitlines()[0]})",
-            where=str(folder),
-            remedy="export the adapter again",
-        ) from error
+        what = f"{CONFIG} cannot be used ({str(error).splitlines()[0]})"
+        raise ModelError(what, where=str(folder), remedy="export the adapter again") from error
 
 
 def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor], base: Base) -> Adapter:
@@ -117,8 +113,7 @@ def _fill(folder: Path, adapter: Adapter, tensors: dict[str, Tensor | None]) -> 
     for name in sorted(set(parameters) | set(tensors)):
         found = tensors.get(name)
         if name not in parameters or found is None or found.shape != parameters[name].shape:
-            raise ModelError(
-                f"does not fit this base at {name}", where=str(folder), remedy="load the base it was trained on"
-            )
+            remedy = "load the base it was trained on"
+            raise ModelError(f"does not fit this base at {name}", where=str(folder), remedy=remedy)
         parameters[name].copy_(found)
     return adapter

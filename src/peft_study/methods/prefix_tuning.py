@@ -28,8 +28,7 @@ class PrefixAdapter(Adapter):
     def __init__(self, config: PrefixTuningConfig, base: Base, table_PW: Tensor, seed: int) -> None:
         self.config = config
         self.prefix_tokens = config.tokens
-        self._shape = (config.tokens, base.layers * 2, base.kv_heads, base.head_dim)
-        self._layers = base.layers
+        self._shape = (config.tokens, base.layers, 2, base.kv_heads, base.head_dim)
         self._dtype = base.dtype
         self._encoder = _Projection(config, base, seed).to(base.device) if config.projection else None
         self._table = nn.Parameter(table_PW.float().to(base.device), requires_grad=self._encoder is None)
@@ -55,10 +54,7 @@ class PrefixAdapter(Adapter):
 
     @classmethod
     def size(cls, config: PrefixTuningConfig, base: Base) -> Size:
-        """Returns what the adapter would take; the table in the base's precision and its gradient are kept as well.
-
-        Taking the keys and values of a text holds less than training them does.
-        """
+        """Returns what the adapter would take; the table in the base's precision and its gradient are kept as well."""
         width = base.kv_heads * base.head_dim
         table = config.tokens * base.layers * 2 * width
         trained, kept, remedy = table, 2 * base.dtype.itemsize * table, "use fewer tokens"
@@ -80,18 +76,15 @@ class PrefixAdapter(Adapter):
 
     def key_values(self) -> Tensor:
         """Returns the table as (layers, 2, G, P, D) in the base's precision."""
-        tokens, _, heads, size = self._shape
-        stack = self.table().to(self._dtype).view(self._shape).permute(1, 2, 0, 3)
-        return stack.reshape(self._layers, 2, heads, tokens, size)
+        return self.table().to(self._dtype).view(self._shape).permute(1, 2, 3, 0, 4)
 
     def save(self, folder: Path, base: Base) -> None:
         """Writes PEFT's files, without projection: the table that training produced."""
-        from peft import PrefixTuningConfig as PeftPrefixTuningConfig
-
-        config = PeftPrefixTuningConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base.path,
-            inference_mode=True,
+        write(
+            folder,
+            base,
+            "PrefixTuningConfig",
+            {"prompt_embeddings": self.table()},
             num_virtual_tokens=self.config.tokens,
             num_layers=base.layers,
             num_attention_heads=base.kv_heads,
@@ -100,7 +93,6 @@ class PrefixAdapter(Adapter):
             encoder_hidden_size=base.hidden,
             prefix_projection=False,
         )
-        write(folder, config, {"prompt_embeddings": self.table()}, base)
 
 
 class _Projection(nn.Module):
@@ -132,22 +124,15 @@ def refuse_unfit(base: Base) -> None:
     """Raises ModelError where a prefix cannot enter every layer: other layer types, or heads that differ by layer."""
     config = base.model.config.get_text_config()
     odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    why = None
     if odd:
-        raise ModelError(
-            f"prefix tuning does not fit this model: it has {', '.join(sorted(odd))} layers without keys and values",
-            remedy="use lora or prompt_tuning",
-        )
-    if not base.proof.segmented or base.proof.attending_layers != base.layers:
-        raise ModelError(
-            "prefix tuning does not fit this model: some of its layers have no attention that could take keys and "
-            "values from outside",
-            remedy="use lora or prompt_tuning",
-        )
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
-        raise ModelError(
-            "prefix tuning does not fit this model: its layers share or compress keys and values",
-            remedy="use lora or prompt_tuning",
-        )
+        why = f"it has {', '.join(sorted(odd))} layers without keys and values"
+    elif not base.proof.segmented or base.proof.attending_layers != base.layers:
+        why = "some of its layers have no attention that could take keys and values from outside"
+    elif getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
+        why = "its layers share or compress keys and values"
+    if why:
+        raise ModelError(f"prefix tuning does not fit this model: {why}", remedy="use lora or prompt_tuning")
 
 
 @torch.no_grad()

@@ -57,12 +57,11 @@ class PromptAdapter(Adapter):
 
     def save(self, folder: Path, base: Base) -> None:
         """Writes PEFT's files, with an initialisation that needs no tokenizer when they are loaded."""
-        from peft import PromptTuningConfig as PeftPromptTuningConfig
-
-        config = PeftPromptTuningConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base.path,
-            inference_mode=True,
+        write(
+            folder,
+            base,
+            "PromptTuningConfig",
+            {"prompt_embeddings": self._embeddings},
             num_virtual_tokens=self.config.tokens,
             num_layers=base.layers,
             num_attention_heads=base.heads,
@@ -70,7 +69,6 @@ class PromptAdapter(Adapter):
             num_transformer_submodules=1,
             prompt_tuning_init="RANDOM",
         )
-        write(folder, config, {"prompt_embeddings": self._embeddings}, base)
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from peft_study.config import FullConfig, NoneConfig
-from peft_study.errors import ModelError, OutputError
+from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter, Material, Size
 from peft_study.model.load import Base
 from peft_study.storage.files import follow_umask
@@ -71,7 +70,7 @@ class FullAdapter(Adapter):
 
     @classmethod
     def size(cls, _config: FullConfig, base: Base) -> Size:
-        """Returns what it would take: a float32 master of each weight, and the weights themselves once more."""
+        """Returns what it would take: a float32 master of each weight, and a copy of the weights."""
         weights = list(base.model.parameters())
         trained, kept = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
         return Size("full fine-tuning", trained, kept, "leave it out, or use a smaller base")
@@ -133,16 +132,7 @@ class FullAdapter(Adapter):
             self._masters[name].copy_(tensor)
 
     def save(self, folder: Path, base: Base) -> None:
-        """Writes a model folder with the trained weights and the tokenizer.
-
-        Raises:
-            OutputError: when the disk is full or the folder cannot be written.
-        """
-        try:
-            base.model.save_pretrained(folder)
-            follow_umask(folder)
-            base.tokenizer.save_pretrained(folder)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(
-                f"the model could not be written ({error})", where=str(folder), remedy="free some space"
-            ) from error
+        """Writes a model folder with the trained weights and the tokenizer; the caller handles a full disk."""
+        base.model.save_pretrained(folder)
+        follow_umask(folder)
+        base.tokenizer.save_pretrained(folder)

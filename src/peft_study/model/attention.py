@@ -40,7 +40,7 @@ class Segment:
 
 @dataclass(slots=True)
 class SegmentLayout:
-    """What attention has to know of a row; given to the model's forward as ``segments=``.
+    """A row's segments and prefixes; given to the model's forward as ``segments=``.
 
     Attributes:
         segments: in row order, together covering the row.
@@ -115,7 +115,10 @@ def segment_attention(
         out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
         return out_THD.unsqueeze(0), None
     if _products_serve(query_1HTD, softcap, s_aux):
-        out_THD = _products(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
+        places = {slot: number for number, slot in enumerate(prefixes)}
+        pieces = [causal.Piece(s.start, s.end, places.get(s.slot)) for s in segments.segments]
+        stacks = list(prefixes.values())
+        out_THD = causal.attend(query_1HTD[0], key_1GTD[0], value_1GTD[0], pieces, stacks, scale, sliding_window)
         return out_THD.unsqueeze(0), None
     pieces_HLD = []
     for segment in segments.segments:
@@ -126,21 +129,6 @@ def segment_attention(
             key, value = torch.cat([prefix[0], key], dim=1), torch.cat([prefix[1], value], dim=1)
         pieces_HLD.append(_attend(query, key, value, scale, sliding_window, softcap, s_aux))
     return torch.cat(pieces_HLD, dim=1).transpose(0, 1).unsqueeze(0), None
-
-
-def _products(
-    query_HTD: Tensor,
-    key_GTD: Tensor,
-    value_GTD: Tensor,
-    layout: SegmentLayout,
-    prefixes: dict[int, Tensor],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Attends over the whole row in matrix products of our own; returns (T, H, D)."""
-    slots = {slot: number for number, slot in enumerate(prefixes)}
-    pieces = [causal.Piece(s.start, s.end, slots.get(s.slot)) for s in layout.segments]
-    return causal.attend(query_HTD, key_GTD, value_GTD, pieces, list(prefixes.values()), scale, window)
 
 
 def _attend(
@@ -160,14 +148,14 @@ def _attend(
     queries, keys = query_HLD.shape[1], key_GKD.shape[1]
     if groups > 1:
         key_GKD, value_GKD = (x.repeat_interleave(groups, dim=0) for x in (key_GKD, value_GKD))
-    windowed = window is not None and keys > window
+    window = window if window is not None and keys > window else None
     if softcap is None and sinks_H is None:
-        plain = queries == keys and not windowed
-        mask = None if plain else _bottom_right_causal(queries, keys, window if windowed else None, query_HLD.device)
+        plain = queries == keys and window is None
+        mask = None if plain else _bottom_right_causal(queries, keys, window, query_HLD.device)
         return F.scaled_dot_product_attention(
             query_HLD[None], key_GKD[None], value_GKD[None], attn_mask=mask, is_causal=plain, scale=scale
         )[0]
-    allowed_LK = _bottom_right_causal(queries, keys, window if windowed else None, query_HLD.device)
+    allowed_LK = _bottom_right_causal(queries, keys, window, query_HLD.device)
     scores_HLK = torch.matmul(query_HLD * scale, key_GKD.transpose(1, 2))
     if softcap is not None:
         scores_HLK = torch.tanh(scores_HLK / softcap) * softcap
@@ -180,7 +168,7 @@ def _attend(
 
 
 def _products_serve(query_1HTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
-    """True where attention is done in products of our own: on CPU they beat the fused kernel at every length tried."""
+    """True where our own products (model/cpu/causal.py) run: on CPU they beat the fused kernel at every length."""
     return query_1HTD.device.type == "cpu" and softcap is None and sinks_H is None
 
 
@@ -229,7 +217,7 @@ def _varlen(
         keys.append(key_GTD[:, span])
         values.append(value_GTD[:, span])
     groups = query_HTD.shape[0] // key_GTD.shape[0]
-    # torch 2.11 knows fewer arguments than 2.13: what it cannot do by itself is done before it
+    # the kernel of torch 2.11 has fewer arguments than that of 2.13
     state = _varlen_options()
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in state:

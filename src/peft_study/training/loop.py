@@ -23,7 +23,6 @@ from peft_study.engine import checkpoint
 from peft_study.engine.engine import StepEvent
 from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
-from peft_study.methods.registry import size
 from peft_study.statistics import Losses
 from peft_study.training.session import Session, refuse_unfit, room_for
 from peft_study.training.trial_run import Ending, Outcome, TrialPlan, TrialRun, Watcher
@@ -54,10 +53,10 @@ TrialEvent = Evaluated | Ended
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """What is to happen before the next row.
+    """Commands for the time before the next row.
 
     Attributes:
-        enter: trials to begin or to go on, in order; there must be room.
+        enter: trials to start or resume, in order; there must be room.
         leave: trials to stop, with the reason.
         decided: JSON values kept in a checkpoint made now.
     """
@@ -71,13 +70,13 @@ class Slots:
     """An engine with its trials, one row at a time.
 
     Args:
-        session: what they share.
-        logging: how often things are written.
-        watcher: is told.
+        session: shared by the trials.
+        logging: intervals of logging and checkpoints.
+        watcher: receives the progress.
         checkpoints: folder of the run's checkpoints.
         identity: of the run's settings, kept in them.
-        tolerant: a trial that cannot be made, or whose example does not fit into the memory, ends as failed; else its
-            error ends the run.
+        tolerant: a trial that cannot be made, or that does not fit into the memory, ends as failed; else its error
+            ends the run.
     """
 
     def __init__(
@@ -114,7 +113,7 @@ class Slots:
         return self._steps_done + sum(run.trial.step for run in self._running.values())
 
     def room(self) -> int:
-        """Returns how many trials could enter now (one that changes the base: where all slots are free)."""
+        """Returns how many trials could enter now; one that changes the base needs all slots."""
         engine = self._engine
         assert engine.slots is not None
         alone = any(trial.adapter.exclusive for trial in engine.trials)
@@ -135,7 +134,7 @@ class Slots:
         for run in runs.values():
             self._resume(run, found)
             self._marks[run.plan.name] = marks.get(run.plan.name, run.trial.step)
-        return self._evaluate([run for run in runs.values() if run.trial.finished], {}, told=True)
+        return self._evaluate([run for run in runs.values() if run.trial.finished], {}, resumed=True)
 
     def _resume(self, run: TrialRun, found: checkpoint.Checkpoint) -> None:
         """Opens the files of a trial that is in its slot again."""
@@ -145,35 +144,29 @@ class Slots:
         run.begin(self._initial[run.plan.start], from_step=run.trial.step)
 
     def where(self) -> str:
-        """Says where a stopped run stands."""
+        """Returns a line on how far a stopped run came."""
         trials = [run.trial for run in self._running.values()]
         if len(trials) == 1:
             return f"stopped at step {trials[0].step} of {trials[0].total_steps} of {trials[0].name}"
         return f"stopped with {len(trials)} trials under way"
 
     def advance(self, commands: Commands) -> list[TrialEvent]:
-        """Runs the commands; where they make no events themselves, runs one row. Returns the events.
-
-        A checkpoint is made where it is time to.
-        """
+        """Runs the commands and, if they cause no events, one row; returns the events. Writes a checkpoint when due."""
         events: list[TrialEvent] = []
         for name, reason in commands.leave.items():
-            run = self._running.get(name)
-            if run is not None:
+            if (run := self._running.get(name)) is not None:
                 events.append(self._end(run, "pruned", run.last_N, reason))
         events += self._enter(commands.enter)
         if events:
             return events
-        if self._save_due():
+        if self._steps_due() or self._clock_due() or self._end_due():
             self.save(commands.decided)
         if not self._running:
             return []
         try:
             step_events = self._engine.step()
         except DoesNotFit as error:
-            if not self._tolerant:
-                raise
-            return [self._end(self._run_of(error), "failed", None, str(error))]
+            return [self._fail(self._run_of(error), error)]
         return self._after(step_events, commands.decided)
 
     def save(self, decided: Mapping[str, Any]) -> None:
@@ -192,7 +185,7 @@ class Slots:
         self._ended_since = False
 
     def close(self) -> None:
-        """Empties the slots and closes all files; what is in the slots goes on from the last checkpoint."""
+        """Empties the slots and closes all files; the trials in them can be resumed from the last checkpoint."""
         for run in list(self._running.values()):
             with contextlib.suppress(OutputError):  # a full disk refuses the last flush once more
                 run.close()
@@ -202,16 +195,16 @@ class Slots:
             self._session.base_train.save()
 
     def _new(self, plan: TrialPlan) -> TrialRun:
-        refuse_unfit(self._session, plan.settings.method)  # found out by trying, it might take the whole study with it
+        refuse_unfit(self._session, plan.settings.method)  # trying it could end the whole study
         return TrialRun(plan, self._session, self._logging, self._watcher)
 
     def _enter(self, plans: Sequence[TrialPlan]) -> list[TrialEvent]:
-        """Gives each a slot, and measures the losses before step 1 of all that begin at once."""
+        """Gives each a slot, and measures the losses before step 1 of all that start, together."""
         events: list[TrialEvent] = []
         entering: list[TrialRun] = []
         for plan in plans:
             try:
-                with room_for(size(plan.settings.method, self._session.base).name, self._session.base.device):
+                with room_for(self._session, plan.settings.method):
                     run = self._new(plan)
                     resumed = plan.checkpoint is not None and self._restore(run, plan.checkpoint)
                     if run.trial.parameters and not resumed:
@@ -226,7 +219,7 @@ class Slots:
             if not resumed:
                 entering.append(run)
             elif run.trial.finished:
-                events += self._evaluate([run], {}, told=True)
+                events += self._evaluate([run], {}, resumed=True)
         unknown = {run.plan.start: run for run in entering if run.plan.start not in self._initial}
         losses, failed = self._held_out(list(unknown.values()))
         self._initial |= {start: losses[run.plan.name] for start, run in unknown.items() if run.plan.name in losses}
@@ -252,25 +245,25 @@ class Slots:
         return True
 
     def _after(self, step_events: Sequence[StepEvent], decided: Mapping[str, Any]) -> list[TrialEvent]:
-        """Writes down what a row completed, and evaluates all that are due together."""
+        """Logs the steps that a row completed, and evaluates all trials that are due together."""
         events: list[TrialEvent] = []
         due = []
         for step_event in step_events:
             run = self._running[step_event.trial.name]
             if step_event.failed is not None:
-                if not self._tolerant:
-                    raise step_event.failed
-                events.append(self._end(run, "failed", None, str(step_event.failed)))
-                continue
-            if step_event.report is None:
+                events.append(self._fail(run, step_event.failed))
+            elif step_event.report is None:
                 events.append(self._end(run, "diverged", None, step_event.diverged))
-                continue
-            run.log(step_event.report)
-            if run.evaluation_due and not step_event.report.skipped:
-                due.append(run)
+            else:
+                run.log(step_event.report)
+                if run.evaluation_due and not step_event.report.skipped:
+                    due.append(run)
         return events + self._evaluate(due, decided)
 
-    def _evaluate(self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, told: bool = False) -> list[TrialEvent]:
+    def _evaluate(
+        self, due: Sequence[TrialRun], decided: Mapping[str, Any], *, resumed: bool = False
+    ) -> list[TrialEvent]:
+        """Returns the events of these trials' held-out losses; those of a resumed trial are in its files already."""
         events: list[TrialEvent] = []
         losses, failed = self._held_out(due)
         for run in due:
@@ -282,12 +275,12 @@ class Slots:
                 reason = f"the held-out loss became {sums_N.sum()} after step {step}"
                 events.append(self._end(run, "diverged", None, reason))
                 continue
-            if not told:
-                run.tell(sums_N)
+            if not resumed:
+                run.log_held_out(sums_N)
             events.append(Evaluated(run.plan.name, step, sums_N))
             if run.trial.finished:
-                if not self._tolerant:  # a checkpoint that was asked for at the last step is one of the trial, too
-                    self._save_at_mark(decided)
+                if not self._tolerant and self._steps_due():  # a single run's last checkpoint holds its trial
+                    self.save(decided)
                 if run.plan.settings.keep:
                     run.save_adapter()
                 events.append(self._end(run, "finished", sums_N))
@@ -298,7 +291,7 @@ class Slots:
         rows, fitting, failed = self._session.held_out, list(runs), dict[str, str]()
         while fitting:
             try:
-                losses = self._engine.evaluate([run.trial for run in fitting], rows, range(len(rows)))
+                losses = self._engine.losses([run.trial.adapter for run in fitting], rows, range(len(rows)))
             except DoesNotFit as error:
                 if not self._tolerant:
                     raise
@@ -312,6 +305,11 @@ class Slots:
     def _run_of(self, error: DoesNotFit) -> TrialRun:
         return next(run for run in self._running.values() if run.trial.adapter is error.adapter)
 
+    def _fail(self, run: TrialRun, error: UserError) -> Ended:
+        if not self._tolerant:
+            raise error
+        return self._end(run, "failed", None, str(error))
+
     def _end(self, run: TrialRun, status: Ending, end_N: Losses | None, reason: str | None = None) -> Ended:
         run.close()
         if run.trial in self._engine.trials:
@@ -322,18 +320,11 @@ class Slots:
         self._ended_since = True
         return Ended(run.plan.name, run.outcome(status, end_N, reason))
 
-    def _save_due(self) -> bool:
-        return self._steps_due() or self._clock_due() or self._end_due()
-
-    def _save_at_mark(self, decided: Mapping[str, Any]) -> None:
-        if self._steps_due():
-            self.save(decided)
-
     def _steps_due(self) -> bool:
-        """True once each time any trial has taken `checkpoint_every` steps since this was last so, or since it entered.
+        """True when any trial has taken `checkpoint_every` steps since the last time, or since it entered.
 
-        A checkpoint holds all slots: the interval is one of steps of the trial that takes the most, however many there
-        are. Checkpoints made for other reasons do not shift it.
+        A checkpoint holds all slots: the trial with the most steps sets the interval, which checkpoints made for other
+        reasons do not shift.
         """
         every = self._logging.checkpoint_every
         if every is None:
@@ -352,5 +343,5 @@ class Slots:
         return time.monotonic() - self._saved_at >= max(60 * minutes, self._save_seconds / CHECKPOINT_SHARE)
 
     def _end_due(self) -> bool:
-        """True where a trial that ended would be lost by a kill, and saving is cheap enough to prevent that."""
+        """True where a kill would lose a trial that ended, and saving is cheap."""
         return self._ended_since and time.monotonic() - self._saved_at >= self._save_seconds / CHECKPOINT_SHARE

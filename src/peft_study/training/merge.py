@@ -1,7 +1,7 @@
-"""Adapters that runs left: which folder is meant, and merging one into its base, with what that costs.
+"""Finds the adapter of a run, and merges one into its base, with the loss that the merge costs.
 
     base + adapter ── losses of the run's held-out rows ──┐
-          │ merge in float32                              ├──► Losses: what was learned, what the merge lost
+          │ merge in float32                              ├──► MergeLosses: learned, and lost by the merge
           ▼ save, float32 or rounded                      │
     merged folder ──── losses of the same rows ───────────┘
 
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from peft_study.config import TrainConfig, validate
@@ -29,16 +27,14 @@ from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import load_base
 from peft_study.model.precision import Placement, choose
-from peft_study.statistics import Estimate, difference, loss_value
+from peft_study.statistics import Estimate, Losses, difference, loss_value
 from peft_study.storage.files import atomic_folder, follow_umask
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Say, describe, open_session
 
 SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 ROUNDING = 1e-4
-"""Of the loss: differences below come of the order of sums, in float32, too."""
-
-_Sums = npt.NDArray[np.float64]
+"""Share of the loss: smaller differences come from the order of sums, in float32 as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +44,8 @@ class MergeLosses:
     Attributes:
         base, adapter: of the untouched base and with the adapter on it, in the precision of the run.
         merged: of the merged model, in the precision of its files.
-        above: how far the merged model's is above the adapter's, paired by example.
-        examples: that they were measured on.
+        above: the merged model's minus the adapter's, paired by example.
+        examples: number of examples measured.
     """
 
     base: float
@@ -60,7 +56,7 @@ class MergeLosses:
 
     @property
     def lost(self) -> float | None:
-        """Share of what was learned that the merge lost; None where it lost no more than noise."""
+        """Share of the learned improvement that the merge lost; None where it lost no more than noise."""
         if self.above.low <= ROUNDING * self.adapter:
             return None
         learned = self.base - self.adapter
@@ -71,15 +67,15 @@ class _HeldOut(NamedTuple):
     """Held-out rows of a run, the base's and the adapter's summed loss of each, and tokens a packed row."""
 
     rows: Rows
-    base_N: _Sums
-    adapter_N: _Sums
+    base_N: Losses
+    adapter_N: Losses
     row_tokens: int | None
 
 
 def find_adapter(path: Path) -> Path:
-    """Returns the adapter's folder, or that of a model trained as a whole: `path`, or where a run in `path` left it.
+    """Returns the folder of an adapter or of a model trained as a whole: `path`, or that of the run in `path`.
 
-    A folder that is neither is returned as it is: whoever reads it says what is missing.
+    Any other folder is returned as it is: the caller's reading names the missing file.
 
     Raises:
         ModelError: when a run in `path` left none, or it is a study.
@@ -99,7 +95,7 @@ def find_adapter(path: Path) -> Path:
         raise ModelError(
             f"holds no adapter: the run has not finished ({state or 'no status'})",
             where=str(path),
-            remedy="its command, given again, goes on with one that was interrupted",
+            remedy="an interrupted run resumes with the same command",
         )
     return path
 
@@ -116,25 +112,25 @@ def merge(
 ) -> MergeLosses | None:
     """Writes the base with a LoRA adapter merged in, as a model folder with the tokenizer and template of the training.
 
-    The sum is made in float32. Rounded to bfloat16, a weight keeps 8 bits: an update below 1/512 of a weight, which
-    is most of what a short LoRA run learns, is gone. So float32 is what is written unless another dtype is asked for.
-    A base that was quantised in training is dequantised: the adapter was fitted to what its codes stand for.
+    The sum is made in float32, and written so unless another dtype is asked for: rounded to bfloat16, a weight keeps 8
+    bits, and an update below 1/512 of a weight, which is most of what a short LoRA run learns, is gone. A base that was
+    quantised in training is dequantised, because the adapter was fitted to the values of its codes.
 
     Args:
         adapter: folder of the adapter.
         output: of the merged model; empty or not there.
-        say: receives a line before each step that takes time, and one on why nothing is measured.
+        say: receives a line before each step that takes time, and one where nothing is measured.
         base: model to merge into instead of the one that the adapter names.
         dtype: of the weights that are written: float32, bfloat16 or float16.
-        measure: whether the losses of the run's held-out rows are measured before and after.
-        device: that measures; the merge itself is made on the CPU.
+        measure: measure the losses of the run's held-out rows before and after.
+        device: for the measurement; the merge itself runs on the CPU.
 
     Returns:
-        The losses; None where they were not asked for, or the run's rows are not at hand.
+        The losses; None where they were not asked for, or the run's rows are not available.
 
     Raises:
-        ModelError: for soft prompts, which are no change of weights; for a model that was trained as a whole; when
-            base or adapter cannot be loaded.
+        ModelError: for soft prompts, which change no weights; for a model that was trained as a whole; when base or
+            adapter cannot be loaded.
         ConfigError: when the device or the dtype is unknown.
         OutputError: when the folder holds something or cannot be written.
     """
@@ -148,9 +144,9 @@ def merge(
 
 
 def _check(adapter: Path, output: Path) -> None:
-    """Refuses what cannot be merged, before anything is loaded."""
+    """Refuses an adapter that cannot be merged, before anything is loaded."""
     if is_whole_model(adapter):
-        raise ModelError("is a whole model: nothing is to be merged", where=str(adapter), remedy="use it as it is")
+        raise ModelError("is a whole model: there is nothing to merge", where=str(adapter), remedy="use it as it is")
     kind = str(read_config(adapter).get("peft_type"))
     if kind in SOFT:
         raise ModelError(
@@ -165,7 +161,7 @@ def _check(adapter: Path, output: Path) -> None:
 def _write(adapter: Path, output: Path, base: str | None, precision: torch.dtype, say: Say) -> None:
     loaded = load_adapter_base(adapter, base, Placement(torch.device("cpu"), torch.float32))
     if loaded.quantization:
-        say(f"the base was 4-bit ({loaded.quantization}) in training: it is dequantised, and the update added to that")
+        say(f"the base was 4-bit ({loaded.quantization}) in training: it is dequantised before the update is added")
         loaded = loaded._replace(model=loaded.model.dequantize())
     merged = put_on(adapter, loaded).merge_and_unload().to(precision)
     kept = encoding(adapter)
@@ -179,7 +175,7 @@ def _write(adapter: Path, output: Path, base: str | None, precision: torch.dtype
 
 
 def _before(adapter: Path, base: str | None, device: str, say: Say) -> _HeldOut | None:
-    """Returns the held-out rows of the run that left the adapter, with their losses; says why where there are none."""
+    """Returns the held-out rows of the adapter's run with their losses; None, with a line, where there are none."""
     run = RunFolder(adapter.resolve().parent)
     try:
         values = run.read_if_there("config.resolved.json")

@@ -1,4 +1,4 @@
-"""What every trial of a run shares: the base, the tokens, the parts held out, the base's own losses."""
+"""The parts that all trials of a run share: base, tokens, held-out parts, the base's own losses."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Session:
     Attributes:
         base: the frozen model.
         engine: it runs on.
-        room: the memory that trials can have.
+        room: memory for trials.
         longest: tokens of the longest example of all parts.
         encoder: how conversations become tokens, and
         add_bos: whether it puts BOS first.
         train, held_out, test: the rows; only a study has test rows.
-        material: what initialisations draw on.
+        material: tokens for initialisations.
         base_train, base_held_out, base_test: the untouched base's losses.
         notes: lines the user should see once.
         processes: that run the same trials, this one among them.
@@ -84,7 +84,7 @@ def open_session(
         model, data: as configured.
         training: gives seeds, row size and gradient checkpointing.
         say: receives a line before each step that takes time.
-        test: whether rows are put aside for a test of what the held-out ones chose.
+        test: whether rows are put aside for the final test.
         processes: that run the same trials; the one that writes comes first and fills the caches for the others.
 
     Raises:
@@ -130,7 +130,7 @@ def open_session(
 
 
 def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, ChatEncoder]:
-    """Returns tokenizer and encoder; what is wrong with template, files or paths is told before the model is loaded."""
+    """Returns tokenizer and encoder; refuses bad templates, files and paths before the model is loaded."""
     resolve_model(model.name)
     tokenizer = load_tokenizer(
         model.tokenizer or model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -144,7 +144,7 @@ def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, Ch
 
 
 def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, notes: list[str]) -> Base:
-    """Loads the base, and notes how it differs from what the engine is made for."""
+    """Loads the base; adds a note where it runs one example a row."""
     precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
     say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
     base = load_base(
@@ -157,14 +157,14 @@ def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, no
     )
     base.tokenizer_name = model.tokenizer
     if not base.proof.segmented:
-        notes.append(f"{model.name}: its attention is not one known here; it is run as it is, one example a row")
+        notes.append(f"{model.name}: its attention is not known here; it is run as it is, one example a row")
     elif not base.proof.packs:
         notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
     return base
 
 
 def _room(engine: Engine, processes: ProcessGroup) -> Room:
-    """Returns what trials can have; processes that train together have equal shares, and one figure for all of them."""
+    """Returns the memory for trials; processes that train together have equal shares, and all use the same figure."""
     room = Room(engine, sharing=processes.count)
     (free,) = processes.of_first([-1.0 if room.free is None else float(room.free)])
     room.free = None if free < 0 else int(free)
@@ -183,71 +183,68 @@ def _longest(base: Base, parts: Sequence[Rows]) -> int:
 
 
 def refuse_unfit(session: Session, method: MethodConfig) -> None:
-    """Refuses a setting of which it is known beforehand that it cannot be trained on this base, data and device.
+    """Refuses a setting that cannot be trained on this base, data and device.
 
     Raises:
         ModelError: when it needs more positions than the model has, or more memory than there is.
     """
-    found, positions = size(method, session.base), session.base.positions
-    virtual = found.row_tokens + found.prefix_tokens
+    positions, virtual = session.base.positions, _virtual_tokens(session, method)
     if positions is not None and session.longest + virtual > positions:
+        shorter = f", or max_length {positions - virtual} or less" if positions > virtual else ""
         raise ModelError(
             f"{virtual:,} virtual tokens and the longest example's {session.longest:,} tokens need "
             f"{session.longest + virtual:,} positions, but the model has {positions:,}",
-            remedy=f"use fewer tokens, or max_length {positions - virtual} or less"
-            if positions > virtual
-            else "use fewer tokens",
+            remedy=f"use fewer tokens{shorter}",
         )
     session.room.refuse(method, session.longest)
 
 
+def _virtual_tokens(session: Session, method: MethodConfig) -> int:
+    found = size(method, session.base)
+    return found.row_tokens + found.prefix_tokens
+
+
 def past_context(session: Session, methods: Iterable[MethodConfig]) -> str | None:
     """Returns a line for the user where a setting goes beyond the positions that the model was made for, else None."""
-    sizes = [size(method, session.base) for method in methods]
-    virtual = max((found.row_tokens + found.prefix_tokens for found in sizes), default=0)
+    virtual = max((_virtual_tokens(session, method) for method in methods), default=0)
     context = session.base.context
     if context is None or session.longest + virtual <= context:
         return None
     return (
         f"the longest example's {session.longest:,} tokens and {virtual:,} virtual tokens go beyond the {context:,} "
-        "positions that the model was made for: it computes them, but what it says there may be worth little"
+        "positions that the model was made for: it computes them, but its answers there may be poor"
     )
 
 
 @contextmanager
-def room_for(what: str, device: object) -> Iterator[None]:
-    """Says in one line that something did not fit into the memory.
-
-    Raises:
-        ModelError: instead of the device's own error.
-    """
+def room_for(session: Session, method: MethodConfig) -> Iterator[None]:
+    """Turns out of memory in the block into a ModelError that names the setting."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise ModelError(
-            f"{what} does not fit into the memory of {device} ({first_line(error)})",
-            remedy="make it smaller, or have fewer trials side by side (slots)",
-        ) from None
+        name, device = size(method, session.base).name, session.base.device
+        what = f"{name} does not fit into the memory of {device} ({first_line(error)})"
+        raise ModelError(what, remedy="make it smaller, or have fewer trials side by side (slots)") from None
 
 
 def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) -> None:
-    """Makes each method's adapter once, so that what does not fit this base or data is said before anything is written.
+    """Makes each method's adapter once, so that one that does not fit is refused before anything is written.
 
     Raises:
         ModelError: when a method does not fit the model, its positions or the memory.
         ConfigError: when the data is too small for its initialisation.
     """
     for method in methods:
-        with room_for(size(method, session.base).name, session.base.device):
+        with room_for(session, method):
             refuse_unfit(session, method)
             if method.method != "full":  # which fits every model, and would copy all of it
                 create(method, session.base, session.material, seed)
 
 
 def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) -> None:
-    """Refuses to go on with a run whose data or base changed under the same names since it began.
+    """Refuses to resume a run whose data or base changed under the same names since it began.
 
     Raises:
         OutputError: naming what changed.
@@ -270,14 +267,14 @@ def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) ->
         raise OutputError(
             f"since this run began, {' and '.join(changed)} changed",
             where=str(folder.path),
-            remedy="put them back to go on, or start a new run in another folder",
+            remedy="put them back to resume, or start a new run in another folder",
         )
 
 
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
     precision = base.quantization or base.placement.dtype_name
-    # a device rounds in its own way: the losses of another would not be those that a trial here is compared with
+    # devices round differently: a trial is compared with losses of its own device
     name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{base.device.type}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
 
@@ -288,7 +285,7 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
 
 
 def bos_losses(session: Session) -> str:
-    """Returns a line that says the untouched base's held-out loss as it is, and with BOS before every example."""
+    """Returns a line with the untouched base's held-out loss as the data is, and with BOS before every example."""
     bos, rows = session.base.tokenizer.bos_token_id, session.held_out
     as_they_are = session.base_held_out.of(range(len(rows))).sum() / rows.counts().sum()
     behind, most = [behind_bos(rows[i], bos) for i in range(len(rows))], session.encoder.max_length
@@ -300,9 +297,9 @@ def bos_losses(session: Session) -> str:
 
 
 def _material(base: Base, train: Rows, seed: int) -> Material:
-    """Gathers what initialisations draw on from up to 2,000 training rows, drawn at random.
+    """Gathers the tokens for initialisations from up to 2,000 training rows, drawn at random.
 
-    The rows of a mixture often lie ordered by where they came from, so the first ones would stand for one source.
+    A mixture is often ordered by source, so the first rows would be of one source.
     """
     tokenizer = base.tokenizer
     size = base.model.config.get_text_config().vocab_size
@@ -323,7 +320,7 @@ def _material(base: Base, train: Rows, seed: int) -> Material:
 
 
 def describe(session: Session) -> dict[str, dict[str, object]]:
-    """Returns the record of data and base: what the numbers were computed from."""
+    """Returns the record of data and base that the numbers are computed from."""
     base = session.base
     test = session.test
     parts = [session.train, session.held_out, *([] if test is None else [test])]

@@ -1,10 +1,10 @@
-"""Slots, row budget and threads of a run: settled once at its start, written down, and the same when it goes on."""
+"""Slots, row budget and threads of a run: fixed once at its start, written down, and the same when it resumes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -22,14 +22,14 @@ _FILE = "capacity.json"
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What the engine works with.
+    """Sizes of the engine.
 
     Attributes:
         slots: trials side by side.
         row_tokens: tokens a row.
         threads: of torch on the CPU, in each worker.
         measured: the probe's figures in bytes; None where slots were given or there is one trial.
-        workers: that had their share of this machine's, or the cluster's, processors.
+        workers: that share the processors of this machine or cluster.
     """
 
     slots: int
@@ -42,11 +42,11 @@ class Capacity:
 def settle(
     session: Session, folder: RunFolder, largest: Sequence[TrialSettings], *, trials: int, wanted: int | Literal["auto"]
 ) -> str | None:
-    """Gives the engine its slots and row budget, and returns a line for the user where there is news.
+    """Gives the engine its slots and row budget, and returns a line for the user, if any.
 
     Args:
         session: its engine has no trials yet.
-        folder: of the run; what an earlier start settled is used again.
+        folder: of the run; sizes of an earlier start are used again.
         largest: setting of each method.
         trials: of the whole run.
         wanted: slots, or auto.
@@ -64,18 +64,18 @@ def settle(
 
 
 def kept(folder: RunFolder) -> Capacity | None:
-    """Returns what an earlier start of the run in this folder settled, or None."""
+    """Returns the sizes of an earlier start of the run in this folder, or None."""
     values = folder.read_if_there(_FILE)
     return None if values is None else Capacity(**values)
 
 
 def keep(folder: RunFolder, capacity: Capacity) -> None:
-    """Writes down what was settled."""
+    """Writes the sizes into the run's folder."""
     folder.write(_FILE, asdict(capacity))
 
 
 def differs(capacity: Capacity, wanted: int | Literal["auto"]) -> str | None:
-    """Returns a line where the slots are others than those asked for now."""
+    """Returns a line where the slots differ from those asked for now."""
     if wanted in ("auto", capacity.slots):
         return None
     return f"{capacity.slots} slots, as when this run began (asked for: {wanted})"
@@ -84,7 +84,7 @@ def differs(capacity: Capacity, wanted: int | Literal["auto"]) -> str | None:
 def found(
     session: Session, largest: Sequence[TrialSettings], *, trials: int, wanted: int | Literal["auto"]
 ) -> Capacity:
-    """Returns what this session's engine can hold; arguments as in `settle`."""
+    """Returns the sizes that fit this session's engine; arguments as in `settle`."""
     fitting = [t for t in largest if _fits(session, t)]
     session.room.cut_rows([t.method for t in fitting])
     found = _measure(session, largest, fitting) if wanted == "auto" and trials > 1 else None
@@ -93,23 +93,17 @@ def found(
     return Capacity(slots, session.engine.row_tokens, torch.get_num_threads(), figures)
 
 
-def with_share(capacity: Capacity, threads: int, workers: int) -> Capacity:
-    """Returns the capacity of one of several workers, whose share of the processors is this start's."""
-    return replace(capacity, threads=threads, workers=workers)
-
-
 def use(session: Session, capacity: Capacity) -> None:
     """Gives the engine its slots and row budget, and torch its threads."""
     session.engine.slots, session.engine.row_tokens = capacity.slots, capacity.row_tokens
-    if capacity.threads != torch.get_num_threads():
-        # sums over threads are cut differently: with another number the last bits of a resumed run would differ
-        torch.set_num_threads(capacity.threads)
+    # the number of threads decides the order of sums: with another one the last bits of a resumed run would differ
+    torch.set_num_threads(capacity.threads)
 
 
 def _fits(session: Session, settings: TrialSettings) -> bool:
     try:
         check_methods(session, [settings.method], settings.training.seed)
-    except UserError:  # its trials will be rows that failed
+    except UserError:  # its trials will fail
         return False
     return True
 
@@ -117,24 +111,23 @@ def _fits(session: Session, settings: TrialSettings) -> bool:
 def _measure(
     session: Session, largest: Sequence[TrialSettings], fitting: Sequence[TrialSettings]
 ) -> MemoryProbe | None:
-    """Runs a row of the largest setting; of one that is too large for the memory, nothing fits beside the others."""
+    """Runs a row of the largest setting that fits; a slot is as large as the largest of all settings."""
     room = session.room
     slots = [room.slot(t.method) for t in largest if not is_exclusive(t.method.method)]
     if not slots:
         return None
-    side_by_side = [t for t in fitting if not is_exclusive(t.method.method)]
     activations = 0
-    if side_by_side:
-        largest_setting = max(side_by_side, key=lambda t: room.slot(t.method))
-        adapter = create(largest_setting.method, session.base, session.material, largest_setting.training.seed)
+    if beside := [t for t in fitting if not is_exclusive(t.method.method)]:
+        most = max(beside, key=lambda t: room.slot(t.method))
+        adapter = create(most.method, session.base, session.material, most.training.seed)
         activations = probe(session.engine, adapter, session.train)
     return measured(room.free, activations, max(slots))
 
 
 def _enough(session: Session, largest: Sequence[TrialSettings], trials: int, measured: MemoryProbe | None) -> int:
-    """Returns the slots that keep rows full, as far as they fit: more of them would only wait for each other.
+    """Returns as many slots as keep rows full and fit into the memory; more would only wait for each other.
 
-    On an accelerator a short row is a waste: a batch ends in the middle of a row and the next one can only begin in the
+    An accelerator wastes time on short rows: a batch ends in the middle of a row and the next one can only start in the
     next row, so two rows' worth of batches are held. On CPU a short row costs no more a token, and more slots mean
     thinner products: 16 trials of 128 tokens in rows of 1,024 took 40 % longer a token than 8 (docs/performance.md).
     """
@@ -147,7 +140,7 @@ def _enough(session: Session, largest: Sequence[TrialSettings], trials: int, mea
 
 
 def sentence(capacity: Capacity) -> str:
-    """Returns what was settled, in words."""
+    """Returns the sizes in words."""
     measured = capacity.measured
     room = ""
     if measured is not None and measured["fits"] is not None:

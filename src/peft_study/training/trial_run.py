@@ -1,4 +1,4 @@
-"""One trial of a run while it is in the engine: what is measured, and where it is written down."""
+"""One trial of a run while it is in the engine: its measurements and its files."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Session
 
 BASE_LOSS_STEPS = 50
-"""Training steps of a run at which the base's loss on the same batch is measured at most: each costs a forward pass."""
+"""At so many steps of a run at most, the base's loss on the same batch is measured: each costs a forward pass."""
 
 
 class Watcher(Protocol):
-    """Who is told how trials go."""
+    """Receives the progress of trials."""
 
     def say(self, line: str) -> None:
         """Receives a line for the user."""
 
     def counted(self, trial: Trial, trainable: Trainable) -> None:
-        """Receives what trains, before step 1."""
+        """Receives the parameter counts, before step 1."""
 
     def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
         """Receives each optimizer step; `base_loss` is the untouched base's on the batch, where it was measured."""
 
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
-        """Receives each held-out loss, and how far it is above the untouched base's."""
+        """Receives each held-out loss, and its difference from the untouched base's."""
 
 
 Ending = Literal["finished", "pruned", "diverged", "failed"]
@@ -62,7 +62,7 @@ class TrialPlan:
 
     @property
     def start(self) -> str:
-        """What decides the held-out losses before step 1: trials that differ in their rates alone share them."""
+        """Key of the held-out losses before step 1: trials that differ in their rates alone share them."""
         method = self.settings.method
         if method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
             return "base"
@@ -71,15 +71,15 @@ class TrialPlan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trial ended.
+    """The end of a trial.
 
     Attributes:
         status, reason: finished, or why not.
         start_N, end_N: summed held-out losses of each example before step 1 and at the end (None: not measured).
         trainable: parameter counts; None where the trial could not be made.
-        steps, tokens: what it took; tokens are data tokens.
+        steps, tokens: optimizer steps and data tokens.
         virtual_tokens: of the method, beside them.
-        seconds: from its entry, or the resume, to its end; beside others, their rows count too.
+        seconds: from its entry, or the resume, to its end, with the rows of its neighbours.
     """
 
     status: Ending
@@ -97,10 +97,10 @@ class TrialRun:
     """A trial in its slot, with its files.
 
     Args:
-        plan: what to run.
-        session: what all trials share.
-        logging: how often things are written.
-        watcher: is told.
+        plan: of the trial.
+        session: shared by all trials.
+        logging: intervals of logging.
+        watcher: receives the progress.
     """
 
     def __init__(self, plan: TrialPlan, session: Session, logging: LoggingConfig, watcher: Watcher) -> None:
@@ -122,7 +122,7 @@ class TrialRun:
 
         Args:
             start_N: held-out losses before step 1.
-            from_step: of a trial that goes on; None: it is new.
+            from_step: of a resumed trial; None: it is new.
         """
         self._start_N = start_N
         self._watcher.counted(self.trial, self.trainable)
@@ -132,16 +132,16 @@ class TrialRun:
             events = folder.path / "tensorboard" if self._logging.tensorboard else None
             self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step)
         if from_step is None:
-            self.tell(start_N)
+            self.log_held_out(start_N)
 
     @property
     def evaluation_due(self) -> bool:
-        """True where the held-out losses are to be measured now."""
+        """True where the held-out losses are due now."""
         step, every = self.trial.step, self.plan.evaluate_every
         return self.trial.finished or step in self.plan.settings.rungs or (every is not None and step % every == 0)
 
     def log(self, report: StepReport) -> None:
-        """Writes an optimizer step down."""
+        """Logs an optimizer step."""
         trial, session, base_loss = self.trial, self._session, None
         # an exclusive trial has changed the base, so the base's loss can no longer be measured
         if self._logging.base_loss and not trial.adapter.exclusive:
@@ -166,8 +166,8 @@ class TrialRun:
                 skipped=report.skipped,
             )
 
-    def tell(self, sums_N: Losses) -> None:
-        """Writes the held-out losses down and tells the watcher."""
+    def log_held_out(self, sums_N: Losses) -> None:
+        """Logs the held-out losses."""
         self.last_N = sums_N
         loss = mean_loss(sums_N, self._counts_N)
         above = difference(sums_N, self._base_N, self._counts_N)
@@ -193,7 +193,7 @@ class TrialRun:
                 note_encoding(place, self._session.encoder.template_text, add_bos=self._session.add_bos)
 
     def outcome(self, status: Ending, end_N: Losses | None, reason: str | None = None) -> Outcome:
-        """Returns how the trial ended."""
+        """Returns the end of the trial."""
         trial = self.trial
         return Outcome(
             status,

@@ -118,7 +118,7 @@ class WorkerPool:
         self._begin(first)
         capacity: Capacity = self._first_answer()
         first.state = "idle"
-        self._capacity = slot_count.with_share(capacity, self._launcher.threads, self._launcher.count)
+        self._capacity = replace(capacity, threads=self._launcher.threads, workers=self._launcher.count)
         if before is None:
             self._say(f"{slot_count.sentence(self._capacity)}, in each worker")
         elif note := slot_count.differs(before, self._config.slots):
