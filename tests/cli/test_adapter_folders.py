@@ -44,7 +44,7 @@ def prompts(tmp_path: Path) -> Path:
 
 SPOILED = {
     "gbk.txt": ("请把这句话翻译成英文。\n".encode("gbk"), "not UTF-8"),
-    "png.txt": (PNG, "not UTF-8"),
+    "png.txt": (PNG, "is not a text file"),
     "gbk.jsonl": (json.dumps({"prompt": "你好"}, ensure_ascii=False).encode("gbk"), "not UTF-8"),
     "image.png": (PNG, "is no data file"),
     "turns.jsonl": (b'{"messages": ["hello"]}\n', "turn 1"),

@@ -79,7 +79,7 @@ def test_a_changed_space_is_searched_on_and_has_a_winner(cli: CommandLine, study
     assert "dropout" in cli("compare", "lora-000", "lora-005", "-s", out).out
     assert "the same: apart by " in cli("rerun", "lora-000", "-s", out).ok().out
     # the same command once more finds all done
-    assert "goes on" in cli("run", study).ok().out
+    assert "resumes: " in cli("run", study).ok().out
     assert listed(cli, out) == rows
 
 

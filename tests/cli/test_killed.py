@@ -216,7 +216,7 @@ def test_a_run_killed_and_then_terminated_is_bit_equal(
     assert interrupt(start((*words, cut), cache_of(cut), log), cut, 15, 0.0, signal.SIGTERM) == 130
     said = log.read_text()
     assert "resumes at step " in said
-    assert "with a checkpoint; the same command goes on from there" in said
+    assert "with a checkpoint; the same command resumes there" in said
     assert "Traceback" not in said
     status = RunFolder(cut).status()
     assert status is not None
