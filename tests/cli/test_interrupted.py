@@ -91,7 +91,7 @@ def test_one_line_and_nothing_left(name: str, many: Path, tiny_model_folder: Pat
         tokenising = name in ("stats", "finetune", "run")
         temporary = cache / "tokens"
         until(
-            lambda: any(temporary.glob(".*/*")) if tokenising else reads(process.pid, many),
+            lambda: any(temporary.glob(".*")) if tokenising else reads(process.pid, many),
             lambda: process.poll() is not None,
         )
         if tokenising:
@@ -106,4 +106,4 @@ def test_one_line_and_nothing_left(name: str, many: Path, tiny_model_folder: Pat
             process.communicate()
     assert (process.returncode, err) == (130, "stopped\n")
     assert sorted(tmp_path.iterdir()) == before
-    assert not any(temporary.glob("*/*"))
+    assert not any(temporary.glob("*"))
