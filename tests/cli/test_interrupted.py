@@ -50,8 +50,8 @@ def command(name: str, data: Path, model: Path, folder: Path) -> list[object]:
             *("--output_dir", folder / "out"),
         ],
         "run": ["run", study],
-        "convert": ["data", "convert", *[data] * 10, "-o", folder / "converted.jsonl"],
-        "sample": ["data", "sample", *[data] * 10, "--sizes", 1000, "-o", folder / "samples"],
+        "convert": ["data", "convert", *[data] * 40, "-o", folder / "converted.jsonl"],
+        "sample": ["data", "sample", *[data] * 40, "--sizes", 1000, "-o", folder / "samples"],
         "init": ["init", "--model", model, "--data", data, "-o", folder / "made.yaml"],
     }[name]
 
@@ -104,6 +104,8 @@ def test_one_line_and_nothing_left(name: str, many: Path, tiny_model_folder: Pat
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    assert (process.returncode, err) == (130, "stopped\n")
+    # CPython itself ends with SIGINT where the interrupt came inside an exec, as of dataclasses that are imported late
+    assert process.returncode in (130, -signal.SIGINT)
+    assert err == "stopped\n"
     assert sorted(tmp_path.iterdir()) == before
     assert not any(temporary.glob("*"))
