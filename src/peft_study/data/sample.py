@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 import numpy as np
+from numpy.random import PCG64, Generator  # loaded when first used, it would swallow a Ctrl-C at the first row
 
 from peft_study.data.convert import LineWriter, line_of
 from peft_study.data.readers import RawRow
@@ -207,7 +208,7 @@ def _fill(reservoir: _Reservoir, sources: Sequence[Source], spec: SampleSpec, on
 
 
 def _random_keys(seed: int) -> Iterator[int]:
-    generator = np.random.Generator(np.random.PCG64(seed))
+    generator = Generator(PCG64(seed))
     while True:
         yield from generator.integers(2**64, size=_KEYS_AT_ONCE, dtype=np.uint64).tolist()
 
