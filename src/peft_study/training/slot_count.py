@@ -96,8 +96,9 @@ def found(
 def use(session: Session, capacity: Capacity) -> None:
     """Gives the engine its slots and row budget, and torch its threads."""
     session.engine.slots, session.engine.row_tokens = capacity.slots, capacity.row_tokens
-    # the number of threads decides the order of sums: with another one the last bits of a resumed run would differ
-    torch.set_num_threads(capacity.threads)
+    if capacity.threads != torch.get_num_threads():
+        # it decides the order of sums: with another number the last bits of a resumed run would differ
+        torch.set_num_threads(capacity.threads)
 
 
 def _fits(session: Session, settings: TrialSettings) -> bool:
