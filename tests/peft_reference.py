@@ -206,7 +206,7 @@ def tensors(examples: Sequence[Example], padding: int) -> dict[str, Tensor]:
 
 
 def _sum(model: Any, examples: Sequence[Example], padding: int) -> Tensor:
-    # in float64: over 49,152 words, torch 2.13's float32 log-softmax on AVX2 is 2e-5 nats off, and so is the model's loss
+    # in float64: torch 2.13's float32 log-softmax over 49,152 words is 2e-5 nats off on AVX2, and so is a model's loss
     batch = tensors(examples, padding)
     labels = batch.pop("labels")
     logits = model(**batch).logits[:, -labels.shape[1] : -1]  # a soft prompt's own positions come first
