@@ -6,6 +6,7 @@ conversations --> chunks of 256 --> one process a core --> EncodedChunk, in the 
 from __future__ import annotations
 
 import collections
+import ctypes
 import hashlib
 import itertools
 import json
@@ -15,7 +16,7 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,13 @@ def encode_chunk(conversations: list[Conversation], encoder: ChatEncoder) -> Enc
 
     Raises:
         TemplateError: of the first that cannot be encoded.
+        CancelledError: in a worker that was told to stop.
     """
-    wholes = [encoder.encode_whole(conversation) for conversation in conversations]
+    wholes = []
+    for conversation in conversations:
+        if _worker_stop.value:
+            raise CancelledError
+        wholes.append(encoder.encode_whole(conversation))
     cut = slice(encoder.max_length)
     return EncodedChunk(
         ids=[conversation.id for conversation in conversations],
@@ -110,14 +116,15 @@ def encode_rows(
         for chunk in chunks:
             yield encode_chunk(chunk, encoder)
     else:
-        others = set(multiprocessing.active_children())
-        with ProcessPoolExecutor(count, _context(), _start_worker, (encoder,)) as pool:
+        context = _context()
+        # Told to stop rather than killed: the pool waits for ever for a result whose writer was killed half way.
+        stop = context.RawValue(ctypes.c_bool, False)
+        with ProcessPoolExecutor(count, context, _start_worker, (encoder, stop)) as pool:
             try:
                 yield from _in_order(chunks, pool, limit=3 * count)
             except BaseException:
+                stop.value = True
                 pool.shutdown(wait=False, cancel_futures=True)
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.terminate()  # the chunks still being encoded are no longer needed
                 raise
     if rows.failure is not None:
         raise rows.failure
@@ -173,14 +180,15 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 _worker_encoder: ChatEncoder | None = None
+_worker_stop = ctypes.c_bool(False)
 
 
-def _start_worker(encoder: ChatEncoder) -> None:
-    global _worker_encoder
+def _start_worker(encoder: ChatEncoder, stop: ctypes.c_bool) -> None:
+    global _worker_encoder, _worker_stop
     # Ctrl-C reaches the whole process group, but only the parent handles it. Fork copied the parent's handlers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _worker_encoder = encoder
+    _worker_encoder, _worker_stop = encoder, stop
 
 
 def _encode_in_worker(chunk: list[Conversation]) -> EncodedChunk:
