@@ -228,7 +228,7 @@ def test_weights_follow_the_umask(
 ) -> None:
     before = os.umask(umask)
     try:
-        more = () if method == "all weights" else (method,)
+        more = ("--dtype", "float32") if method == "all weights" else (method,)
         train(cli, tiny_model_folder, tiny_data, tmp_path / "new" / "out", *more, "--checkpointing_steps", 1)
         if method == "--use_lora":
             cli("merge", tmp_path / "new" / "out" / "adapter", "-o", tmp_path / "new" / "merged").ok()

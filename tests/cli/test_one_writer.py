@@ -82,11 +82,14 @@ def test_a_killed_run_leaves_no_lock_behind_in_the_processes_it_forked(tmp_path:
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
         "from peft_study.storage.run_dir import RunFolder\n"
+        "read, write = os.pipe()\n"
         "with RunFolder(Path(sys.argv[1])).locked():\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
+        "        os.write(write, b'.')\n"
         "        time.sleep(30)\n"
         "        os._exit(0)\n"
+        "    os.read(read, 1)\n"  # what a new process does first is done
         "    print(child, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -193,7 +193,8 @@ def test_a_worker_that_does_not_see_the_study_folder_is_refused(
     assert line.endswith("; give an output folder that all machines see (docs/scale.md)")
     # the same command, where it is seen: under a new name, as the old one might still be at work
     cli("run", study, "--workers", 2).ok()
-    assert json.loads((tmp_path / "out" / "workers.json").read_text())["next"] == 3
+    # (a second worker that is slow to load gets no name: the first one may have run all trials)
+    assert json.loads((tmp_path / "out" / "workers.json").read_text())["next"] in (2, 3)
 
 
 def test_a_first_worker_that_dies_is_one_line(cli: CommandLine, study: Path, tmp_path: Path) -> None:
