@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 from common import ROOT, Rows, arguments
-from search_grid import FULL, TINY, Curves, Scale, cell_of, read_curves, study_values
+from search_grid import DATA, FULL, TINY, Curves, Scale, cell_of, read_curves, study_values
 from search_live import measure_ours
 from search_ours import decisions, order_of, ours, worker_costs
 from search_replay import RULES, Costs, Search, Seen, asha, factor, one_after_another, spread, times
@@ -43,21 +43,25 @@ PARTS = ("ours", "trl", "ray")
 CURVES = "search_curves"
 
 
-def scale_of(model: str) -> Scale:
-    """Returns how large the search on a model is."""
-    return TINY if model == "tiny" else FULL
+def scale_of(options: argparse.Namespace) -> Scale:
+    """Returns how large the search is."""
+    return TINY if options.model == "tiny" else FULL[options.method]
+
+
+def _subject(options: argparse.Namespace) -> dict[str, str]:
+    return {"model": options.model, "data": options.data, "method": options.method}
 
 
 def measure(options: argparse.Namespace) -> None:
     """Measures curves and seconds; rows go to results/search_curves.jsonl."""
-    scale = scale_of(options.model)
+    scale = scale_of(options)
     options.work.mkdir(parents=True, exist_ok=True)
-    values = study_values(options.model, scale, options.work, options.device)
+    values = study_values(options.model, options.data, scale, options.work, options.device)
     file = options.work / "study.yaml"
     file.write_text(yaml.safe_dump({**values, "output": str(options.work / "unused")}))
     grid = hashlib.sha256(json.dumps(asdict(scale)).encode()).hexdigest()[:12]
     options.name = CURVES
-    rows = Rows(options, model=options.model, grid=grid, batch_size=scale.batch_size)
+    rows = Rows(options, **_subject(options), grid=grid, batch_size=scale.batch_size)
     if "ours" in options.parts:
         measure_ours(rows, options.model, values, scale, options.work)
     if "trl" in options.parts:
@@ -95,10 +99,10 @@ def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
 
 def replay(options: argparse.Namespace) -> None:
     """Replays all systems on the measured curves; rows go to results/search.jsonl."""
-    curves = read_curves(options.out / f"{CURVES}.jsonl", options.model)
+    curves = read_curves(options.out / f"{CURVES}.jsonl", **_subject(options))
     if missing := {"ours", "ours alone"} - curves.speeds.keys():
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
-    rows = Rows(options, model=options.model, seeds=options.seeds, replayed="orders and pruning rules, on live curves")
+    rows = Rows(options, **_subject(options), seeds=options.seeds, replayed="orders and pruning rules, on live curves")
     searches: dict[str, list[Search]] = {"d": []}
     peers = systems(curves)
     for seed in range(options.seeds):
@@ -120,8 +124,8 @@ def replay(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Runs one study live by the command line and compares its decisions and times with the replay's."""
-    curves = read_curves(options.out / f"{CURVES}.jsonl", options.model)
-    rows = Rows(options, model=options.model, search_seed=options.seed)
+    curves = read_curves(options.out / f"{CURVES}.jsonl", **_subject(options))
+    rows = Rows(options, **_subject(options), search_seed=options.seed)
     live, events = run_live(options)
     replayed, expected = ours(curves, options.seed, worker_costs(curves.speeds))
     here, there = decisions(events), decisions(expected)
@@ -149,7 +153,7 @@ def check(options: argparse.Namespace) -> None:
 def run_live(options: argparse.Namespace) -> tuple[Search, list[Event]]:
     """Runs `peft-study run` on the grid and notes when each line of its journal appears."""
     options.work.mkdir(parents=True, exist_ok=True)
-    values = study_values(options.model, scale_of(options.model), options.work, options.device)
+    values = study_values(options.model, options.data, scale_of(options), options.work, options.device)
     values["search"]["seed"] = options.seed
     folder = options.work / "check"
     file = options.work / "check.yaml"
@@ -180,13 +184,15 @@ def main(words: list[str] | None = None) -> None:
     parser = arguments(__doc__, "search")
     parser.add_argument("what", choices=("measure", "replay", "check"))
     parser.add_argument("--model", default=EMBEDDED, choices=(EMBEDDED, "tiny"))
+    parser.add_argument("--data", default="mawps", choices=tuple(DATA))
+    parser.add_argument("--method", default="lora", choices=tuple(FULL))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of measure")
     parser.add_argument("--seeds", type=int, default=10, help="search seeds of replay")
     parser.add_argument("--seed", type=int, default=0, help="search seed of check")
     parser.add_argument("--work", type=Path, help="folder of the studies, a GB; default: in the cache")
     options = parser.parse_args(words)
     if options.work is None:
-        options.work = cache_root() / "benchmarks" / f"search-{options.model}"
+        options.work = cache_root() / "benchmarks" / "-".join(("search", *_subject(options).values()))
     {"measure": measure, "replay": replay, "check": check}[options.what](options)
 
 

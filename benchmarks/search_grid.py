@@ -1,11 +1,13 @@
-"""The grid that `search.py` searches, on which model and data, and what was measured of every cell.
+"""The grids that `search.py` searches, on which model and data, and what was measured of every cell.
 
-learning rate   8 from 1e-5 to 1e-2, the ends of LoRA's default range
-rank            4, 16, 64, at a fixed alpha: the best rate moves with the rank
+learning rate   7 or 8, over the method's default range
+rank or tokens  LoRA: 4, 16, 64, at a fixed alpha; prefix tuning: 10, 40; prompt tuning: 8, 32
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +26,13 @@ from peft_study.engine.order import DataOrder
 from peft_study.model.load import load_tokenizer
 
 Losses = npt.NDArray[np.float64]
-METHOD = "lora"
-DATA = SHARED / "data" / "llm-adapters" / "mawps_train.jsonl.gz"
-"""Word problems of 90 tokens: short enough for 24 whole trials, and the answers' form is learned in few steps."""
+DATA = {
+    # word problems of 90 tokens: short enough for 24 whole trials, and the answers' form is learned in few steps
+    "mawps": SHARED / "data" / "llm-adapters" / "mawps_train.jsonl.gz",
+    # those of at most SHORT characters, of 110 tokens
+    "gsm8k": SHARED / "data" / "gsm8k" / "train.jsonl.gz",
+}
+SHORT = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,9 @@ class Scale:
     """How large everything is.
 
     Attributes:
-        rates, ranks: of the grid.
+        method: that is searched.
+        rates: of the grid.
+        other, values: its second dimension.
         steps: optimizer steps of a trial, and
         batch_size: examples of each.
         dev, test: rows of the parts.
@@ -42,8 +50,10 @@ class Scale:
         timed_steps: optimizer steps of a run whose time alone is of interest.
     """
 
+    method: str
     rates: tuple[float, ...]
-    ranks: tuple[int, ...]
+    other: str
+    values: tuple[int, ...]
     steps: int = 36
     batch_size: int = 4
     dev: int = 32
@@ -52,27 +62,51 @@ class Scale:
     timed_steps: int = 3
 
 
-FULL = Scale(rates=tuple(float(f"{rate:.2g}") for rate in np.geomspace(1e-5, 1e-2, 8)), ranks=(4, 16, 64))
-TINY = Scale(rates=(1e-4, 1e-2), ranks=(4, 8), steps=9, batch_size=2, dev=6, test=8, max_length=64, timed_steps=3)
+def _rates(low: float, high: float, count: int) -> tuple[float, ...]:
+    return tuple(float(f"{rate:.2g}") for rate in np.geomspace(low, high, count))
 
 
-def study_values(model: str, scale: Scale, work: Path, device: str = "auto") -> dict[str, Any]:
+FULL = {
+    "lora": Scale("lora", _rates(1e-5, 1e-2, 8), "rank", (4, 16, 64)),
+    "prefix_tuning": Scale("prefix_tuning", _rates(3e-4, 0.3, 7), "tokens", (10, 40)),
+    "prompt_tuning": Scale("prompt_tuning", _rates(1e-3, 3.0, 8), "tokens", (8, 32)),
+}
+TINY = Scale("lora", (1e-4, 1e-2), "rank", (4, 8), steps=9, batch_size=2, dev=6, test=8, max_length=64, timed_steps=3)
+
+
+def data_of(name: str, work: Path) -> str:
+    """Returns the path of a data set of DATA, or ``skills`` where it is not there.
+
+    Of GSM8K it is a file of its short rows, which is written.
+    """
+    path = DATA[name]
+    if not path.exists():
+        return "skills"
+    if name != "gsm8k":
+        return str(path)
+    short = work / "gsm8k_short.jsonl"
+    rows = gzip.decompress(path.read_bytes()).decode().splitlines()
+    kept = [row for row in rows if sum(len(m["content"]) for m in json.loads(row)["messages"]) <= SHORT]
+    short.write_text("\n".join(kept) + "\n")
+    return str(short)
+
+
+def study_values(model: str, data: str, scale: Scale, work: Path, device: str = "auto") -> dict[str, Any]:
     """Returns the study file of the grid as plain values, without its output folder.
 
     Nothing is written or computed beside the trials that a TRL run would not do: no event files, no base losses.
     """
-    data = str(DATA) if DATA.exists() and model != "tiny" else "skills"
     name = str(save_tiny(work / "tiny-model")) if model == "tiny" else model
     return {
         "model": {"name": name, "device": device},
         "data": {
-            "train": data,
+            "train": "skills" if model == "tiny" else data_of(data, work),
             "held_out": scale.dev,
             "test": scale.test,
             "max_length": scale.max_length,
             "workers": 1,
         },
-        "methods": {METHOD: {"learning_rate": list(scale.rates), "rank": list(scale.ranks)}},
+        "methods": {scale.method: {"learning_rate": list(scale.rates), scale.other: list(scale.values)}},
         "training": {"batch_size": scale.batch_size},
         "budget": {"steps": scale.steps},
         "search": {"sampler": "grid"},
@@ -89,7 +123,8 @@ def config_of(values: Mapping[str, Any], output: Path, seed: int = 0, **search: 
 
 def cell_of(values: Mapping[str, Any]) -> str:
     """Returns the name of a grid cell, from a trial's values or a row."""
-    return f"rate {values['learning_rate']:g}, rank {values['rank']}"
+    other = next(name for name in ("rank", "tokens") if name in values)
+    return f"rate {values['learning_rate']:g}, {other} {values[other]}"
 
 
 def split_of(config: StudyConfig) -> Split:
@@ -112,7 +147,7 @@ class Cell:
     """One setting of the grid, trained to its end.
 
     Attributes:
-        values: learning rate and rank.
+        values: learning rate, and rank or tokens.
         status: finished, diverged or failed.
         steps: optimizer steps it took.
         sums: losses of each dev example in nats, by step; none after a divergence.
@@ -179,16 +214,17 @@ class Curves:
         return frozenset(name for name, cell in self.cells.items() if cell.test <= 1.01 * best)
 
 
-def read_curves(path: Path, model: str) -> Curves:
-    """Returns the newest curves of a model.
+def read_curves(path: Path, model: str, data: str = "mawps", method: str = "lora") -> Curves:
+    """Returns the newest curves of a model, data set and method.
 
     Raises:
         SystemExit: when there are none, or cells are missing.
     """
-    rows = [row for row in read_rows(path) if row["model"] == model]
+    kept = {"model": model, "data": data, "method": method}
+    rows = [row for row in read_rows(path) if all(row[key] == value for key, value in kept.items())]
     study = next((row for row in reversed(rows) if row["row"] == "study"), None)
     if study is None:
-        raise SystemExit(f"no curves of {model}: run `python benchmarks/search.py measure` first")
+        raise SystemExit(f"no curves of {model}, {data} and {method}: run `python benchmarks/search.py measure` first")
     cells = [_cell(row) for row in rows if row["row"] == "cell" and row["grid"] == study["grid"]]
     named = {cell.name: cell for cell in cells}
     if len(named) != study["cells"]:
@@ -211,5 +247,5 @@ def read_curves(path: Path, model: str) -> Curves:
 
 def _cell(row: Mapping[str, Any]) -> Cell:
     sums = {int(step): np.array(values) for step, values in row["sums"].items()}
-    values = {"learning_rate": row["learning_rate"], "rank": row["rank"]}
+    values = {name: row[name] for name in ("learning_rate", "rank", "tokens") if name in row}
     return Cell(values, row["status"], row["steps"], sums, float("inf") if row["test"] is None else row["test"])

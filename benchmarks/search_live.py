@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 from common import Rows
-from search_grid import METHOD, Scale, config_of, split_of, training_batches
+from search_grid import Scale, config_of, split_of, training_batches
 
 from peft_study.config import StudyConfig, validate
 from peft_study.methods.peft_format import load_adapter
@@ -144,7 +144,7 @@ def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, w
     whole = {**values, "search": {**values["search"], "audit": 1.0}}
     stamps = run_apart(whole, work, "curves")
     # a part of the grid, as short as shows the speed
-    few = {METHOD: {"learning_rate": scale.rates[len(scale.rates) // 2], "rank": list(scale.ranks)}}
+    few = {scale.method: {"learning_rate": scale.rates[len(scale.rates) // 2], scale.other: list(scale.values)}}
     short = {**values, "methods": few, "budget": {"steps": scale.timed_steps}}
     none = {**short, "search": {**values["search"], "pruner": "none"}}
     for name in ("alone", "start-up"):  # short; done again they are measured again
@@ -156,14 +156,14 @@ def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, w
     # where the model and the data lie on this machine is no part of what was measured
     portable = {**values, "model": {"name": model}, "data": {**values["data"], "train": Path(data).name}}
     rows.add(row="study", values=portable, slots=slots, **_study_facts(config, scale, state))
-    _write_cells(rows, config, state)
+    _write_cells(rows, config, scale, state)
     rows.add(row="speed", system="ours", start_up=start_up(again), **speeds(stamps, slots, dev_tokens))
     rows.add(row="speed", system="ours alone", start_up=start_up(alone), **speeds(alone, 1, dev_tokens))
 
 
 def _study_facts(config: StudyConfig, scale: Scale, state: StudyState) -> dict[str, Any]:
     """Returns what the replay must know of data and engine."""
-    split, trials = split_of(config), state.of(METHOD, "search")
+    split, trials = split_of(config), state.of(scale.method, "search")
     (reference,) = state.of("none", "reference")
     return {
         "cells": len(trials),
@@ -177,14 +177,14 @@ def _study_facts(config: StudyConfig, scale: Scale, state: StudyState) -> dict[s
     }
 
 
-def _write_cells(rows: Rows, config: StudyConfig, state: StudyState) -> None:
-    trials = state.of(METHOD, "search")
+def _write_cells(rows: Rows, config: StudyConfig, scale: Scale, state: StudyState) -> None:
+    trials = state.of(scale.method, "search")
     tests = _test_losses(config, [trial for trial in trials if trial.status == "finished"])
     for trial in trials:
         rows.add(
             row="cell",
             learning_rate=trial.values["learning_rate"],
-            rank=trial.values["rank"],
+            **{scale.other: trial.values[scale.other]},
             status=trial.status,
             reason=trial.reason,
             steps=trial.facts["steps"],

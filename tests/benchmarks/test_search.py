@@ -189,7 +189,10 @@ def test_unfinished_curves_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "search_curves.jsonl"
     with pytest.raises(SystemExit, match="measure"):
         read_curves(path, "tiny")
-    path.write_text(json.dumps({"row": "study", "model": "tiny", "grid": "x", "cells": 24}) + "\n")
+    path.write_text(
+        json.dumps({"row": "study", "model": "tiny", "data": "mawps", "method": "lora", "grid": "x", "cells": 24})
+        + "\n"
+    )
     with pytest.raises(SystemExit, match="0 of 24 cells"):
         read_curves(path, "tiny")
 
@@ -198,7 +201,9 @@ def test_unfinished_curves_are_refused(tmp_path: Path) -> None:
 def test_a_tiny_grid_is_measured_replayed_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="TRL is a peer, no dependency")
     monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(search, "TINY", Scale((1e-4, 1e-2), (4, 8), 9, 2, dev=6, test=8, max_length=64, timed_steps=3))
+    monkeypatch.setattr(
+        search, "TINY", Scale("lora", (1e-4, 1e-2), "rank", (4, 8), 9, 2, dev=6, test=8, max_length=64, timed_steps=3)
+    )
     words = ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     search.main(["measure", *words, "--parts", "ours", "trl"])
     found = read_curves(tmp_path / "out" / "search_curves.jsonl", "tiny")
