@@ -221,7 +221,7 @@ def read_curves(path: Path, model: str, data: str = "mawps", method: str = "lora
         SystemExit: when there are none, or cells are missing.
     """
     kept = {"model": model, "data": data, "method": method}
-    rows = [row for row in read_rows(path) if all(row[key] == value for key, value in kept.items())]
+    rows = [row for row in read_rows(path) if all(row.get(key, value) == value for key, value in kept.items())]
     study = next((row for row in reversed(rows) if row["row"] == "study"), None)
     if study is None:
         raise SystemExit(f"no curves of {model}, {data} and {method}: run `python benchmarks/search.py measure` first")

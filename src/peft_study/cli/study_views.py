@@ -28,6 +28,8 @@ _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed"
 
 def show_status(study: Study, found: StudyStatus) -> None:
     """Prints the state of a study."""
+    from peft_study.report.findings import recommendation
+
     output = console()
     path = study.folder.path
     who = "" if study.owner is None else f" by process {study.owner.process} on {study.owner.machine}"
@@ -47,6 +49,8 @@ def show_status(study: Study, found: StudyStatus) -> None:
     output.print(_methods_table(found.methods))
     if found.base is not None:
         _say(output, f"untouched base: dev loss {_interval(found.base)}")
+    for method, known in study.state.recommended.items():
+        _say(output, recommendation(method, known))
     if study.state.winner is not None:
         method, number = study.state.winner
         _say(output, f"winner by mean dev loss of its seeds: {method}-{number:03d}")

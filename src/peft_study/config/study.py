@@ -16,8 +16,8 @@ from peft_study.config.run import DataConfig, LoggingConfig, ModelConfig, Traini
 from peft_study.config.space import AnySpace, Choices, MethodSpace, Range
 from peft_study.errors import ConfigError, nearest
 
-Sampler = Literal["auto", "tpe", "random", "grid", "quasi_random", "gp"]
-Pruner = Literal["successive_halving", "median", "none"]
+Sampler = Literal["auto", "bayesian", "tpe", "random", "grid", "quasi_random", "gp"]
+Pruner = Literal["probability", "successive_halving", "median", "none"]
 
 TRIALS = 12
 """Trials a method where nothing is said."""
@@ -52,6 +52,10 @@ class SearchConfig(Strict):
     )
     range_steps: int = Field(32, ge=4, description="optimizer steps of each rate in that test")
     widen: bool = Field(True, description="move the end of a log range outwards when the best value lies there")
+    stop: float | None = Field(
+        None, gt=0, description="end a method's search once it is within so many nats a token of its best, with 90 %"
+    )
+    prior: bool = Field(True, description="bayesian: begin at the rates that others found best; false: in the middle")
     seed: int = Field(0, ge=0, description="of the sampler")
 
 
@@ -156,8 +160,12 @@ class StudyConfig(Strict):
 
     def sampler(self, name: str) -> Sampler:
         """Returns the sampler of a method of a filled study: where all its settings are tried, each is tried once."""
-        size = grid_size(self.methods[name])
-        return "grid" if size is not None and size == self.trials(name) else self.search.sampler
+        size, sampler = grid_size(self.methods[name]), self.search.sampler
+        return "grid" if size is not None and size == self.trials(name) and sampler != "bayesian" else sampler
+
+    def tries_cells(self, name: str) -> bool:
+        """Returns whether a method of a filled study has lists alone, of which no setting is tried twice."""
+        return grid_size(self.methods[name]) is not None and self.sampler(name) in ("grid", "bayesian")
 
 
 def _refuse_ranges(spaces: Mapping[str, MethodSpace]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import range_expansion
-from peft_study.search.trials import StudyState, best_first
+from peft_study.search.trials import Recommendation, StudyState, best_first
 from peft_study.statistics import Estimate, difference, few_examples, short
 from peft_study.storage.held_out import HeldOut
 
@@ -25,6 +25,10 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
         said.append(_search(config, state, examples, results, method))
         said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
         said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
+        if method in state.recommended:
+            said.append(recommendation(method, state.recommended[method]))
+        if state.settled(method, config):
+            said.append(f"{_title(method)}: its search ended early, as known well enough (search.stop)")
     if results.finalists:
         said.append(_conclusion(config, results))
     if results.pruning.pruned or results.pruning.audited:
@@ -37,6 +41,18 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
     if results.continued:
         said.append("the study file was changed during the study, and the test part opened more than once")
     return said
+
+
+def recommendation(method: str, known: Recommendation) -> str:
+    """Returns the setting that the model of a method's losses recommends, and how well it is known."""
+    said = []
+    for name, value in known.values.items():
+        text = f"{name} {short(value)}"
+        if name == "learning_rate" and known.rates is not None and known.rates[0] < known.rates[1]:
+            text += f" (the best rate lies between {short(known.rates[0])} and {short(known.rates[1])})"
+        said.append(text)
+    within = f"within {known.within:.2g} nats a token of the best of its space, with 90 %"
+    return f"{_title(method)}: recommended from all its trials: {', '.join(said)}; {within}"
 
 
 def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:

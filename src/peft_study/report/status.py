@@ -114,7 +114,9 @@ def _method(study: Study, method: str) -> MethodStatus:
     best = best_first(searched)
     return MethodStatus(
         method,
-        0 if state.deadline else state.due(method, config) - len(state.present(method)),
+        0
+        if state.deadline or state.settled(method, config)
+        else state.due(method, config) - len(state.present(method)),
         dict(Counter(trial.status for trial in searched)),
         (sum(t.status not in ("running", "interrupted") for t in tests), len(tests)),
         (sum(t.status == "finished" for t in finals), all_finals),

@@ -35,7 +35,8 @@ def test_rates(space: MethodSpace) -> tuple[float, ...]:
 def planned(config: StudyConfig, steps: int) -> dict[str, tuple[float, ...]]:
     """Returns the rates of the range tests, by method; a method that is not there has none.
 
-    `auto` is decided once for all methods: that some had a test and others none would be no equal search.
+    `auto` is decided once for all methods: that some had a test and others none would be no equal search. The Bayesian
+    search needs none: its first trials are such a test.
 
     Args:
         config: filled.
@@ -46,7 +47,8 @@ def planned(config: StudyConfig, steps: int) -> dict[str, tuple[float, ...]]:
     tests = {name: rates for name, rates in tests.items() if rates}
     cost = search.range_steps * sum(len(rates) for rates in tests.values())
     cheap = cost <= TEST_SHARE * steps * sum(config.trials(name) for name in tests)
-    return tests if search.range_test is True or (search.range_test == "auto" and cheap) else {}
+    wanted = search.range_test == "auto" and cheap and search.sampler != "bayesian"
+    return tests if search.range_test is True or wanted else {}
 
 
 def central(space: MethodSpace) -> dict[str, Any]:

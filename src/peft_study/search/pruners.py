@@ -9,6 +9,9 @@ Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) in its asynch
 arXiv:1810.05934), as Optuna's SuccessiveHalvingPruner has it: a trial continues where its loss is among the best
 1/reduction of all that reached the rung before it. On top of that the loss must be worse than that of the last one kept
 by more than the noise: the 95 % interval of their difference, paired by held-out example, must lie above zero.
+
+`unlikely` is another rule: a trial stops where the model of the method's losses gives it a small chance to end as the
+best. It needs no others at the same rung, and learns from the ends of trials how losses at a rung go on.
 """
 
 from __future__ import annotations
@@ -20,10 +23,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from peft_study.search.surrogate import Surrogate
+from peft_study.search.trials import TrialRecord
 from peft_study.statistics import Losses, difference
 
 RUNGS = 2
 """Times a trial is judged at most."""
+CHANCE = 0.1
+"""A trial that is less likely than this to end as its method's best stops."""
 STARTUP = 5
 """Trials the median rule waits for, as Optuna's MedianPruner does."""
 
@@ -85,6 +92,38 @@ class Never:
     def judge(self, _name: str, _reached: Mapping[str, Losses], _counts_N: npt.NDArray[np.int64]) -> Verdict | None:
         """Stops nothing."""
         return None
+
+
+def unlikely(
+    trial: TrialRecord, group: Sequence[TrialRecord], step: int, model: Surrogate, counts_N: npt.NDArray[np.int64]
+) -> str | None:
+    """Returns why a trial should stop, where it would hardly end below the best of the others; else None.
+
+    The chance is the surrogate's, with the noise of the dev rows where both were measured at the same step.
+
+    Args:
+        trial: that came to a rung.
+        group: its method's trials that may still end well.
+        step: the rung.
+        model: of the method's losses, with what was measured there.
+        counts_N: supervised tokens of each held-out example.
+    """
+    from scipy.stats import norm
+
+    others = [other for other in group if other.name != trial.name and any(other.sums)]
+    if not others:
+        return None
+    mean_C, covariance_CC = model.predict([trial.values, *(other.values for other in others)])
+    best = 1 + int(np.argmin(mean_C[1:]))
+    variance = covariance_CC[0, 0] + covariance_CC[best, best] - 2 * covariance_CC[0, best]
+    other = others[best - 1]
+    if step in other.sums:
+        apart_N = trial.sums[step] - other.sums[step]
+        variance += apart_N.var() * len(apart_N) / float(other.sums[step].sum()) ** 2
+    chance = float(norm.cdf((mean_C[best] - mean_C[0]) / max(variance, 1e-12) ** 0.5))
+    if chance >= CHANCE:
+        return None
+    return f"a chance of {chance:.1%} to end below {other.name}"
 
 
 def pruner(kind: str, reduction: int) -> Pruner:

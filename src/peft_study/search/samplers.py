@@ -6,27 +6,24 @@ seed of the search, the method, and the method's earlier trials as the journal h
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from peft_study.config import Choices, MethodSpace, cells
 from peft_study.errors import OutputError, first_line
+from peft_study.search.bayesian import BayesianSearch
+from peft_study.search.design import Bounds, Values, decoded, distributions, fits, label, sobol_points
 from peft_study.search.trials import StudyState, TrialRecord
 from peft_study.seeds import key
 from peft_study.statistics import loss_value
-
-Values = dict[str, Any]
-Bounds = Mapping[str, tuple[float, float]]
 
 STARTUP = 10
 """Trials before a sampler that models the space has something to learn from; they are quasi-random."""
@@ -45,16 +42,28 @@ class SpaceSampler:
     Args:
         method: its name in the study, part of the seed.
         space: filled.
-        sampler: ``tpe``, ``random``, ``grid``, ``quasi_random`` or ``gp``.
+        sampler: ``bayesian``, ``tpe``, ``random``, ``grid``, ``quasi_random`` or ``gp``.
         seed: of the search.
         counts_N: supervised tokens of each held-out example.
+        prior: mean and standard deviation of the logarithm of the best rate, in decades; for ``bayesian``.
+
+    Attributes:
+        bayesian: the model of the method's losses, whichever the sampler is.
     """
 
     def __init__(
-        self, method: str, space: MethodSpace, sampler: str, seed: int, counts_N: npt.NDArray[np.int64]
+        self,
+        method: str,
+        space: MethodSpace,
+        sampler: str,
+        seed: int,
+        counts_N: npt.NDArray[np.int64],
+        prior: tuple[float, float] | None = None,
     ) -> None:
         self._method, self._space, self._sampler, self._seed = method, space, sampler, seed
         self._counts_N = counts_N
+        self._design = int(np.random.default_rng(key(seed, "design", method)).integers(2**31))
+        self.bayesian = BayesianSearch(space, counts_N, prior, self._design)
         self._dimensions = space.dimensions()
         # trials in Optuna's form, kept for as long as the distributions stay the same
         self._kept: dict[tuple[str, str, int], FrozenTrial] = {}
@@ -73,18 +82,19 @@ class SpaceSampler:
         number = len(trials)
         # a 31-bit seed: scikit-learn's and numpy's legacy generators take no more
         seed = int(np.random.default_rng(key(self._seed, "sampler", self._method, number)).integers(2**31))
-        design = int(np.random.default_rng(key(self._seed, "design", self._method)).integers(2**31))
         if self._sampler == "grid":
-            return self._untried_cell(trials, design)
-        space = self._distributions({**bounds, **fresh})
+            return self._untried_cell(trials, self._design)
+        if self._sampler == "bayesian":
+            return self.bayesian.suggest(trials, {**bounds, **fresh})
+        space = distributions(self._space, {**bounds, **fresh})
         if self._sampler == "quasi_random" or (self._sampler != "random" and number < STARTUP):
-            return self._decoded(_sobol_point(space, number, design))
+            return decoded(self._space, sobol_points(space, number + 1, self._design)[number])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of experimental settings
             optuna.logging.set_verbosity(optuna.logging.ERROR)
             study = optuna.create_study(direction="minimize", sampler=self._model(seed))
             study.add_trials(self.frozen(trials, bounds))
-            return self._decoded(study.ask(space).params)
+            return decoded(self._space, study.ask(space).params)
 
     def frozen(self, trials: Sequence[TrialRecord], bounds: Bounds) -> list[FrozenTrial]:
         """Returns trials in Optuna's form; arguments as of `suggest`.
@@ -100,20 +110,20 @@ class SpaceSampler:
             values = [t.values[name] for t in trials if isinstance(t.values.get(name), (int, float))]
             values = [value for value in values if value > 0 or not dimension.log]
             wide[name] = (min([low, *values]), max([high, *values]))
-        distributions = self._distributions(wide)
-        if distributions != self._kept_for:
-            self._kept, self._kept_for = {}, distributions
+        spaces = distributions(self._space, wide)
+        if spaces != self._kept_for:
+            self._kept, self._kept_for = {}, spaces
         found = []
         for trial in trials:
             state = trial.name, trial.status, len(trial.sums)
             if state not in self._kept:
-                self._kept[state] = self._frozen(trial, distributions)
+                self._kept[state] = self._frozen(trial, spaces)
             found.append(self._kept[state])
         return found
 
-    def _frozen(self, trial: TrialRecord, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
-        params = {n: _label(v) for n, v in trial.values.items() if n in distributions}
-        params = {n: v for n, v in params.items() if _fits(distributions[n], v)}  # not all that an earlier space had
+    def _frozen(self, trial: TrialRecord, spaces: Mapping[str, BaseDistribution]) -> FrozenTrial:
+        params = {n: label(v) for n, v in trial.values.items() if n in spaces}
+        params = {n: v for n, v in params.items() if fits(spaces[n], v)}  # not all that an earlier space had
         losses = {step: loss_value(sums_N, self._counts_N) for step, sums_N in trial.sums.items()}
         state = _STATES.get(trial.status, TrialState.FAIL)
         value = None
@@ -123,7 +133,7 @@ class SpaceSampler:
             state=state,
             value=value,
             params=params,
-            distributions={name: distributions[name] for name in params},
+            distributions={name: spaces[name] for name in params},
             intermediate_values=losses,
             user_attrs={"name": trial.name, "status": trial.status, "reason": trial.reason},
         )
@@ -135,75 +145,12 @@ class SpaceSampler:
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
 
-    def _distributions(self, bounds: Bounds) -> dict[str, BaseDistribution]:
-        found: dict[str, BaseDistribution] = {}
-        for name, dimension in self._dimensions.items():
-            if isinstance(dimension, Choices):
-                found[name] = CategoricalDistribution([_label(choice) for choice in dimension.choices])
-                continue
-            low, high = bounds.get(name, (dimension.low, dimension.high))
-            if self._space.whole(name):
-                found[name] = IntDistribution(math.ceil(low), math.floor(high), log=dimension.log)
-            else:
-                found[name] = FloatDistribution(low, high, log=dimension.log)
-        return found
-
-    def _decoded(self, params: Mapping[str, Any]) -> Values:
-        values: Values = dict(params)
-        for name, dimension in self._dimensions.items():
-            if isinstance(dimension, Choices):
-                values[name] = next(c for c in dimension.choices if _label(c) == params[name])
-        return values
-
     def _untried_cell(self, trials: Sequence[TrialRecord], seed: int) -> Values:
         """Returns the first cell that no trial had, in an order that the seed gives."""
         grid = cells(self._space)
         tried = [trial.settings.flat for trial in trials]
         order = (grid[index] for index in np.random.default_rng(seed).permutation(len(grid)))
         return next(cell for cell in order if self._space.flat(cell) not in tried)
-
-
-def _sobol_point(space: Mapping[str, BaseDistribution], number: int, seed: int) -> Values:
-    """Returns point `number` of a scrambled Sobol sequence (scipy), stretched over the space.
-
-    Optuna's own QMCSampler draws at random until a first trial has ended, which with many slots is the whole design.
-    """
-    from scipy.stats import qmc
-
-    if not space:
-        return {}
-    sequence = qmc.Sobol(len(space), scramble=True, rng=np.random.default_rng(seed))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that balance needs a power of two: there are as many points as trials
-        point = sequence.random(number + 1)[number]
-    return {name: _stretched(d, float(u)) for (name, d), u in zip(space.items(), point, strict=True)}
-
-
-def _stretched(distribution: BaseDistribution, u: float) -> Any:
-    """Returns the value at the share `u` of a distribution's range."""
-    if isinstance(distribution, CategoricalDistribution):
-        return distribution.choices[min(int(u * len(distribution.choices)), len(distribution.choices) - 1)]
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    low, high = distribution.low, distribution.high
-    if isinstance(distribution, IntDistribution):
-        low, high = (low - 0.5, high + 0.5) if distribution.log is False else (low, high + 1)
-        value = low * (high / low) ** u if distribution.log else low + u * (high - low)
-        whole = math.floor(value) if distribution.log else round(value)
-        return min(max(whole, distribution.low), distribution.high)
-    value = low * (high / low) ** u if distribution.log else low + u * (high - low)
-    return min(max(value, low), high)
-
-
-def _fits(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
-    assert isinstance(distribution, (FloatDistribution, IntDistribution))
-    return isinstance(value, (int, float)) and distribution.low <= value <= distribution.high
-
-
-def _label(choice: Any) -> Any:
-    """Returns what stands for a choice in Optuna's database, which holds scalars only."""
-    return choice if choice is None or isinstance(choice, (bool, int, float, str)) else json.dumps(choice)
 
 
 def export(path: Path, samplers: Mapping[str, SpaceSampler], state: StudyState) -> None:

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from peft_study.config import Choices, MethodSpace, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test, range_expansion
-from peft_study.search.pruners import pruner, rungs
+from peft_study.search.prior import rate_prior
+from peft_study.search.pruners import pruner, rungs, unlikely
 from peft_study.search.samplers import SpaceSampler
 from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, value_of
 from peft_study.seeds import key
@@ -49,7 +50,8 @@ class Scheduler:
     ) -> None:
         self._config, self._journal = config, journal
         self._steps, self._counts_N = steps, counts_N
-        self._pruner = pruner(config.search.pruner, config.search.reduction)
+        kind = config.search.pruner
+        self._pruner = None if kind == "probability" else pruner(kind, config.search.reduction)
         self.state = StudyState()
         for event in journal.events:
             self.state.apply(event)
@@ -61,9 +63,21 @@ class Scheduler:
         # a grid gives out what was not tried: what is due does not change while the file stays the same
         self._due = {method: self.state.due(method, config) for method in self.methods}
         self.samplers = {
-            method: SpaceSampler(method, config.methods[method], config.sampler(method), config.search.seed, counts_N)
+            method: SpaceSampler(
+                method,
+                config.methods[method],
+                config.sampler(method),
+                config.search.seed,
+                counts_N,
+                self._prior(config.methods[method]),
+            )
             for method in self.methods
         }
+
+    def _prior(self, space: MethodSpace) -> tuple[float, float] | None:
+        if "learning_rate" not in space.dimensions():
+            return None
+        return rate_prior(space, self._steps(self._config.training), informed=self._config.search.prior)
 
     @property
     def finished(self) -> bool:
@@ -160,6 +174,8 @@ class Scheduler:
         return {rate: trial for rate, flat in tests.items() for trial in asked if trial.settings.flat == flat}
 
     def _to_come(self, method: str) -> int:
+        if self.state.settled(method, self._config):
+            return 0
         return self._due[method] - len(self.state.present(method))
 
     def _next_search(self, methods: Sequence[str]) -> TrialRecord | None:
@@ -248,8 +264,13 @@ class Scheduler:
             return None
         # a trial that diverged later must not stop others: it would leave none
         group = [t for t in self.state.of(trial.method, "search") if t.status not in ("diverged", "failed")]
-        reached = {t.name: t.sums[event.step] for t in group if event.step in t.sums}
-        found = self._pruner.judge(trial.name, reached, self._counts_N)
+        found: object
+        if self._pruner is None:
+            model = self.samplers[trial.method].bayesian.surrogate(self.state.of(trial.method, "search"))
+            found = unlikely(trial, group, event.step, model, self._counts_N)
+        else:
+            reached = {t.name: t.sums[event.step] for t in group if event.step in t.sums}
+            found = self._pruner.judge(trial.name, reached, self._counts_N)
         if found is None:
             return None
         reason = f"at step {event.step} {found}"
@@ -272,6 +293,19 @@ class Scheduler:
         self._add({**ended, "facts": facts})
         if trial.kind == "range_test":
             self._close_range_test(trial.method)
+        if trial.kind == "search" and trial.method in self.methods and self._modelled(trial.method):
+            self._recommend(trial.method)
+
+    def _modelled(self, method: str) -> bool:
+        search = self._config.search
+        return self._config.sampler(method) == "bayesian" or search.pruner == "probability" or search.stop is not None
+
+    def _recommend(self, method: str) -> None:
+        trials, bounds = self.state.of(method, "search"), self.state.bounds.get(method, {})
+        found = self.samplers[method].bayesian.recommended(trials, bounds)
+        if found is not None:
+            event = {"event": "recommended", "method": method, "values": found.values}
+            self._add({**event, "rates": found.rates, "within": found.within})
 
     def _close_range_test(self, method: str) -> None:
         rates = self.range_rates(method)

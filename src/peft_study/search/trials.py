@@ -64,6 +64,21 @@ class TrialRecord:
         return self.sums.get(0)
 
 
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The setting that the model of a method's losses recommends.
+
+    Attributes:
+        values: of the searched dimensions.
+        rates: between which the best learning rate lies, with 90 %, at the other settings; None where it is fixed.
+        within: nats a token by which it is above the best of the space, at most, with 90 %.
+    """
+
+    values: dict[str, Any]
+    rates: tuple[float, float] | None
+    within: float
+
+
 @dataclass(slots=True)
 class StudyState:
     """A study as its journal describes it.
@@ -74,6 +89,7 @@ class StudyState:
         fresh: the part added to a range, in which the next trial must lie: method -> dimension -> (low, high).
         notes: the decisions on ranges in words, by method.
         tested: methods whose range test has ended.
+        recommended: the setting that a method's search recommends so far.
         deadline: the time limit ended the search.
         finalists: numbers of the settings that are retrained, by method.
         winner: method and number; None with `concluded`: there is none.
@@ -88,6 +104,7 @@ class StudyState:
     fresh: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     tested: set[str] = field(default_factory=set)
+    recommended: dict[str, Recommendation] = field(default_factory=dict)
     deadline: bool = False
     finalists: dict[str, tuple[int, ...]] = field(default_factory=dict)
     winner: tuple[str, int] | None = None
@@ -134,11 +151,22 @@ class StudyState:
         found = [t for t in self.of(method, "final") if t.number in (numbers or ()) and t.seed in final_seeds(config)]
         return found, (config.finals.best if numbers is None else len(numbers)) * config.finals.seeds
 
+    def settled(self, method: str, config: StudyConfig) -> bool:
+        """True where a method's best setting is known as well as `search.stop` asks, and enough have finished."""
+        stop, known = config.search.stop, self.recommended.get(method)
+        finished = sum(trial.status == "finished" for trial in self.present(method))
+        return (
+            stop is not None and known is not None and known.within <= stop and finished >= max(config.finals.best, 1)
+        )
+
     def untuned(self, method: str, config: StudyConfig) -> bool:
         """True where a method had fewer trials than the others, by more than the one that a time limit may cost.
 
-        A grid of which every cell was tried is tuned, however small; a single setting is no search.
+        A grid of which every cell was tried is tuned, however small, and so is a method whose best setting is known
+        well enough; a single setting is no search.
         """
+        if self.settled(method, config):
+            return False
         if config.methods[method].dimensions() and self._untried(method, config) == 0:
             return False
         counts = {m: self._count(m, config) for m in config.searched}
@@ -167,7 +195,7 @@ class StudyState:
 
         A cell is all its settings: under another fixed value it is another one.
         """
-        if config.sampler(method) != "grid":
+        if not config.tries_cells(method):
             return None
         space, tried = config.methods[method], [t.settings.flat for t in self.of(method, "search")]
         return sum(space.flat(cell) not in tried for cell in cells(space)) if tried else grid_size(space)
@@ -182,7 +210,7 @@ class StudyState:
     def _other(self, method: str, config: StudyConfig) -> int:
         """Returns how many earlier settings are not cells of the present grid."""
         space, before = config.methods[method], self.of(method, "search")[: self.earlier.get(method, 0)]
-        again = [space.flat(cell) for cell in cells(space)] if before and config.sampler(method) == "grid" else []
+        again = [space.flat(cell) for cell in cells(space)] if before and config.tries_cells(method) else []
         return sum(trial.settings.flat not in again for trial in before)
 
     def apply(self, event: Event) -> None:
@@ -211,6 +239,10 @@ class StudyState:
             self.bounds.setdefault(e["method"], {})["learning_rate"] = tuple(e["bounds"])
         self.notes.setdefault(e["method"], []).append(e["note"])
 
+    def _recommended(self, e: Event) -> None:
+        rates = None if e["rates"] is None else (e["rates"][0], e["rates"][1])
+        self.recommended[e["method"]] = Recommendation(e["values"], rates, e["within"])
+
     def _widened(self, e: Event) -> None:
         self.bounds.setdefault(e["method"], {})[e["dimension"]] = tuple(e["bounds"])
         self.fresh.setdefault(e["method"], {})[e["dimension"]] = tuple(e["fresh"])
@@ -232,7 +264,7 @@ class StudyState:
         """Reopens the study under a changed file: finals, winner and test, and the ranges of changed spaces."""
         self.continued.append(e)
         for method in e["methods"]:
-            for kept in (self.bounds, self.fresh, self.notes):
+            for kept in (self.bounds, self.fresh, self.notes, self.recommended):
                 kept.pop(method, None)
             self.tested.discard(method)
             self.earlier[method] = len(self.of(method, "search"))

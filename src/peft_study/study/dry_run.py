@@ -146,10 +146,11 @@ def _seconds_a_token(session: Session, trial: Trial) -> float:
 
 def _least_share(config: StudyConfig, steps: int) -> float:
     """Returns the share of the search's steps that is left where every rung keeps no more than its rule must."""
-    if config.search.pruner != "successive_halving":
+    if config.search.pruner not in ("successive_halving", "probability"):
         return 1.0
+    least = 1 / config.search.reduction if config.search.pruner == "successive_halving" else 0.0
     share, kept, before = 0.0, 1.0, 0
     for rung in (*rungs(steps, config.search.reduction, 0), steps):
         share += kept * (rung - before) / steps
-        kept, before = kept / config.search.reduction, rung
+        kept, before = kept * least, rung
     return share
