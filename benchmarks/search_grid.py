@@ -33,6 +33,8 @@ DATA = {
     "gsm8k": SHARED / "data" / "gsm8k" / "train.jsonl.gz",
 }
 SHORT = 300
+GOOD = 0.02
+"""Share by which a good cell's test loss may be above the least: 1 % is within the noise of 64 rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def data_of(name: str, work: Path) -> str:
     if name != "gsm8k":
         return str(path)
     short = work / "gsm8k_short.jsonl"
-    rows = gzip.decompress(path.read_bytes()).decode().splitlines()
+    rows = gzip.decompress(path.read_bytes()).decode().strip().split("\n")
     kept = [row for row in rows if sum(len(m["content"]) for m in json.loads(row)["messages"]) <= SHORT]
     short.write_text("\n".join(kept) + "\n")
     return str(short)
@@ -208,10 +210,13 @@ class Curves:
         """Returns the tokens of the batches after step `start`, up to step `end`."""
         return sum(map(sum, self.batches[start:end]))
 
+    def regret(self, cell: str) -> float:
+        """Returns by which share a cell's test loss is above the least."""
+        return self.cells[cell].test / min(other.test for other in self.cells.values()) - 1
+
     def good(self) -> frozenset[str]:
-        """Returns the cells whose test loss is within 1 % of the least."""
-        best = min(cell.test for cell in self.cells.values())
-        return frozenset(name for name, cell in self.cells.items() if cell.test <= 1.01 * best)
+        """Returns the cells whose test loss is within GOOD of the least."""
+        return frozenset(name for name in self.cells if self.regret(name) <= GOOD)
 
 
 def read_curves(path: Path, model: str, data: str = "mawps", method: str = "lora") -> Curves:

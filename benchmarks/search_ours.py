@@ -129,21 +129,36 @@ class VirtualWorker:
         self.clock += self._costs.dev_token * self._curves.dev_tokens * trials
 
 
-def ours(curves: Curves, seed: int, costs: WorkerCosts) -> tuple[Search, list[Event]]:
+MODEL = {"sampler": "bayesian", "pruner": "probability"}
+SEARCHES: dict[str, dict[str, Any]] = {"d": MODEL, "d, no prior": {**MODEL, "prior": False}, "d, design": {}}
+"""Our searches: the model of the losses, with and without its prior; and the grid at random with successive halving."""
+
+
+def ours(curves: Curves, seed: int, costs: WorkerCosts, system: str = "d, design") -> tuple[Search, list[Event]]:
     """Replays the study with a search seed; returns what it saw when, and its journal."""
-    config = config_of(curves.values, Path("unused"), seed)
+    config = config_of(curves.values, Path("unused"), seed, **SEARCHES[system])
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal.jsonl")
         scheduler = Scheduler(config, journal, lambda _training: curves.steps, curves.counts_N)
-        worker, seen = VirtualWorker(curves, costs), list[Seen]()
+        worker, seen, changes = VirtualWorker(curves, costs), list[Seen](), list[tuple[float, str]]()
         events: list[TrialEvent] = []
         while not scheduler.finished:  # as study/run.py takes a report and answers it
             seen += seen_in(events, scheduler, worker.clock)
             leave = scheduler.receive(events)
+            changes += recommended_in(events, scheduler, worker.clock)
             staying = set(worker.running) - set(leave)
             begun = scheduler.next(worker.room + len(leave), empty=not staying)
             events = worker.advance([(trial, trial.settings.rungs) for trial in begun], leave)
-        return Search(seen, worker.clock), list(journal.events)
+        return Search(seen, worker.clock, changes), list(journal.events)
+
+
+def recommended_in(events: Sequence[TrialEvent], scheduler: Scheduler, at: float) -> list[tuple[float, str]]:
+    """Returns what the model recommends after news of dev losses; nothing where no model searches."""
+    (method,) = scheduler.methods
+    if not seen_in(events, scheduler, at) or scheduler.config.sampler(method) != "bayesian":
+        return []
+    found = scheduler.samplers[method].bayesian.recommended(scheduler.state.of(method, "search"), {})
+    return [] if found is None else [(at, cell_of(found.values))]
 
 
 def seen_in(events: Sequence[TrialEvent], scheduler: Scheduler, at: float) -> list[Seen]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from search_grid import Curves
 
 Rule = Literal["highest", "finished"]
@@ -35,10 +36,11 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One search: what it saw, and when all was over."""
+    """One search: what it saw, when all was over, and what it recommended from when on, if it says so itself."""
 
     seen: Sequence[Seen]
     over: float
+    recommends: Sequence[tuple[float, str]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +155,31 @@ def good_from(changes: Sequence[tuple[float, str]], good: frozenset[str]) -> tup
     return first, stays
 
 
+def changes_of(search: Search, curves: Curves, rule: Rule) -> Sequence[tuple[float, str]]:
+    """Returns what a search recommends from when on: as it says itself, else by the rule."""
+    return search.recommends or recommended(search.seen, rule, curves.steps)
+
+
 def times(search: Search, curves: Curves, rule: Rule) -> dict[str, float]:
     """Returns a search's times to a good recommendation, by rule, and its whole time."""
-    first, stays = good_from(recommended(search.seen, rule, curves.steps), curves.good())
+    first, stays = good_from(changes_of(search, curves, rule), curves.good())
     return {"first": first, "stays": stays, "whole": search.over}
+
+
+def regrets(searches: Sequence[Search], curves: Curves, rule: Rule, seconds: Sequence[float]) -> list[list[float]]:
+    """Returns quartiles (25 %, 50 %, 75 %) over searches of the regret of what is recommended, at each time.
+
+    Before anything is recommended a search recommends the worst cell.
+    """
+    worst = max(curves.regret(name) for name in curves.cells if math.isfinite(curves.cells[name].test))
+    found: list[list[float]] = []
+    for at in seconds:
+        there = []
+        for search in searches:
+            before = [cell for when, cell in changes_of(search, curves, rule) if when <= at]
+            there.append(min(curves.regret(before[-1]), worst) if before else worst)
+        found.append([round(float(value), 4) for value in np.quantile(there, (0.25, 0.5, 0.75))])
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -193,9 +193,9 @@ def test_the_summary_lists_every_target(tmp_path: Path) -> None:
     assert goals["gpu: one LoRA trial, rows of 8k tokens"] == 0.55
     assert goals["gpu: 16 equal LoRA trials, fused against one after another"] == 6.0
     assert goals["start-up: peft-study --help"] == 0.3
-    assert goals["search: ours against one TRL run after another, TRL's best"] == 10.0
-    assert goals["search: ours against Ray Tune's ASHA over TRL runs, TRL's best"] == 3.0
-    assert goals["search: ours against our engine, one trial after another"] == 5.0
+    assert goals["search: ours against one TRL run after another, TRL's best"] == 5.0
+    assert goals["search: ours, no prior against Ray Tune's ASHA over TRL runs, TRL's best"] == 2.0
+    assert goals["search: ours against our engine, one trial after another"] == 4.0
     assert all(entry["value"] is None and entry["met"] is None and entry["note"] for entry in entries)
     assert {e["note"] for e in entries if e["name"].startswith("gpu:")} == {summary.NO_GPU}
 

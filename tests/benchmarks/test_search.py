@@ -10,9 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import search_live
+import search_recorded
 from search_grid import Cell, Curves, Scale, cell_of, read_curves
 from search_ours import WorkerCosts, decisions, order_of, ours
-from search_replay import NEVER, Costs, Seen, asha, factor, good_from, one_after_another, recommended, spread, times
+from search_replay import (
+    NEVER,
+    Costs,
+    Search,
+    Seen,
+    asha,
+    factor,
+    good_from,
+    one_after_another,
+    recommended,
+    regrets,
+    spread,
+    times,
+)
 
 import search
 
@@ -144,10 +158,26 @@ def test_what_is_recommended_when() -> None:
     assert good_from(changes, frozenset("c")) == (NEVER, NEVER)
 
 
-def test_good_cells_are_within_one_percent_of_the_best() -> None:
-    tests = dict(zip(LOSSES, (1.0, 1.0099, 1.011, 2.0), strict=True))
+def test_good_cells_are_within_two_percent_of_the_best() -> None:
+    tests = dict(zip(LOSSES, (1.0, 1.0199, 1.021, 2.0), strict=True))
     near = {order(name)[0]: Cell(SETTINGS[name], "finished", 9, {}, test) for name, test in tests.items()}
     assert curves(cells=near).good() == frozenset(order("good", "third"))
+
+
+def test_the_regret_of_what_is_recommended() -> None:
+    """Nothing before 5 s is as bad as the worst cell; then a cell three times the best, from 20 s on the best."""
+    third, good = order("third", "good")
+    searches = [Search([], 30, [(5, third), (20, good)]), Search([], 30, [(20, good)])]
+    found = regrets(searches, curves(), "highest", [1, 10, 20])
+    assert found == [[4.0, 4.0, 4.0], [2.5, 3.0, 3.5], [0.0, 0.0, 0.0]]
+
+
+def test_our_model_recommends_at_every_measurement() -> None:
+    found, events = ours(curves(), 0, WorkerCosts(100, 0, 1, 1, 0.5), "d")
+    assert len(order_of(events)) == 4
+    assert {cell for _, cell in found.recommends} <= set(order(*LOSSES))
+    assert found.recommends[-1][1] == order("good")[0]
+    assert times(found, curves(), "highest")["stays"] <= found.over
 
 
 def test_medians_and_what_is_never_reached() -> None:
@@ -197,6 +227,16 @@ def test_unfinished_curves_are_refused(tmp_path: Path) -> None:
         read_curves(path, "tiny")
 
 
+@pytest.mark.skipif(not search_recorded.SWEEP.exists(), reason="the shared data are not there")
+def test_other_peoples_sweeps_need_few_trials(tmp_path: Path) -> None:
+    """LoRA on 35 models by others: without the prior, half the trials of a random order are enough."""
+    search_recorded.main(["--out", str(tmp_path)])
+    rows = [json.loads(line) for line in (tmp_path / "search_recorded.jsonl").read_text().splitlines()]
+    tried = {row["order"]: row["mean"] for row in rows}
+    assert tried["random"] == pytest.approx(4.09, abs=0.01), "by hand: (n + 1) / (k + 1) over the models"
+    assert tried["model, no prior"] < tried["random"] / 2 < tried["grid"]
+
+
 @pytest.mark.slow
 def test_a_tiny_grid_is_measured_replayed_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl", reason="TRL is a peer, no dependency")
@@ -213,10 +253,13 @@ def test_a_tiny_grid_is_measured_replayed_and_checked(tmp_path: Path, monkeypatc
     assert str(tmp_path) not in (tmp_path / "out" / "search_curves.jsonl").read_text()
     search.main(["replay", *words, "--seeds", "2"])
     search.main(["check", *words])
+    search.main(["check", *words, "--system", "d, design"])
     rows = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
     factors = {row["against"] for row in rows if row["row"] == "factor"}
-    assert factors == {"a default", "a best", "c"}
-    (checked,) = [row for row in rows if row["row"] == "check"]
+    assert factors == {"a default", "a best", "c", "d, design"}
+    modelled, checked = [row for row in rows if row["row"] == "check"]
+    assert modelled["system"] == "d"
+    assert modelled["cells"] == 4
     assert checked["same_order"]
     assert checked["same_decisions"] == checked["cells"] == 4, checked["differ"]
     assert checked["largest_loss_difference"] < 1e-4

@@ -60,7 +60,7 @@ class BayesianSearch:
         the prior's rate, and the middle of every other dimension.
         """
         model, tried = self.surrogate(trials), [trial.settings.flat for trial in trials]
-        candidates = [c for c in self._candidates(trials, bounds) if self._space.flat(c) not in tried]
+        candidates = [c for c in self.candidates(trials, bounds) if self._space.flat(c) not in tried]
         running = [trial.values for trial in trials if trial.status == "running"]
         best = 0.0 if model.empty else float(model.predict([trial.values for trial in trials])[0].min())
         mean_C, spread_C = model.with_pending(running, candidates)
@@ -82,7 +82,7 @@ class BayesianSearch:
         model = self.surrogate(trials)
         if model.empty:
             return None
-        candidates = [*(t.values for t in trials if t.status != "failed"), *self._candidates(trials, bounds)]
+        candidates = [*(t.values for t in trials if t.status != "failed"), *self.candidates(trials, bounds)]
         mean_C, covariance_CC = model.predict(candidates)
         chosen = int(np.argmin(mean_C + np.sqrt(np.maximum(np.diag(covariance_CC), 0.0))))
         losses_DC = np.exp(_draws(mean_C, covariance_CC))
@@ -99,7 +99,7 @@ class BayesianSearch:
         low, high = np.quantile(best_D, [(1 - SURE) / 2, (1 + SURE) / 2], method="nearest")
         return min(float(low), values["learning_rate"]), max(float(high), values["learning_rate"])
 
-    def _candidates(self, trials: Sequence[TrialRecord], bounds: Bounds) -> list[Values]:
+    def candidates(self, trials: Sequence[TrialRecord], bounds: Bounds) -> list[Values]:
         """Returns all cells of a grid, else points of the space and rates with the settings of the best trials."""
         if grid_size(self._space) is not None:
             return cells(self._space)

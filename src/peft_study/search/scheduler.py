@@ -48,7 +48,7 @@ class Scheduler:
         steps: Callable[[TrainingConfig], int],
         counts_N: npt.NDArray[np.int64],
     ) -> None:
-        self._config, self._journal = config, journal
+        self.config, self._journal = config, journal
         self._steps, self._counts_N = steps, counts_N
         kind = config.search.pruner
         self._pruner = None if kind == "probability" else pruner(kind, config.search.reduction)
@@ -77,7 +77,7 @@ class Scheduler:
     def _prior(self, space: MethodSpace) -> tuple[float, float] | None:
         if "learning_rate" not in space.dimensions():
             return None
-        return rate_prior(space, self._steps(self._config.training), informed=self._config.search.prior)
+        return rate_prior(space, self._steps(self.config.training), informed=self.config.search.prior)
 
     @property
     def finished(self) -> bool:
@@ -137,10 +137,10 @@ class Scheduler:
 
     def _next(self, *, alone: bool) -> TrialRecord | None:
         if not alone and not any(t.kind == "reference" for t in self.state.trials.values()):
-            training = self._config.training.model_copy(update={"steps": 1})
+            training = self.config.training.model_copy(update={"steps": 1})
             settings = TrialSettings(method=NoneConfig(), training=training, keep=False)
             return self._ask("none", "none", "reference", 0, {}, settings)
-        methods = [m for m in self.methods if is_exclusive(self._config.methods[m].kind) == alone]
+        methods = [m for m in self.methods if is_exclusive(self.config.methods[m].kind) == alone]
         return self._next_range_test(methods) or self._next_search(methods) or self._next_final(methods)
 
     def _next_range_test(self, methods: Sequence[str]) -> TrialRecord | None:
@@ -153,8 +153,8 @@ class Scheduler:
             missing = [rate for rate in self.range_rates(method) if rate not in there]
             if missing:
                 number, values = len(self.state.of(method, "range_test")), self._at(method, missing[0])
-                steps, shared = self._config.search.range_steps, self._config.training
-                settings = self._config.methods[method].at(values, shared.model_copy(update={"steps": steps}))
+                steps, shared = self.config.search.range_steps, self.config.training
+                settings = self.config.methods[method].at(values, shared.model_copy(update={"steps": steps}))
                 settings = settings.model_copy(update={"keep": False})
                 return self._ask(f"{method}-range-{number}", method, "range_test", number, values, settings)
             self._close_range_test(method)  # all of its trials may be from before a change of the file
@@ -165,16 +165,16 @@ class Scheduler:
         return tuple(self._tests.get(method, ()))
 
     def _at(self, method: str, rate: float) -> dict[str, Any]:
-        return {**lr_range_test.central(self._config.methods[method]), "learning_rate": rate}
+        return {**lr_range_test.central(self.config.methods[method]), "learning_rate": rate}
 
     def _range_trials(self, method: str) -> dict[float, TrialRecord]:
         """Returns the trials of a method's range test by rate, also those begun under an earlier study file."""
-        steps, tests = self._config.search.range_steps, self._tests.get(method, {})
+        steps, tests = self.config.search.range_steps, self._tests.get(method, {})
         asked = [t for t in self.state.of(method, "range_test") if t.settings.training.steps == steps]
         return {rate: trial for rate, flat in tests.items() for trial in asked if trial.settings.flat == flat}
 
     def _to_come(self, method: str) -> int:
-        if self.state.settled(method, self._config):
+        if self.state.settled(method, self.config):
             return 0
         return self._due[method] - len(self.state.present(method))
 
@@ -187,16 +187,16 @@ class Scheduler:
         if not open_methods:
             return None
         method = min(open_methods, key=lambda m: len(self.state.present(m)))
-        if self._config.search.widen:
-            found = range_expansion.widened(self.state, method, self._config.methods[method])
+        if self.config.search.widen:
+            found = range_expansion.widened(self.state, method, self.config.methods[method])
             if found is not None:
                 event = {"event": "widened", "method": method, "dimension": found.dimension}
                 self._add({**event, "bounds": found.bounds, "fresh": found.added, "note": found.note})
         trials = self.state.of(method, "search")
         bounds, fresh = self.state.bounds.get(method, {}), self.state.fresh.get(method, {})
         values = self.samplers[method].suggest(trials, bounds, fresh)
-        space = self._config.methods[method]
-        uncounted = space.at(values, self._config.training)
+        space = self.config.methods[method]
+        uncounted = space.at(values, self.config.training)
         training = self._counted(uncounted.training)
         settings = TrialSettings(
             method=uncounted.method,
@@ -213,7 +213,7 @@ class Scheduler:
             if method not in self.state.finalists:
                 self._choose_finalists(method)
             there = {(t.number, t.seed) for t in self.state.of(method, "final")}
-            for number, seed in itertools.product(self.state.finalists[method], final_seeds(self._config)):
+            for number, seed in itertools.product(self.state.finalists[method], final_seeds(self.config)):
                 if (number, seed) not in there:
                     found = self.state.setting(method, number)
                     training = found.settings.training.model_copy(update={"seed": seed, "data_seed": seed})
@@ -229,7 +229,7 @@ class Scheduler:
         return enough and all(t.status != "running" for t in (*trials, *self.state.of(method, "range_test")))
 
     def _choose_finalists(self, method: str) -> None:
-        best = best_first(self.state.of(method, "search"))[: self._config.finals.best]
+        best = best_first(self.state.of(method, "search"))[: self.config.finals.best]
         self._add({"event": "finalists", "method": method, "numbers": [t.number for t in best]})
 
     def _counted(self, training: TrainingConfig) -> TrainingConfig:
@@ -246,7 +246,7 @@ class Scheduler:
     # -- what stops, and how it ends --------------------------------------------------------------------------------
 
     def _rungs(self, space: MethodSpace, training: TrainingConfig) -> tuple[int, ...]:
-        if self._config.search.pruner == "none":
+        if self.config.search.pruner == "none":
             return ()
         warmup = space.dimensions().get("warmup_ratio")
         if warmup is None:
@@ -254,7 +254,7 @@ class Scheduler:
         else:
             longest = max(warmup.choices) if isinstance(warmup, Choices) else warmup.high
         assert training.steps is not None
-        return rungs(training.steps, self._config.search.reduction, int(longest * training.steps))
+        return rungs(training.steps, self.config.search.reduction, int(longest * training.steps))
 
     def _judge(self, trial: TrialRecord, event: Evaluated) -> str | None:
         """Returns why a trial should stop at this rung; a random share runs on as a control."""
@@ -274,8 +274,8 @@ class Scheduler:
         if found is None:
             return None
         reason = f"at step {event.step} {found}"
-        draw = np.random.default_rng(key(self._config.search.seed, "audit", trial.method, trial.number)).random()
-        if draw < self._config.search.audit:
+        draw = np.random.default_rng(key(self.config.search.seed, "audit", trial.method, trial.number)).random()
+        if draw < self.config.search.audit:
             self._add({"event": "audited", "name": trial.name, "reason": reason})
             return None
         return reason
@@ -297,8 +297,8 @@ class Scheduler:
             self._recommend(trial.method)
 
     def _modelled(self, method: str) -> bool:
-        search = self._config.search
-        return self._config.sampler(method) == "bayesian" or search.pruner == "probability" or search.stop is not None
+        search = self.config.search
+        return self.config.sampler(method) == "bayesian" or search.pruner == "probability" or search.stop is not None
 
     def _recommend(self, method: str) -> None:
         trials, bounds = self.state.of(method, "search"), self.state.bounds.get(method, {})
@@ -321,7 +321,7 @@ class Scheduler:
         means = {
             setting: mean
             for method in self.methods
-            if not self.state.untuned(method, self._config)
+            if not self.state.untuned(method, self.config)
             for setting, mean in self._finalist_means(method).items()
         }
         winner = min(means, key=lambda s: means[s], default=None)
