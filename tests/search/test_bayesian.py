@@ -110,6 +110,37 @@ def test_the_first_trials_vary_the_rate_alone_and_lie_apart() -> None:
     assert len({str(dict(trial.values, learning_rate=None)) for trial in trials}) == 1
 
 
+def test_what_is_suggested_lies_in_the_range_that_was_widened() -> None:
+    of = space("prefix_tuning", tokens={"low": 10, "high": 100, "log": True}, learning_rate=RATES)
+    search = BayesianSearch(of, COUNTS, rate_prior(of, STEPS, informed=True), 0)
+    trials = [record(of, 0, {"tokens": 90, "learning_rate": 1e-2}, {0: 3.0, STEPS: 1.0}, "finished")]
+    assert search.suggest(trials, {"tokens": (101, 300), "learning_rate": (1e-5, 1e-1)})["tokens"] >= 101
+    found = search.suggest(trials, {"learning_rate": (0.11, 0.3)})
+    assert 0.11 <= found["learning_rate"] <= 0.3
+
+
+def test_a_method_whose_settings_are_all_fixed(tmp_path: Path) -> None:
+    fixed = {"lora": {"learning_rate": 1e-3, "rank": 8}, "prompt_tuning": {"learning_rate": [0.1, 0.3]}}
+    config = study(methods=fixed, search=SEARCH, budget={"trials": 4}, finals={"best": 1, "seeds": 1})
+    state = World(config, tmp_path, {"lora": valley(1e-3), "prompt_tuning": valley(0.3)}).run().scheduler.state
+    assert [trial.values for trial in state.of("lora", "search")] == [{}]
+    assert state.recommended["lora"].rates is None
+    assert state.winner == ("prompt_tuning", 0)
+
+
+def test_a_fixed_rate_beside_other_settings() -> None:
+    of = space(learning_rate=1e-3, rank=[4, 16, 64], dropout={"low": 0.0, "high": 0.2})
+    search, trials = BayesianSearch(of, COUNTS, None, 0), list[TrialRecord]()
+    for number in range(6):
+        values = search.suggest(trials, {})
+        loss = 1.0 + values["dropout"] + 0.1 * (values["rank"] != 16)
+        trials.append(record(of, number, values, {0: 3.0, STEPS: loss}, "finished"))
+    found = search.recommended(trials, {})
+    assert found is not None
+    assert found.values["rank"] == 16
+    assert found.values["dropout"] < 0.05
+
+
 def test_who_can_hardly_win_stops() -> None:
     of = space(learning_rate=RATES)
     best = record(of, 0, {"learning_rate": 1e-3}, {0: 3.0, 4: 1.5, 12: 1.2, STEPS: 1.0}, "finished")

@@ -58,9 +58,14 @@ class BayesianSearch:
 
         The prior's weight fades as trials come in: Hvarfner et al. 2022, "piBO", arXiv:2204.11051. The first trial has
         the prior's rate, and the middle of every other dimension.
+
+        Args:
+            trials: all searched trials of the method.
+            bounds: of dimensions whose range is not the space's own; the candidate lies in them.
         """
         model, tried = self.surrogate(trials), [trial.settings.flat for trial in trials]
-        candidates = [c for c in self.candidates(trials, bounds) if self._space.flat(c) not in tried]
+        inside = [c for c in self.candidates(trials, bounds) if all(a <= c[n] <= b for n, (a, b) in bounds.items())]
+        candidates = [candidate for candidate in inside if self._space.flat(candidate) not in tried]
         running = [trial.values for trial in trials if trial.status == "running"]
         best = 0.0 if model.empty else float(model.predict([trial.values for trial in trials])[0].min())
         mean_C, spread_C = model.with_pending(running, candidates)
