@@ -23,13 +23,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from common import ROOT, Rows, arguments
-from search_grid import DATA, FULL, TINY, Curves, Scale, cell_of, read_curves, study_values
+from search_grid import DATA, FULL, GOOD, TINY, Curves, Scale, cell_of, read_curves, study_values
 from search_live import measure_ours
 from search_ours import SEARCHES, decisions, order_of, ours, worker_costs
 from search_replay import RULES, Costs, Search, Seen, asha, factor, one_after_another, regrets, spread, times
@@ -101,7 +103,7 @@ def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
 
 def replay(options: argparse.Namespace) -> None:
     """Replays all systems on the measured curves; rows go to results/search.jsonl."""
-    curves = read_curves(options.out / f"{CURVES}.jsonl", **_subject(options))
+    curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
     if missing := {"ours", "ours alone"} - curves.speeds.keys():
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
     rows = Rows(options, **_subject(options), seeds=options.seeds, replayed="orders and pruning rules, on live curves")
@@ -116,20 +118,44 @@ def replay(options: argparse.Namespace) -> None:
             searches.setdefault(system, []).append(run(curves, order_of(events), costs))
     for rule in RULES:
         taken = {system: [times(s, curves, rule) for s in own] for system, own in searches.items()}
+        quartiles: dict[str, list[list[float]]] = {}
         for system, own in taken.items():
             seconds = {what: spread([t[what] for t in own]) for what in ("first", "stays", "whole")}
             costs = asdict(peers[system] if system in peers else worker_costs(curves.speeds))
             rows.add(row="system", system=system, rule=rule, **seconds, costs=costs, good=sorted(curves.good()))
-            rows.add(row="regret", system=system, rule=rule, quartiles=regrets(own, curves, rule, SECONDS))
+            quartiles[system] = regrets(searches[system], curves, rule, SECONDS)
+            rows.add(row="regret", system=system, rule=rule, seconds=SECONDS, quartiles=quartiles[system])
         for system in (*peers, "d, design"):
             for own in ("d", "d, no prior"):
                 factors = {w: factor([t[w] for t in taken[system]], [t[w] for t in taken[own]]) for w in taken[own][0]}
                 rows.add(row="factor", system=own, against=system, rule=rule, **factors)
+        if rule == "highest":
+            draw(quartiles, options.out / f"search_{options.data}_{options.method}.png")
+
+
+def draw(quartiles: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
+    """Draws each system's median regret against seconds, with its quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for system, found in quartiles.items():
+        low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
+        panel.fill_between(SECONDS, low, high, step="post", alpha=0.1, linewidth=0)
+        panel.step(SECONDS, middle, where="post", label=f"({system[0]}){system[1:]}")
+    panel.axhline(GOOD, color="black", linewidth=0.8, linestyle=":")
+    panel.set(xscale="log", yscale="log", xlabel="seconds", ylabel="test loss above the best of the grid, share")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def check(options: argparse.Namespace) -> None:
     """Runs one study live by the command line and compares its decisions and times with the replay's."""
-    curves = read_curves(options.out / f"{CURVES}.jsonl", **_subject(options))
+    curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
     rows = Rows(options, **_subject(options), search_seed=options.seed, system=options.system)
     live, events = run_live(options)
     replayed, expected = ours(curves, options.seed, worker_costs(curves.speeds), options.system)
@@ -192,6 +218,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", default="mawps", choices=tuple(DATA))
     parser.add_argument("--method", default="lora", choices=tuple(FULL))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of measure")
+    parser.add_argument("--curves", type=Path, help=f"of replay and check; default: {CURVES}.jsonl among the results")
     parser.add_argument("--system", default="d", choices=tuple(SEARCHES), help="of check")
     parser.add_argument("--seeds", type=int, default=20, help="search seeds of replay")
     parser.add_argument("--seed", type=int, default=0, help="search seed of check")

@@ -25,8 +25,8 @@ Array = npt.NDArray[np.float64]
 
 WORST = 1.1
 """Losses are cut at so many times that of the method's start: how bad a diverged trial is says nothing more."""
-FITTED_FROM = 4
-"""Measurements before the length scales are fitted; with fewer they stay as they begin."""
+FITTED_FROM = 6
+"""Settings that were measured before the length scales are fitted; with fewer the likelihood runs to their bounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Surrogate:
         self._logs_M = np.array([log for _, log in points])
         self._mean = float(self._logs_M.mean()) if points else 0.0
         self._spread = max(float(self._logs_M.std()), 1e-3) if len(points) > 1 else 1.0
-        self._model = self._fitted(self._inputs_MD, self._logs_M, optimise=len(points) >= FITTED_FROM)
+        self._model = self._fitted(self._inputs_MD, self._logs_M, optimise=sum(map(bool, known)) >= FITTED_FROM)
 
     @property
     def empty(self) -> bool:
