@@ -268,6 +268,21 @@ def test_a_restart_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     }
 
 
+def test_a_changed_space_learns_from_the_earlier_trials(tmp_path: Path) -> None:
+    """They have no value of a dimension that is new, but a setting."""
+    before = study(methods={"lora": {"learning_rate": RATES}}, search=SEARCH, budget={"trials": 4}, finals={"best": 0})
+    after = study(
+        methods={"lora": {"learning_rate": RATES, "rank": [8, 16, 64], "target_modules": ["all-linear", ["q_proj"]]}},
+        search=SEARCH,
+        budget={"trials": 4},
+        finals={"best": 0},
+    )
+    world = World(before, tmp_path, {"lora": valley(1e-3)}).run().changed(after, "lora").run()
+    trials = world.scheduler.state.of("lora", "search")
+    assert len(trials) == 8
+    assert abs(math.log10(trials[4].values["learning_rate"]) + 3) < 1, "near the valley that the first four showed"
+
+
 def test_a_grid_is_tried_cell_by_cell(tmp_path: Path) -> None:
     lists = {"lora": {"learning_rate": [1e-4, 1e-3, 1e-2], "rank": [4, 16]}}
     config = study(methods=lists, search=SEARCH, budget={"trials": 20}, finals={"best": 0})

@@ -66,8 +66,8 @@ class BayesianSearch:
         model, tried = self.surrogate(trials), [trial.settings.flat for trial in trials]
         inside = [c for c in self.candidates(trials, bounds) if all(a <= c[n] <= b for n, (a, b) in bounds.items())]
         candidates = [candidate for candidate in inside if self._space.flat(candidate) not in tried]
-        running = [trial.values for trial in trials if trial.status == "running"]
-        best = 0.0 if model.empty else float(model.predict([trial.values for trial in trials])[0].min())
+        running = [trial.settings.flat for trial in trials if trial.status == "running"]
+        best = 0.0 if model.empty else float(model.predict([trial.settings.flat for trial in trials])[0].min())
         mean_C, spread_C = model.with_pending(running, candidates)
         score_C = _log_expected_improvement(mean_C, spread_C, best)
         if self._prior is not None:
@@ -87,13 +87,14 @@ class BayesianSearch:
         model = self.surrogate(trials)
         if model.empty:
             return None
-        candidates = [*(t.values for t in trials if t.status != "failed"), *self.candidates(trials, bounds)]
+        tried = [self._values(trial) for trial in trials if trial.status != "failed"]
+        candidates = [*tried, *self.candidates(trials, bounds)]
         mean_C, covariance_CC = model.predict(candidates)
         chosen = int(np.argmin(mean_C + np.sqrt(np.maximum(np.diag(covariance_CC), 0.0))))
         losses_DC = np.exp(_draws(mean_C, covariance_CC))
         within = float(np.quantile(losses_DC[:, chosen] - losses_DC.min(axis=1), SURE))
         values = candidates[chosen]
-        return Recommendation(dict(values), self._between(model, values, bounds), within)
+        return Recommendation(values, self._between(model, values, bounds), within)
 
     def _between(self, model: Surrogate, values: Values, bounds: Bounds) -> tuple[float, float] | None:
         rates = self._rates(bounds)
@@ -110,8 +111,12 @@ class BayesianSearch:
             return cells(self._space)
         space = distributions(self._space, bounds)
         found = [decoded(self._space, point) for point in sobol_points(space, POINTS, self._seed)]
-        lines = [central(self._space), *(trial.values for trial in self._best(trials))]
+        lines = [central(self._space), *map(self._values, self._best(trials))]
         return found + [{**line, "learning_rate": rate} for line in lines for rate in self._rates(bounds)]
+
+    def _values(self, trial: TrialRecord) -> Values:
+        """Returns a trial's values of the searched dimensions, also of one from before a change of the space."""
+        return {name: trial.settings.flat[name] for name in self._space.dimensions()}
 
     def _rates(self, bounds: Bounds) -> list[float]:
         rate = self._space.dimensions().get("learning_rate")
@@ -125,7 +130,7 @@ class BayesianSearch:
         model, there = self.surrogate(trials), [trial for trial in trials if trial.status != "failed"]
         if model.empty or not there:
             return []
-        mean_C, _ = model.predict([trial.values for trial in there])
+        mean_C, _ = model.predict([trial.settings.flat for trial in there])
         return [there[index] for index in np.argsort(mean_C, kind="stable")[:LINES]]
 
 

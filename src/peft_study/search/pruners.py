@@ -113,7 +113,7 @@ def unlikely(
     others = [other for other in group if other.name != trial.name and any(other.sums)]
     if not others:
         return None
-    mean_C, covariance_CC = model.predict([trial.values, *(other.values for other in others)])
+    mean_C, covariance_CC = model.predict([trial.settings.flat, *(other.settings.flat for other in others)])
     best = 1 + int(np.argmin(mean_C[1:]))
     variance = covariance_CC[0, 0] + covariance_CC[best, best] - 2 * covariance_CC[0, best]
     other = others[best - 1]

@@ -37,7 +37,7 @@ class _Column:
         name: of the dimension.
         log: take the decimal logarithm.
         scale: what differences are divided by.
-        choice: 1 where the value is this, else 0; of dimensions without an order.
+        choice: of a dimension without an order, in a tuple: 1 where the value is this, else 0.
         reach: length scale to begin with, and its bounds.
     """
 
@@ -56,24 +56,29 @@ class _Column:
 
 
 RATE_REACH, OTHER_REACH, STEPS_REACH = (0.5, 0.25, 2.0), (1.0, 0.5, 10.0), (4.0, 2.5, 10.0)
+"""Length scales of the rate (decades), of other settings (their whole range), of the steps (factors of 3)."""
+WIDE = 4
+"""Lists of numbers whose ends lie this many times apart are taken on the log scale."""
 
 
 def _columns(space: MethodSpace) -> list[_Column]:
     found = []
     for name, dimension in space.dimensions().items():
-        numbers = dimension.sorted_numbers if isinstance(dimension, Choices) else [dimension.low, dimension.high]
-        if isinstance(dimension, Choices) and len(dimension.choices) == 1:
-            continue
-        if not numbers:
-            found += [_Column(name, False, 1.0, (choice,), OTHER_REACH) for choice in dimension.choices]  # type: ignore[union-attr]
-        elif name == "learning_rate" and numbers[0] > 0:
+        if isinstance(dimension, Choices):
+            numbers = dimension.sorted_numbers
+            if len(dimension.choices) == 1:
+                continue
+            if not numbers:
+                found += [_Column(name, False, 1.0, (choice,), OTHER_REACH) for choice in dimension.choices]
+                continue
+            log = numbers[0] > 0 and numbers[-1] >= WIDE * numbers[0]
+        else:
+            numbers, log = [dimension.low, dimension.high], dimension.log
+        if name == "learning_rate" and numbers[0] > 0:
             found.append(_Column(name, True, 1.0, None, RATE_REACH))
         else:
-            log = numbers[0] > 0 and (
-                numbers[-1] >= 4 * numbers[0] if isinstance(dimension, Choices) else dimension.log
-            )
-            ends = [math.log10(number) for number in numbers] if log else numbers
-            found.append(_Column(name, log, max(ends[-1] - ends[0], 1e-9), None, OTHER_REACH))
+            low, high = (math.log10(end) if log else end for end in (numbers[0], numbers[-1]))
+            found.append(_Column(name, log, high - low or 1.0, None, OTHER_REACH))
     return found
 
 
@@ -93,7 +98,7 @@ class Surrogate:
         finite = [loss for losses in known for loss in losses.values() if math.isfinite(loss)]
         worst = WORST * min(starts) if starts else max(finite, default=1.0)
         points = [
-            (self._inputs(trial.values, share), math.log(max(min(loss, worst), 1e-12)))
+            (self._inputs(trial.settings.flat, share), math.log(max(min(loss, worst), 1e-12)))
             for trial, losses in zip(trials, known, strict=True)
             for share, loss in losses.items()
         ]
@@ -112,7 +117,7 @@ class Surrogate:
         """Returns mean and covariance of the log of the loss (nats a token) of C settings: (C,) and (C, C).
 
         Args:
-            settings: values of the searched dimensions.
+            settings: values of the searched dimensions, or more.
             share: of the steps; 1: at the end of the budget.
         """
         return self._predicted(self._model, settings, share)
