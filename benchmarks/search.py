@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -189,9 +190,10 @@ def run_live(options: argparse.Namespace) -> tuple[Search, list[Event]]:
     folder = options.work / "check"
     file = options.work / "check.yaml"
     file.write_text(yaml.safe_dump({**values, "output": str(folder)}))
+    shutil.rmtree(folder, ignore_errors=True)  # the lines of an earlier journal would be counted as its own
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     started, journal, stamped = time.time(), folder / "journal.jsonl", list[float]()
-    words = [sys.executable, "-m", "peft_study", "run", str(file), "--overwrite"]
+    words = [sys.executable, "-m", "peft_study", "run", str(file)]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             time.sleep(0.1)
