@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,17 @@ def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
 def replay(options: argparse.Namespace) -> None:
     """Replays all systems on the measured curves; rows go to results/search.jsonl."""
     curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
-    if missing := {"ours", "ours alone"} - curves.speeds.keys():
+    if options.slots:
+        curves = replace(curves, slots=options.slots)
+    if missing := {"ours", "ours alone"} - curves.speeds.keys() - ({"ours"} if options.slots == 1 else set()):
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
-    rows = Rows(options, **_subject(options), seeds=options.seeds, replayed="orders and pruning rules, on live curves")
+    rows = Rows(
+        options,
+        **_subject(options),
+        slots=curves.slots,
+        seeds=options.seeds,
+        replayed="orders and pruning rules, on live curves",
+    )
     searches: dict[str, list[Search]] = {system: [] for system in SEARCHES}
     peers = systems(curves)
     for seed in range(options.seeds):
@@ -220,6 +228,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", default="mawps", choices=tuple(DATA))
     parser.add_argument("--method", default="lora", choices=tuple(FULL))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of measure")
+    parser.add_argument("--slots", type=int, help="of replay; default: as measured")
     parser.add_argument("--curves", type=Path, help=f"of replay and check; default: {CURVES}.jsonl among the results")
     parser.add_argument("--system", default="d", choices=tuple(SEARCHES), help="of check")
     parser.add_argument("--seeds", type=int, default=20, help="search seeds of replay")

@@ -189,7 +189,8 @@ def _ended(name: str, status: Ending, steps: int, reason: str | None = None) -> 
 
 def worker_costs(speeds: dict[str, dict[str, Any]]) -> WorkerCosts:
     """Returns the measured seconds of our engine."""
-    together, alone = speeds["ours"], speeds["ours alone"]
+    alone = speeds["ours alone"]
+    together = speeds.get("ours", alone)
     return WorkerCosts(
         together["start_up"],
         together["entry"],

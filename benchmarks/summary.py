@@ -183,7 +183,14 @@ def search_targets(unit: str) -> list[Target]:
     ):
         for system, share in {"d": 1.0, "d, no prior": 0.5}.items():
             name = f"search: ours{system.removeprefix('d')} against {peer}"
-            where = {"row": "factor", "system": system, "against": against, "rule": "highest", "model": EMBEDDED}
+            where = {
+                "row": "factor",
+                "system": system,
+                "against": against,
+                "rule": "highest",
+                "model": EMBEDDED,
+                "data": "mawps",
+            }
             found.append(Target(name, share * goal, unit, entry_of("search", "stays", **where)))
     return found
 

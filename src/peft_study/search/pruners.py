@@ -119,6 +119,8 @@ def unlikely(
     other = others[best - 1]
     if step in other.sums:
         apart_N = trial.sums[step] - other.sums[step]
+        if apart_N.sum() <= 0:  # better here: how both go on is a guess
+            return None
         variance += apart_N.var() * len(apart_N) / float(other.sums[step].sum()) ** 2
     chance = float(norm.cdf((mean_C[best] - mean_C[0]) / max(variance, 1e-12) ** 0.5))
     if chance >= CHANCE:
