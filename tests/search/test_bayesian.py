@@ -157,6 +157,19 @@ def test_who_can_hardly_win_stops() -> None:
     assert unlikely(far, [far], 4, Surrogate(of, [far], COUNTS), COUNTS) is None, "nothing to compare with"
 
 
+def test_the_better_one_at_its_rung_goes_on() -> None:
+    """Losses of two rates as measured on GSM8K: the fall of the worse one made the model believe that it would win."""
+    of = space(learning_rate=RATES)
+    slow = record(of, 0, {"learning_rate": 5.2e-4}, {0: 1.42, 4: 1.103, 12: 0.972}, "running")
+    fast = record(of, 1, {"learning_rate": 1.4e-3}, {0: 1.42, 4: 1.008, 12: 0.956}, "running")
+    lost = record(of, 2, {"learning_rate": 1.9e-4}, {0: 1.42, 4: 1.225}, "pruned")
+    trials = [slow, fast, lost]
+    model = Surrogate(of, trials, COUNTS)
+    mean_C, _ = model.predict([trial.values for trial in trials])
+    assert mean_C[0] < mean_C[1], "what the model believes"
+    assert unlikely(fast, trials, 12, model, COUNTS) is None
+
+
 def test_the_noise_of_the_dev_rows_counts() -> None:
     """The same means; where single examples differ by much, the order at the rung says less."""
     of = space(learning_rate=RATES)
