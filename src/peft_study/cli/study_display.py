@@ -137,8 +137,9 @@ class StudyDisplay(LiveDisplay):
         return f"; about {seconds / 60:.0f} min left"
 
     def _to_come(self, method: str) -> int:
+        assert self._config is not None
         assert self._state is not None
-        return 0 if self._state.deadline else self._due[method] - len(self._state.present(method))
+        return self._state.to_come(method, self._config, self._due[method])
 
     def _view(self) -> Group:
         """Returns methods x trials, what is in the slots, speed and time left."""

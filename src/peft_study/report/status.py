@@ -114,9 +114,7 @@ def _method(study: Study, method: str) -> MethodStatus:
     best = best_first(searched)
     return MethodStatus(
         method,
-        0
-        if state.deadline or state.settled(method, config)
-        else state.due(method, config) - len(state.present(method)),
+        state.to_come(method, config, state.due(method, config)),
         dict(Counter(trial.status for trial in searched)),
         (sum(t.status not in ("running", "interrupted") for t in tests), len(tests)),
         (sum(t.status == "finished" for t in finals), all_finals),

@@ -174,9 +174,7 @@ class Scheduler:
         return {rate: trial for rate, flat in tests.items() for trial in asked if trial.settings.flat == flat}
 
     def _to_come(self, method: str) -> int:
-        if self.state.settled(method, self.config):
-            return 0
-        return self._due[method] - len(self.state.present(method))
+        return self.state.to_come(method, self.config, self._due[method])
 
     def _next_search(self, methods: Sequence[str]) -> TrialRecord | None:
         if self.state.deadline:
@@ -225,8 +223,9 @@ class Scheduler:
     def searched(self, method: str) -> bool:
         """True where the search of a method is over."""
         trials = self.state.of(method, "search")
-        enough = self.state.deadline or self._to_come(method) <= 0
-        return enough and all(t.status != "running" for t in (*trials, *self.state.of(method, "range_test")))
+        return self._to_come(method) <= 0 and all(
+            t.status != "running" for t in (*trials, *self.state.of(method, "range_test"))
+        )
 
     def _choose_finalists(self, method: str) -> None:
         best = best_first(self.state.of(method, "search"))[: self.config.finals.best]

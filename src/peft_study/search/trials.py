@@ -145,6 +145,18 @@ class StudyState:
         left = config.budget.trials - begun
         return begun + max(0, left if untried is None else min(left, untried))
 
+    def to_come(self, method: str, config: StudyConfig, due: int) -> int:
+        """Returns how many settings a method's search has yet to begin: none once time is up or its best is known.
+
+        Args:
+            method: of the file.
+            config: filled.
+            due: settings in all (`due`, which stays the same for as long as the file does).
+        """
+        if self.deadline or self.settled(method, config):
+            return 0
+        return due - len(self.present(method))
+
     def finals(self, method: str, config: StudyConfig) -> tuple[list[TrialRecord], int]:
         """Returns the finals of a method that have begun, and how many there will be."""
         numbers = self.finalists.get(method)
