@@ -107,7 +107,8 @@ def replay(options: argparse.Namespace) -> None:
     curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
     if options.slots:
         curves = replace(curves, slots=options.slots)
-    if missing := {"ours", "ours alone"} - curves.speeds.keys() - ({"ours"} if options.slots == 1 else set()):
+    needed = {"ours alone"} if curves.slots == 1 else {"ours", "ours alone"}
+    if missing := needed - curves.speeds.keys():
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
     rows = Rows(
         options,

@@ -33,6 +33,8 @@ DATA = {
     "gsm8k": SHARED / "data" / "gsm8k" / "train.jsonl.gz",
 }
 SHORT = 300
+OTHERS = ("rank", "tokens")
+"""Second dimensions of the grids."""
 GOOD = 0.02
 """Share by which a good cell's test loss may be above the least: 1 % is within the noise of 64 rows."""
 
@@ -125,7 +127,7 @@ def config_of(values: Mapping[str, Any], output: Path, seed: int = 0, **search: 
 
 def cell_of(values: Mapping[str, Any]) -> str:
     """Returns the name of a grid cell, from a trial's values or a row."""
-    other = next(name for name in ("rank", "tokens") if name in values)
+    other = next(name for name in OTHERS if name in values)
     return f"rate {values['learning_rate']:g}, {other} {values[other]}"
 
 
@@ -252,5 +254,5 @@ def read_curves(path: Path, model: str, data: str = "mawps", method: str = "lora
 
 def _cell(row: Mapping[str, Any]) -> Cell:
     sums = {int(step): np.array(values) for step, values in row["sums"].items()}
-    values = {name: row[name] for name in ("learning_rate", "rank", "tokens") if name in row}
+    values = {name: row[name] for name in ("learning_rate", *OTHERS) if name in row}
     return Cell(values, row["status"], row["steps"], sums, float("inf") if row["test"] is None else row["test"])

@@ -36,7 +36,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """One search: what it saw, when all was over, and what it recommended from when on, if it says so itself."""
+    """One search: what it saw, when all was over, and what it recommended from when on, if it does so by itself."""
 
     seen: Sequence[Seen]
     over: float
@@ -156,7 +156,7 @@ def good_from(changes: Sequence[tuple[float, str]], good: frozenset[str]) -> tup
 
 
 def changes_of(search: Search, curves: Curves, rule: Rule) -> Sequence[tuple[float, str]]:
-    """Returns what a search recommends from when on: as it says itself, else by the rule."""
+    """Returns what a search recommends from when on: by itself, else by the rule."""
     return search.recommends or recommended(search.seen, rule, curves.steps)
 
 
@@ -172,11 +172,12 @@ def regrets(searches: Sequence[Search], curves: Curves, rule: Rule, seconds: Seq
     Before anything is recommended a search recommends the worst cell.
     """
     worst = max(curves.regret(name) for name in curves.cells if math.isfinite(curves.cells[name].test))
+    all_changes = [changes_of(search, curves, rule) for search in searches]
     found: list[list[float]] = []
     for at in seconds:
         there = []
-        for search in searches:
-            before = [cell for when, cell in changes_of(search, curves, rule) if when <= at]
+        for changes in all_changes:
+            before = [cell for when, cell in changes if when <= at]
             there.append(min(curves.regret(before[-1]), worst) if before else worst)
         found.append([round(float(value), 4) for value in np.quantile(there, (0.25, 0.5, 0.75))])
     return found

@@ -83,7 +83,7 @@ class SpaceSampler:
         # a 31-bit seed: scikit-learn's and numpy's legacy generators take no more
         seed = int(np.random.default_rng(key(self._seed, "sampler", self._method, number)).integers(2**31))
         if self._sampler == "grid":
-            return self._untried_cell(trials, self._design)
+            return self._untried_cell(trials)
         if self._sampler == "bayesian":
             return self.bayesian.suggest(trials, {**bounds, **fresh})
         space = distributions(self._space, {**bounds, **fresh})
@@ -145,11 +145,11 @@ class SpaceSampler:
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=STARTUP)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, multivariate=True, constant_liar=True)
 
-    def _untried_cell(self, trials: Sequence[TrialRecord], seed: int) -> Values:
+    def _untried_cell(self, trials: Sequence[TrialRecord]) -> Values:
         """Returns the first cell that no trial had, in an order that the seed gives."""
         grid = cells(self._space)
         tried = [trial.settings.flat for trial in trials]
-        order = (grid[index] for index in np.random.default_rng(seed).permutation(len(grid)))
+        order = (grid[index] for index in np.random.default_rng(self._design).permutation(len(grid)))
         return next(cell for cell in order if self._space.flat(cell) not in tried)
 
 
