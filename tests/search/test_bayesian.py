@@ -13,7 +13,7 @@ import pytest
 from peft_study.config import MethodSpace, StudyConfig, TrainingConfig, validate
 from peft_study.search.bayesian import BayesianSearch
 from peft_study.search.prior import PRIORS, rate_prior
-from peft_study.search.pruners import unlikely
+from peft_study.search.pruners import Unlikely
 from peft_study.search.surrogate import WORST, Surrogate
 from peft_study.search.trials import State, TrialRecord, best_first
 from simulated import COUNTS, SPREAD, World, study, valley
@@ -148,13 +148,13 @@ def test_who_can_hardly_win_stops() -> None:
     far = record(of, 2, {"learning_rate": 1e-5}, {0: 3.0, 4: 2.99}, "running")
     near = record(of, 3, {"learning_rate": 2e-3}, {0: 3.0, 4: 1.45}, "running")
     trials = [best, other, far, near]
-    model = Surrogate(of, trials, COUNTS)
-    why = unlikely(far, trials, 4, model, COUNTS)
+    rule = Unlikely(lambda _method: Surrogate(of, trials, COUNTS))
+    why = rule.judge(far, trials[:2], 4, COUNTS)
     assert why is not None
     assert why.startswith("a chance of ")
     assert why.endswith(" to end below lora-000")
-    assert unlikely(near, trials, 4, model, COUNTS) is None
-    assert unlikely(far, [far], 4, Surrogate(of, [far], COUNTS), COUNTS) is None, "nothing to compare with"
+    assert rule.judge(near, trials[:2], 4, COUNTS) is None
+    assert rule.judge(far, [], 4, COUNTS) is None, "nothing to compare with"
 
 
 def test_the_better_one_at_its_rung_goes_on() -> None:
@@ -167,7 +167,7 @@ def test_the_better_one_at_its_rung_goes_on() -> None:
     model = Surrogate(of, trials, COUNTS)
     mean_C, _ = model.predict([trial.values for trial in trials])
     assert mean_C[0] < mean_C[1], "what the model believes"
-    assert unlikely(fast, trials, 12, model, COUNTS) is None
+    assert Unlikely(lambda _method: model).judge(fast, [slow, lost], 12, COUNTS) is None
 
 
 def test_the_noise_of_the_dev_rows_counts() -> None:
@@ -180,8 +180,8 @@ def test_the_noise_of_the_dev_rows_counts() -> None:
         other = record(of, 1, {"learning_rate": 1e-4}, {0: 9.0, 4: 8.8, 12: 8.7, STEPS: 8.6}, "finished")
         third = record(of, 2, {"learning_rate": 1e-5}, {0: 9.0, 4: 8.98}, "running")
         third.sums[4] = third.sums[4] + noise_N
-        trials = [best, other, third]
-        found.append(unlikely(third, trials, 4, Surrogate(of, trials, COUNTS), COUNTS))
+        model = Surrogate(of, [best, other, third], COUNTS)
+        found.append(Unlikely(lambda _method, model=model: model).judge(third, [best, other], 4, COUNTS))
     assert found[0] is not None
     assert found[1] is None
 

@@ -9,15 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_study.search.pruners import Median, Never, SuccessiveHalving, pruner, rungs
+from peft_study.config import NoneConfig, TrainingConfig, TrialSettings
+from peft_study.search.pruners import Median, Never, SuccessiveHalving, rungs
+from peft_study.search.trials import TrialRecord
 
+STEP = 3
 COUNTS = np.full(32, 10, dtype=np.int64)
 SPREAD = np.random.default_rng(0).normal(0, 3, 32)
+SETTINGS = TrialSettings(method=NoneConfig(), training=TrainingConfig(steps=9))
 
 
 def losses(level: float) -> npt.NDArray[np.float64]:
     """Losses that differ from those of another level by the same on every example: no noise between them."""
     return 10 * level + SPREAD
+
+
+def trial(name: str, losses_N: npt.NDArray[np.float64]) -> TrialRecord:
+    """Returns a trial that came to the rung with these losses."""
+    return TrialRecord(name, "lora", "search", 0, {}, SETTINGS, sums={STEP: losses_N})
 
 
 def optuna_stops(rule: optuna.pruners.BasePruner, levels: list[float], step: int) -> list[bool]:
@@ -33,12 +42,8 @@ def optuna_stops(rule: optuna.pruners.BasePruner, levels: list[float], step: int
 
 
 def ours(rule: SuccessiveHalving | Median, levels: list[float]) -> list[bool]:
-    reached: dict[str, npt.NDArray[np.float64]] = {}
-    stopped = []
-    for number, level in enumerate(levels):
-        reached[str(number)] = losses(level)
-        stopped.append(rule.judge(str(number), reached, COUNTS) is not None)
-    return stopped
+    trials = [trial(str(number), losses(level)) for number, level in enumerate(levels)]
+    return [rule.judge(t, trials[:number], STEP, COUNTS) is not None for number, t in enumerate(trials)]
 
 
 distinct = st.lists(st.integers(1, 1000), min_size=1, max_size=14, unique=True).map(lambda x: [v / 100 for v in x])
@@ -60,19 +65,15 @@ def test_without_noise_the_median_rule_is_optunas(levels: list[float]) -> None:
 
 def test_a_difference_inside_the_noise_stops_nobody() -> None:
     wild = np.random.default_rng(1).normal(0, 10, 32)
-    best, other = losses(1.0), losses(1.05) + wild - wild.mean()
-    rule = SuccessiveHalving(3)
-    assert rule.judge("b", {"a": best, "b": other}, COUNTS) is None
-    found = rule.judge("b", {"a": best, "b": losses(1.05)}, COUNTS)
+    best, rule = trial("a", losses(1.0)), SuccessiveHalving(3)
+    assert rule.judge(trial("b", losses(1.05) + wild - wild.mean()), [best], STEP, COUNTS) is None
+    found = rule.judge(trial("b", losses(1.05)), [best], STEP, COUNTS)
     assert found is not None
-    assert found.against == "a"
-    assert found.worse == pytest.approx(0.05)
-    assert "worse than a by 0.0500" in str(found)
+    assert found.startswith("worse than a by 0.0500 (95 %: at least 0.0500)")
 
 
 def test_never_stops_nobody() -> None:
-    assert isinstance(pruner("none", 3), Never)
-    assert pruner("none", 3).judge("b", {"a": losses(1.0), "b": losses(9.0)}, COUNTS) is None
+    assert Never().judge(trial("b", losses(9.0)), [trial("a", losses(1.0))], STEP, COUNTS) is None
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ arXiv:1810.05934), as Optuna's SuccessiveHalvingPruner has it: a trial continues
 1/reduction of all that reached the rung before it. On top of that the loss must be worse than that of the last one kept
 by more than the noise: the 95 % interval of their difference, paired by held-out example, must lie above zero.
 
-`unlikely` is another rule: a trial stops where the model of the method's losses gives it a small chance to end as the
+`Unlikely` is another rule: a trial stops where the model of the method's losses gives it a small chance to end as the
 best. It needs no others at the same rung, and learns from the ends of trials how losses at a rung go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import TrialRecord
-from peft_study.statistics import Losses, difference
+from peft_study.statistics import difference
 
 RUNGS = 2
 """Times a trial is judged at most."""
@@ -35,27 +35,18 @@ STARTUP = 5
 """Trials the median rule waits for, as Optuna's MedianPruner does."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Why a trial should stop: the trial it is compared with, and by how much it is worse (nats a token)."""
-
-    against: str
-    worse: float
-    low: float
-
-    def __str__(self) -> str:
-        return f"worse than {self.against} by {self.worse:.4f} (95 %: at least {self.low:.4f})"
-
-
 class Pruner(Protocol):
     """Decides at a rung whether a trial stops."""
 
-    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+    def judge(
+        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
+    ) -> str | None:
         """Returns why the trial stops, or None.
 
         Args:
-            name: of the trial.
-            reached: held-out losses at this rung of all trials of its method that came to it, its own among them.
+            trial: that came to the rung.
+            others: its method's trials that may still end well.
+            step: the rung.
             counts_N: supervised tokens of each held-out example.
         """
 
@@ -66,73 +57,84 @@ class SuccessiveHalving:
 
     reduction: int
 
-    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+    def judge(
+        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
+    ) -> str | None:
         """Compares with the last trial that is kept."""
-        order = _ranked(reached)
-        cutoff = order[max(len(order) // self.reduction, 1) - 1]
-        return _verdict(name, cutoff, reached, counts_N)
+        order = _ranked([trial, *others], step)
+        return _worse(trial, order[max(len(order) // self.reduction, 1) - 1], step, counts_N)
 
 
 @dataclass(frozen=True, slots=True)
 class Median:
     """Stops what is worse than the median of the others."""
 
-    def judge(self, name: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+    def judge(
+        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
+    ) -> str | None:
         """Compares with the trial at the median (of an even number, the worse of the two in the middle)."""
-        others = _ranked({other: sums for other, sums in reached.items() if other != name})
-        if len(others) < STARTUP:
+        order = _ranked(others, step)
+        return None if len(order) < STARTUP else _worse(trial, order[len(order) // 2], step, counts_N)
+
+
+@dataclass(frozen=True, slots=True)
+class Unlikely:
+    """Stops what will hardly end below the best of the others.
+
+    The chance is the model's, with the noise of the dev rows where both were measured at the same step.
+
+    Args:
+        model: returns what is known of a method's losses.
+    """
+
+    model: Callable[[str], Surrogate]
+
+    def judge(
+        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
+    ) -> str | None:
+        """Compares with the trial of the least expected loss."""
+        from scipy.stats import norm
+
+        others = [other for other in others if any(other.sums)]
+        if not others:
             return None
-        return _verdict(name, others[len(others) // 2], reached, counts_N)
+        settings = [trial.settings.flat, *(other.settings.flat for other in others)]
+        mean_C, covariance_CC = self.model(trial.method).predict(settings)
+        best = 1 + int(np.argmin(mean_C[1:]))
+        variance = covariance_CC[0, 0] + covariance_CC[best, best] - 2 * covariance_CC[0, best]
+        other = others[best - 1]
+        if step in other.sums:
+            apart_N = trial.sums[step] - other.sums[step]
+            if apart_N.sum() <= 0:  # better here: how both go on is a guess
+                return None
+            variance += apart_N.var() * len(apart_N) / float(other.sums[step].sum()) ** 2
+        chance = float(norm.cdf((mean_C[best] - mean_C[0]) / max(variance, 1e-12) ** 0.5))
+        return None if chance >= CHANCE else f"a chance of {chance:.1%} to end below {other.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Never:
     """Runs everything to the end."""
 
-    def judge(self, _name: str, _reached: Mapping[str, Losses], _counts_N: npt.NDArray[np.int64]) -> Verdict | None:
+    def judge(
+        self, _trial: TrialRecord, _others: Sequence[TrialRecord], _step: int, _counts_N: npt.NDArray[np.int64]
+    ) -> str | None:
         """Stops nothing."""
         return None
 
 
-def unlikely(
-    trial: TrialRecord, group: Sequence[TrialRecord], step: int, model: Surrogate, counts_N: npt.NDArray[np.int64]
-) -> str | None:
-    """Returns why a trial should stop, where it would hardly end below the best of the others; else None.
-
-    The chance is the surrogate's, with the noise of the dev rows where both were measured at the same step.
+def pruner(kind: str, reduction: int, model: Callable[[str], Surrogate]) -> Pruner:
+    """Returns the rule of that name: ``successive_halving``, ``median``, ``probability`` or ``none``.
 
     Args:
-        trial: that came to a rung.
-        group: its method's trials that may still end well.
-        step: the rung.
-        model: of the method's losses, with what was measured there.
-        counts_N: supervised tokens of each held-out example.
+        kind: its name.
+        reduction: successive halving keeps one in so many.
+        model: returns what is known of a method's losses.
     """
-    from scipy.stats import norm
-
-    others = [other for other in group if other.name != trial.name and any(other.sums)]
-    if not others:
-        return None
-    mean_C, covariance_CC = model.predict([trial.settings.flat, *(other.settings.flat for other in others)])
-    best = 1 + int(np.argmin(mean_C[1:]))
-    variance = covariance_CC[0, 0] + covariance_CC[best, best] - 2 * covariance_CC[0, best]
-    other = others[best - 1]
-    if step in other.sums:
-        apart_N = trial.sums[step] - other.sums[step]
-        if apart_N.sum() <= 0:  # better here: how both go on is a guess
-            return None
-        variance += apart_N.var() * len(apart_N) / float(other.sums[step].sum()) ** 2
-    chance = float(norm.cdf((mean_C[best] - mean_C[0]) / max(variance, 1e-12) ** 0.5))
-    if chance >= CHANCE:
-        return None
-    return f"a chance of {chance:.1%} to end below {other.name}"
-
-
-def pruner(kind: str, reduction: int) -> Pruner:
-    """Returns the rule of that name: ``successive_halving``, ``median`` or ``none``."""
     rules: dict[str, Pruner] = {
         "successive_halving": SuccessiveHalving(reduction),
         "median": Median(),
+        "probability": Unlikely(model),
         "none": Never(),
     }
     return rules[kind]
@@ -153,12 +155,14 @@ def rungs(total: int, reduction: int, warmup_end: int) -> tuple[int, ...]:
     return tuple(sorted(step for step in steps if warmup_end < step < total and step >= 1))
 
 
-def _ranked(reached: Mapping[str, Losses]) -> Sequence[str]:
-    return sorted(reached, key=lambda name: float(reached[name].sum()))
+def _ranked(trials: Sequence[TrialRecord], step: int) -> Sequence[TrialRecord]:
+    return sorted((t for t in trials if step in t.sums), key=lambda t: float(t.sums[step].sum()))
 
 
-def _verdict(name: str, cutoff: str, reached: Mapping[str, Losses], counts_N: npt.NDArray[np.int64]) -> Verdict | None:
-    if float(reached[name].sum()) <= float(reached[cutoff].sum()):
+def _worse(trial: TrialRecord, cutoff: TrialRecord, step: int, counts_N: npt.NDArray[np.int64]) -> str | None:
+    if float(trial.sums[step].sum()) <= float(cutoff.sums[step].sum()):
         return None
-    found = difference(reached[name], reached[cutoff], counts_N)
-    return Verdict(cutoff, found.value, found.low) if found.low > 0 else None
+    found = difference(trial.sums[step], cutoff.sums[step], counts_N)
+    if found.low <= 0:
+        return None
+    return f"worse than {cutoff.name} by {found.value:.4f} (95 %: at least {found.low:.4f})"

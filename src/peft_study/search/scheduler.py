@@ -23,8 +23,9 @@ from peft_study.config import Choices, MethodSpace, NoneConfig, StudyConfig, Tra
 from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test, range_expansion
 from peft_study.search.prior import rate_prior
-from peft_study.search.pruners import pruner, rungs, unlikely
+from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import SpaceSampler
+from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, value_of
 from peft_study.seeds import key
 from peft_study.storage.journal import Event, Journal
@@ -50,8 +51,7 @@ class Scheduler:
     ) -> None:
         self.config, self._journal = config, journal
         self._steps, self._counts_N = steps, counts_N
-        kind = config.search.pruner
-        self._pruner = None if kind == "probability" else pruner(kind, config.search.reduction)
+        self._pruner = pruner(config.search.pruner, config.search.reduction, self._model)
         self.state = StudyState()
         for event in journal.events:
             self.state.apply(event)
@@ -262,14 +262,12 @@ class Scheduler:
         if trial.method not in self.methods:  # the study file no longer has it: it runs to its end
             return None
         # a trial that diverged later must not stop others: it would leave none
-        group = [t for t in self.state.of(trial.method, "search") if t.status not in ("diverged", "failed")]
-        found: object
-        if self._pruner is None:
-            model = self.samplers[trial.method].bayesian.surrogate(self.state.of(trial.method, "search"))
-            found = unlikely(trial, group, event.step, model, self._counts_N)
-        else:
-            reached = {t.name: t.sums[event.step] for t in group if event.step in t.sums}
-            found = self._pruner.judge(trial.name, reached, self._counts_N)
+        others = [
+            t
+            for t in self.state.of(trial.method, "search")
+            if t.name != trial.name and t.status not in ("diverged", "failed")
+        ]
+        found = self._pruner.judge(trial, others, event.step, self._counts_N)
         if found is None:
             return None
         reason = f"at step {event.step} {found}"
@@ -278,6 +276,9 @@ class Scheduler:
             self._add({"event": "audited", "name": trial.name, "reason": reason})
             return None
         return reason
+
+    def _model(self, method: str) -> Surrogate:
+        return self.samplers[method].bayesian.surrogate(self.state.of(method, "search"))
 
     def _end(self, trial: TrialRecord, event: Ended) -> None:
         outcome = event.outcome
