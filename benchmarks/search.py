@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ import yaml
 from common import ROOT, Rows, arguments
 from search_grid import DATA, FULL, GOOD, TINY, Curves, Scale, cell_of, read_curves, study_values
 from search_live import measure_ours
-from search_ours import SEARCHES, decisions, order_of, ours, worker_costs
+from search_ours import SEARCHES, WorkerCosts, decisions, order_of, ours, worker_costs
 from search_replay import RULES, Costs, Search, Seen, asha, factor, one_after_another, regrets, spread, times
-from search_trl import SETTINGS, measure_ray, measure_single
+from search_trl import measure_ray, measure_settings, measure_single
 from worlds import EMBEDDED
 
 from peft_study.storage.cache_dir import cache_root
@@ -45,7 +46,8 @@ from peft_study.storage.journal import Event, read
 PARTS = ("ours", "trl", "ray")
 CURVES = "search_curves"
 SECONDS = [round(30 * 2 ** (k / 2)) for k in range(15)]
-"""Times at which the regret of what a search recommends is looked at."""
+TOKENS = [round(3000 * 2 ** (k / 2)) for k in range(18)]
+"""Times, and tokens of training, at which the regret of what a search recommends is looked at."""
 
 
 def scale_of(options: argparse.Namespace) -> Scale:
@@ -69,10 +71,12 @@ def measure(options: argparse.Namespace) -> None:
     rows = Rows(options, **_subject(options), grid=grid, batch_size=scale.batch_size)
     if "ours" in options.parts:
         measure_ours(rows, options.model, values, scale, options.work)
-    if "trl" in options.parts:
-        measure_single(rows, file, options.model, scale)
-    if "ray" in options.parts:
-        measure_ray(rows, file, options.model, scale)
+    if {"trl", "ray"} & set(options.parts):
+        chosen = measure_settings(rows, file, options.model, scale)
+        if "trl" in options.parts:
+            measure_single(rows, file, options.model, scale, chosen)
+        if "ray" in options.parts:
+            measure_ray(rows, file, options.model, scale, chosen)
 
 
 def systems(curves: Curves) -> dict[str, Costs]:
@@ -80,7 +84,7 @@ def systems(curves: Curves) -> dict[str, Costs]:
     found: dict[str, Costs] = {}
     alone = curves.speeds["ours alone"]
     found["c"] = Costs(alone["start_up"], alone["entry"], alone["seconds_per_token"], alone["seconds_per_dev_token"])
-    for name in SETTINGS:
+    for name in ("default", "best"):
         single = curves.speeds.get(f"trl {name}")
         if single:
             found[f"a {name}"] = _costs(single, 0.0)
@@ -110,55 +114,70 @@ def replay(options: argparse.Namespace) -> None:
     needed = {"ours alone"} if curves.slots == 1 else {"ours", "ours alone"}
     if missing := needed - curves.speeds.keys():
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
-    rows = Rows(
-        options,
-        **_subject(options),
-        slots=curves.slots,
-        seeds=options.seeds,
-        replayed="orders and pruning rules, on live curves",
-    )
-    searches: dict[str, list[Search]] = {system: [] for system in SEARCHES}
-    peers = systems(curves)
-    for seed in range(options.seeds):
-        for system in SEARCHES:
-            found, events = ours(curves, seed, worker_costs(curves.speeds), system)
-            searches[system].append(found)
-        for system, costs in peers.items():
-            run = asha if system.startswith("b") else one_after_another
-            searches.setdefault(system, []).append(run(curves, order_of(events), costs))
+    rows = Rows(options, **_subject(options), slots=curves.slots, seeds=options.seeds)
+    peers, own = systems(curves), worker_costs(curves.speeds)
+    costs = {system: asdict(peers.get(system, own)) for system in (*SEARCHES, *peers)}
+    rows.add(row="replayed", costs=costs, good=sorted(curves.good()))
+    by_seconds = searched(curves, options.seeds, own, peers)
+    # seconds are tokens of training where nothing else costs anything: whose engine it is makes no difference then
+    kinds = {system.split()[0]: Costs(0, 0, 1, 0) for system in peers}
+    by_tokens = searched(curves, options.seeds, WorkerCosts(0, 0, 1, 1, 0), kinds)
     for rule in RULES:
-        taken = {system: [times(s, curves, rule) for s in own] for system, own in searches.items()}
-        quartiles: dict[str, list[list[float]]] = {}
-        for system, own in taken.items():
-            seconds = {what: spread([t[what] for t in own]) for what in ("first", "stays", "whole")}
-            costs = asdict(peers[system] if system in peers else worker_costs(curves.speeds))
-            rows.add(row="system", system=system, rule=rule, **seconds, costs=costs, good=sorted(curves.good()))
-            quartiles[system] = regrets(searches[system], curves, rule, SECONDS)
-            rows.add(row="regret", system=system, rule=rule, seconds=SECONDS, quartiles=quartiles[system])
-        for system in (*peers, "d, design"):
-            for own in ("d", "d, no prior"):
-                factors = {w: factor([t[w] for t in taken[system]], [t[w] for t in taken[own]]) for w in taken[own][0]}
-                rows.add(row="factor", system=own, against=system, rule=rule, **factors)
+        for unit, searches in {"seconds": by_seconds, "tokens": by_tokens}.items():
+            taken = {system: [times(s, curves, rule) for s in own] for system, own in searches.items()}
+            for system, own in taken.items():
+                rows.add(row="times", unit=unit, system=system, rule=rule, **_each(spread, own))
+            for system, against in itertools.product(("d", "d, no prior"), searches):
+                factors = _each(factor, taken[against], taken[system])
+                rows.add(row="factor", unit=unit, system=system, against=against, rule=rule, **factors)
+        panels = {"seconds": (SECONDS, by_seconds), "tokens": (TOKENS, by_tokens)}
+        quartiles = {
+            unit: {system: regrets(own, curves, rule, at) for system, own in searches.items()}
+            for unit, (at, searches) in panels.items()
+        }
+        for unit, (at, _) in panels.items():
+            for system, found in quartiles[unit].items():
+                rows.add(row="regret", unit=unit, system=system, rule=rule, at=at, quartiles=found)
         if rule == "highest":
-            draw(quartiles, options.out / f"search_{options.data}_{options.method}.png")
+            draw(quartiles, options.out / f"search_{options.data}_{options.method}_{curves.slots}.png")
 
 
-def draw(quartiles: Mapping[str, Sequence[Sequence[float]]], path: Path) -> None:
-    """Draws each system's median regret against seconds, with its quartiles."""
+def _each(compute: Callable[..., Any], *searches: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Returns a figure of the times of one or two systems, by what the times are of."""
+    return {what: compute(*([t[what] for t in own] for own in searches)) for what in searches[0][0]}
+
+
+def searched(curves: Curves, seeds: int, costs: WorkerCosts, peers: Mapping[str, Costs]) -> dict[str, list[Search]]:
+    """Returns the searches of all systems, one a seed; peers try the cells in the order of our random grid."""
+    found: dict[str, list[Search]] = {system: [] for system in (*SEARCHES, *peers)}
+    for seed in range(seeds):
+        for system in SEARCHES:
+            search, events = ours(curves, seed, costs, system)
+            found[system].append(search)
+        for system, own in peers.items():
+            run = asha if system.startswith("b") else one_after_another
+            found[system].append(run(curves, order_of(events), own))
+    return found
+
+
+def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
+    """Draws each system's median regret against seconds and against tokens, with its quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for system, found in quartiles.items():
-        low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
-        panel.fill_between(SECONDS, low, high, step="post", alpha=0.1, linewidth=0)
-        panel.step(SECONDS, middle, where="post", label=f"({system[0]}){system[1:]}")
-    panel.axhline(GOOD, color="black", linewidth=0.8, linestyle=":")
-    panel.set(xscale="log", yscale="log", xlabel="seconds", ylabel="test loss above the best of the grid, share")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
+    for panel, (unit, at) in zip(axes, {"seconds": SECONDS, "tokens": TOKENS}.items(), strict=True):
+        for system, found in quartiles[unit].items():
+            low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
+            panel.fill_between(at, low, high, step="post", alpha=0.1, linewidth=0)
+            panel.step(at, middle, where="post", label=f"({system[0]}){system[1:]}")
+        panel.axhline(GOOD, color="black", linewidth=0.8, linestyle=":")
+        panel.set(xscale="log", yscale="log", xlabel="seconds" if unit == "seconds" else "tokens of training")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    axes[0].set_ylabel("test loss above the best of the grid, share")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

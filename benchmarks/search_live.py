@@ -35,6 +35,8 @@ from peft_study.training.session import open_session
 from peft_study.workers.worker import Facts, Report
 
 Stamp = dict[str, Any]
+COMPANY = 3
+"""Trials side by side, where more than one is timed."""
 
 
 class Stamps:
@@ -48,7 +50,7 @@ class Stamps:
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """The start-up is over: model, data, slots and threads are there."""
-        self._add(what="ready", slots=slots)
+        self._add(what="ready")
 
     def reported(self, report: Report, state: StudyState) -> None:
         """A row was run, or trials entered or left."""
@@ -138,26 +140,31 @@ def _reports(stamps: Sequence[Stamp]) -> list[tuple[Stamp, Stamp]]:
 
 
 def measure_ours(rows: Rows, model: str, values: dict[str, Any], scale: Scale, work: Path) -> None:
-    """Trains every cell side by side, then measures what one trial alone takes, and a start-up with full caches."""
+    """Trains every cell, then measures what trials take side by side and alone, and a start-up with full caches.
+
+    The curves bear company: what they take is not used. The short runs after them do not.
+    """
     config, data = config_of(values, work / "curves"), values["data"]["train"]
     dev_tokens = int(split_of(config).held_out.lengths().sum())
-    whole = {**values, "search": {**values["search"], "audit": 1.0}}
-    stamps = run_apart(whole, work, "curves")
-    # a part of the grid, as short as shows the speed
-    few = {scale.method: {"learning_rate": scale.rates[len(scale.rates) // 2], scale.other: list(scale.values)}}
-    short = {**values, "methods": few, "budget": {"steps": scale.timed_steps}}
-    none = {**short, "search": {**values["search"], "pruner": "none"}}
-    for name in ("alone", "start-up"):  # short; done again they are measured again
-        shutil.rmtree(work / name, ignore_errors=True)
-    alone = run_apart({**none, "slots": 1}, work, "alone")
-    again = run_apart({**none, "budget": {"steps": 1}}, work, "start-up")
+    run_apart({**values, "search": {**values["search"], "audit": 1.0}}, work, "curves")
     state = state_of(work / "curves")
-    slots = next(stamp["slots"] for stamp in stamps if stamp["what"] == "ready")
     # where the model and the data lie on this machine is no part of what was measured
     portable = {**values, "model": {"name": model}, "data": {**values["data"], "train": Path(data).name}}
-    rows.add(row="study", values=portable, slots=slots, **_study_facts(config, scale, state))
+    facts = _study_facts(config, scale, state)
+    # as short as shows the speed
+    some = slice(len(scale.rates) // 2 - 1, len(scale.rates) // 2 + 1)
+    few = {scale.method: {"learning_rate": list(scale.rates[some]), scale.other: list(scale.values)}}
+    short = {**values, "methods": few, "budget": {"steps": scale.timed_steps}}
+    none = {**short, "search": {**values["search"], "pruner": "none"}}
+    for name in ("together", "alone", "start-up"):  # done again they are measured again
+        shutil.rmtree(work / name, ignore_errors=True)
+    again = start_up(run_apart({**none, "budget": {"steps": 1}}, work, "start-up"))
+    longer = {"budget": {"steps": COMPANY * scale.timed_steps}}
+    together = run_apart({**none, **longer, "slots": COMPANY}, work, "together")
+    alone = run_apart({**none, "slots": 1}, work, "alone")
+    rows.add(row="study", values=portable, **facts)
     _write_cells(rows, config, scale, state)
-    rows.add(row="speed", system="ours", start_up=start_up(again), **speeds(stamps, slots, dev_tokens))
+    rows.add(row="speed", system="ours", start_up=again, **speeds(together, COMPANY, dev_tokens))
     rows.add(row="speed", system="ours alone", start_up=start_up(alone), **speeds(alone, 1, dev_tokens))
 
 
@@ -169,6 +176,7 @@ def _study_facts(config: StudyConfig, scale: Scale, state: StudyState) -> dict[s
         "cells": len(trials),
         "rungs": sorted({step for trial in trials for step in trial.sums} - {0, scale.steps}),
         "steps": scale.steps,
+        "slots": StudyFolder(config.output).run.read("capacity.json")["slots"],
         "row_tokens": StudyFolder(config.output).run.read("capacity.json")["row_tokens"],
         "counts": split.held_out.counts().tolist(),
         "start": _rounded(reference.sums[0]),

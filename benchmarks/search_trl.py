@@ -1,19 +1,24 @@
 """TRL's and Ray Tune's part of `search.py measure`: what a run takes, from the start of its process to its end.
 
-    python benchmarks/search_trl.py STUDY.yaml MODEL SETTINGS STEPS    # one TRL run, a process of its own
+    python benchmarks/search_trl.py STUDY.yaml MODEL STEPS SETTINGS      # one TRL run, a process of its own
+    python benchmarks/search_trl.py STUDY.yaml MODEL STEPS candidates    # the seconds of each that may be its best
 
 No cell is trained to its end: the time of a step does not depend on the learning rate, and the curves are those of our
-engine, whose losses are PEFT's (tests/engine/test_parity.py).
+engine, whose losses are PEFT's (tests/engine/test_parity.py). What is best for long rows need not be so for short ones:
+parts of a batch, attention and autocast are searched anew on the grid's own rows.
 """
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +26,40 @@ import torch
 import yaml
 from common import ROOT, Rows
 from search_grid import Scale, split_of, training_batches
-from trl_peer import DEFAULT, TrlPeer, best
+from trl_peer import DEFAULT, LEAN, TrlPeer
 from worlds import METHODS, open_world
 
 from peft_study.config import StudyConfig, validate
 from peft_study.data.conversation import Example
 
-SETTINGS = ("default", "best")
+Settings = dict[str, Any]
 TrialFacts = dict[str, float]
 
 
-def settings_of(name: str, device: str, batch_size: int) -> dict[str, Any]:
-    """Returns TRL's settings of that name, with the grid's batch."""
-    chosen = dict(DEFAULT["lora"] if name == "default" else best(device, "lora"))
-    part = chosen.get("per_device_train_batch_size", batch_size)
-    part = min(part, batch_size)
-    return {**chosen, "per_device_train_batch_size": part, "gradient_accumulation_steps": batch_size // part}
+def parts_of(batch_size: int, part: int) -> Settings:
+    """Returns the settings that make an optimizer batch of parts."""
+    return {"per_device_train_batch_size": part, "gradient_accumulation_steps": batch_size // part}
 
 
-def train(file: Path, model: str, name: str, steps: int) -> TrialFacts:
+def candidates(batch_size: int) -> list[Settings]:
+    """Returns what may be TRL's best settings on a batch of short rows."""
+    parts = [part for part in range(1, batch_size + 1) if batch_size % part == 0]
+    return [
+        {**LEAN, **parts_of(batch_size, part), "attention": attention, "bf16": autocast}
+        for part, attention, autocast in itertools.product(parts, ("eager", "sdpa"), (True, False))
+    ]
+
+
+def train(file: Path, model: str, steps: int, settings: Settings) -> TrialFacts:
     """Trains with TRL for some steps, twice, and evaluates; returns seconds and tokens.
 
     The first pass bears what happens once (allocations, kernels chosen); `first` says how much longer it took.
     """
     config = validate(StudyConfig, yaml.safe_load(file.read_text()), where=str(file)).filled()
     examples: list[Example] = [e for batch in training_batches(split_of(config), config, steps) for e in batch]
+    (method,) = config.methods
     world = open_world(model, config.model.device)
-    settings = settings_of(name, world.placement.device.type, config.training.batch_size)
-    peer = TrlPeer(f"trl {name}", world, METHODS["lora"], None, examples, settings)
+    peer = TrlPeer("trl", world, METHODS[method], None, examples, settings)
     first, second = peer.run(), peer.run()
     return {
         "tokens": second.tokens,
@@ -58,25 +69,43 @@ def train(file: Path, model: str, name: str, steps: int) -> TrialFacts:
     }
 
 
-def measure_single(rows: Rows, file: Path, model: str, scale: Scale) -> None:
+def measure_settings(rows: Rows, file: Path, model: str, scale: Scale) -> dict[str, Settings]:
+    """Returns TRL's defaults with the grid's batch, and the fastest of the candidates."""
+    tried = _process(file, model, scale.timed_steps, "candidates")
+    for settings, seconds in tried:
+        rows.add(row="candidate", settings=settings, seconds=seconds)
+    fastest, _ = min((pair for pair in tried if pair[1] is not None), key=lambda pair: pair[1])
+    return {"default": {**DEFAULT[scale.method], **parts_of(scale.batch_size, scale.batch_size)}, "best": fastest}
+
+
+def _process(file: Path, model: str, steps: int, what: str) -> Any:
+    words = [sys.executable, __file__, str(file), model, str(steps), what]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr.strip().splitlines()[-1])
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def measure_single(rows: Rows, file: Path, model: str, scale: Scale, chosen: Mapping[str, Settings]) -> None:
     """Measures one TRL run in a process of its own, with each of the settings."""
-    for name in SETTINGS:
+    for name, settings in chosen.items():
         started = time.time()
-        words = [sys.executable, __file__, str(file), model, name, str(scale.timed_steps)]
-        ran = subprocess.run(words, capture_output=True, text=True, check=False)
-        wall = time.time() - started
-        if ran.returncode:
-            raise RuntimeError(ran.stderr.strip().splitlines()[-1])
-        facts = json.loads(ran.stdout.splitlines()[-1])
-        rows.add(row="speed", system=f"trl {name}", concurrent=1, **_speeds([facts], wall))
+        facts = _process(file, model, scale.timed_steps, json.dumps(settings))
+        rows.add(
+            row="speed",
+            system=f"trl {name}",
+            concurrent=1,
+            settings=settings,
+            **_speeds([facts], time.time() - started),
+        )
 
 
-def measure_ray(rows: Rows, file: Path, model: str, scale: Scale) -> None:
+def measure_ray(rows: Rows, file: Path, model: str, scale: Scale, chosen: Mapping[str, Settings]) -> None:
     """Measures Ray Tune with ASHA over TRL runs: one after another on all cores, and two at a time on half of them."""
     cores = os.cpu_count() or 1
-    for name in SETTINGS:
+    for name, settings in chosen.items():
         for concurrent in (1, 2) if cores > 1 else (1,):
-            ready, wall, facts = _tune(file, model, name, scale.timed_steps, concurrent, cores)
+            ready, wall, facts = _tune(file, model, settings, scale.timed_steps, concurrent, cores)
             found = _speeds(facts, wall * concurrent / len(facts))
             rows.add(row="speed", system=f"ray {name} {concurrent}", concurrent=concurrent, ready=ready, **found)
 
@@ -101,7 +130,7 @@ def _speeds(facts: list[TrialFacts], wall: float) -> dict[str, Any]:
 
 
 def _tune(
-    file: Path, model: str, name: str, steps: int, concurrent: int, cores: int
+    file: Path, model: str, settings: Settings, steps: int, concurrent: int, cores: int
 ) -> tuple[float, float, list[TrialFacts]]:
     """Runs two trials with Ray Tune; returns seconds until Ray is there and of the trials, and what each took."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -120,13 +149,13 @@ def _tune(
 
     def trainable(setting: dict[str, Any]) -> None:
         torch.set_num_threads(setting["threads"])
-        tune.report({"loss": 1.0, "step": setting["steps"], **train(file, model, name, setting["steps"])})
+        tune.report({"loss": 1.0, "step": steps, **train(file, model, steps, settings)})
 
     started = time.time()
     with tempfile.TemporaryDirectory() as storage:
         tuner = tune.Tuner(
             tune.with_resources(trainable, {"cpu": threads}),
-            param_space={"threads": threads, "steps": steps, "cell": tune.grid_search([0, 1])},
+            param_space={"threads": threads, "cell": tune.grid_search([0, 1])},
             tune_config=tune.TuneConfig(
                 metric="loss", mode="min", scheduler=ASHAScheduler(time_attr="step", max_t=steps, grace_period=1)
             ),
@@ -142,9 +171,20 @@ def _tune(
 
 
 def main(words: list[str] | None = None) -> None:
-    """Trains once and prints what it took."""
-    file, model, name, steps = sys.argv[1:] if words is None else words
-    print(json.dumps(train(Path(file), model, name, int(steps))))
+    """Trains once, or once with each candidate, and prints what it took."""
+    file, model, steps, what = sys.argv[1:] if words is None else words
+    if what != "candidates":
+        print(json.dumps(train(Path(file), model, int(steps), json.loads(what))))
+        return
+    batch_size = validate(StudyConfig, yaml.safe_load(Path(file).read_text()), where=file).training.batch_size
+    found: list[tuple[Settings, float | None]] = []
+    for settings in candidates(batch_size):
+        try:
+            found.append((settings, round(train(Path(file), model, int(steps), settings)["second"], 3)))
+        except (ValueError, RuntimeError):  # of this method with these settings
+            found.append((settings, None))
+        gc.collect()
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

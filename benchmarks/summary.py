@@ -185,11 +185,13 @@ def search_targets(unit: str) -> list[Target]:
             name = f"search: ours{system.removeprefix('d')} against {peer}"
             where = {
                 "row": "factor",
+                "unit": "seconds",
                 "system": system,
                 "against": against,
                 "rule": "highest",
                 "model": EMBEDDED,
                 "data": "mawps",
+                "method": "lora",
             }
             found.append(Target(name, share * goal, unit, entry_of("search", "stays", **where)))
     return found

@@ -199,7 +199,7 @@ def test_seconds_from_stamps() -> None:
         }
 
     stamps = [
-        {"what": "ready", "at": 5.0, "slots": 2},
+        {"what": "ready", "at": 5.0},
         report(5.0, running=0),
         report(7.0, entered=2),
         report(9.0, tokens=20),
@@ -228,11 +228,16 @@ def test_unfinished_curves_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not search_recorded.SWEEP.exists(), reason="the shared data are not there")
-def test_other_peoples_sweeps_need_few_trials(tmp_path: Path) -> None:
-    """LoRA on 35 models by others: without the prior, half the trials of a random order are enough."""
-    search_recorded.main(["--out", str(tmp_path)])
+def test_other_peoples_runs(tmp_path: Path) -> None:
+    """LoRA on 35 models by others: without the prior, half the trials of a random order are enough.
+
+    And of 63 runs of many methods none of the ten best is stopped for being unlikely.
+    """
+    search_recorded.main(["--out", str(tmp_path), "--orders", "1"])
     rows = [json.loads(line) for line in (tmp_path / "search_recorded.jsonl").read_text().splitlines()]
-    tried = {row["order"]: row["mean"] for row in rows}
+    tried = {row["order"]: row["mean"] for row in rows if row["row"] == "tried"}
+    stopped = {row["rule"]: row["of_ten_best"] for row in rows if row["row"] == "stopped"}
+    assert stopped["probability"] == 0 < stopped["successive_halving"]
     assert tried["random"] == pytest.approx(4.09, abs=0.01), "by hand: (n + 1) / (k + 1) over the models"
     assert tried["model, no prior"] < tried["random"] / 2 < tried["grid"]
 
@@ -255,8 +260,10 @@ def test_a_tiny_grid_is_measured_replayed_and_checked(tmp_path: Path, monkeypatc
     search.main(["check", *words])
     search.main(["check", *words, "--system", "d, design"])
     rows = [json.loads(line) for line in (tmp_path / "out" / "search.jsonl").read_text().splitlines()]
-    factors = {row["against"] for row in rows if row["row"] == "factor"}
-    assert factors == {"a default", "a best", "c", "d, design"}
+    ours_too = {"d", "d, no prior", "d, design"}
+    seen = {unit: {row.get("against") for row in rows if row.get("unit") == unit} for unit in ("seconds", "tokens")}
+    assert seen["seconds"] - {None} == {"a default", "a best", "c"} | ours_too
+    assert seen["tokens"] - {None} == {"a", "c"} | ours_too
     modelled, checked = [row for row in rows if row["row"] == "check"]
     assert modelled["system"] == "d"
     assert modelled["cells"] == 4
@@ -273,6 +280,9 @@ def test_ray_tune_over_tiny_trl_runs_is_measured(tmp_path: Path, monkeypatch: py
     words = ["--model", "tiny", "--device", "cpu", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     search.main(["measure", *words, "--parts", "ray"])
     lines = (tmp_path / "out" / "search_curves.jsonl").read_text().splitlines()
-    rows = {row["system"]: row for row in map(json.loads, lines)}
+    measured = [json.loads(line) for line in lines]
+    seconds = [row["seconds"] for row in measured if row["row"] == "candidate"]
+    assert len(seconds) == 8, "parts of one and two examples, two kinds of attention, with autocast and without"
+    rows = {row["system"]: row for row in measured if row["row"] == "speed"}
     assert {name for name in rows if name.endswith(" 1")} == {"ray default 1", "ray best 1"}
     assert all(row["overhead"] > 0 and row["ready"] > 0 and row["trials"] == 2 for row in rows.values())
