@@ -1,6 +1,7 @@
 """Where the time of a training step goes, and what the matrix products alone would allow.
 
-    python benchmarks/profile_step.py [--method lora]
+    python benchmarks/profile_step.py [--method lora]                            # 5 real examples, one trial
+    python benchmarks/profile_step.py --length 60 --batch-size 4 --trials 3      # 12 examples of 60 tokens in a row
 
 The products alone: every linear layer of the model at its own shape, forward and the gradient of its input, over the
 tokens of a row, and the head over the supervised ones; nothing else is computed. The profile: torch's profiler over
@@ -17,7 +18,7 @@ from common import Rows, arguments, median, seconds
 from peers import LEARNING_RATE, InOrder
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from worlds import METHODS, MODELS, adapter_of, open_world
+from worlds import METHODS, MODELS, adapter_of, examples_of_length, open_world, vocabulary_of
 
 from peft_study.config import TrainingConfig
 from peft_study.engine.engine import Engine, StepEvent
@@ -73,18 +74,28 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default=MODELS[0], choices=MODELS)
     parser.add_argument("--method", default="lora", choices=METHODS)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--length", type=int, help="tokens of every example; default: real ones")
+    parser.add_argument("--batch-size", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=1, help="that share the row")
     options = parser.parse_args(words)
     world = open_world(options.model, options.device)
-    base = world.base()
-    pool, _ = world.examples(32)
-    trial = Trial(
-        options.method,
-        adapter_of(METHODS[options.method], base),
-        TrainingConfig(learning_rate=LEARNING_RATE, steps=2 * options.steps + 2, batch_size=5),
-        InOrder(pool, 5),
-    )
-    engine = Engine(base, row_tokens=4096)  # a batch is a row
-    engine.admit(trial)
+    base, batch = world.base(), options.batch_size
+    if options.length is None:
+        pool, _ = world.examples(32)
+    else:
+        pool = examples_of_length(32, options.length, vocabulary_of(base))
+    engine = Engine(base, row_tokens=4096)  # the batches of all trials are a row
+    trials = [
+        Trial(
+            f"{options.method} {number}",
+            adapter_of(METHODS[options.method], base, number),
+            TrainingConfig(learning_rate=LEARNING_RATE, steps=2 * options.steps + 2, batch_size=batch),
+            InOrder(pool, batch),
+        )
+        for number in range(options.trials)
+    ]
+    for trial in trials:
+        engine.admit(trial)
     for _ in range(2):  # to warm up
         engine.step()
     speeds = []
@@ -94,12 +105,16 @@ def main(words: list[str] | None = None) -> None:
         speeds.append(sum(event.report.tokens for event in found if event.report) / taken)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if base.device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        while not trial.finished:
+        while not trials[-1].finished:
             engine.step()
-    tokens = sum(len(e) for e in pool) * 5 // len(pool)
-    supervised = sum(int(e.supervised_L.sum()) for e in pool) * 5 // len(pool)
+    count = batch * options.trials
+    tokens = sum(len(e) for e in pool) * count // len(pool)
+    supervised = sum(int(e.supervised_L.sum()) for e in pool) * count // len(pool)
     Rows(options, model=options.model, method=options.method, device=base.device.type).add(
         row="profile",
+        length=options.length,
+        batch_size=batch,
+        trials=options.trials,
         tokens_per_second=median(speeds),
         products_alone=round(products_alone(base, tokens, supervised), 1),
         shares={kind: round(share, 3) for kind, share in shares(profiler.key_averages()).items()},

@@ -83,7 +83,7 @@ def test_what_diverged_is_the_worst_and_what_failed_says_nothing() -> None:
         ("lora", 780, 3e-4),
         ("lora", 36, 3e-4 * (780 / 36) ** 0.26),
         ("prefix_tuning", 5000, 5e-3),
-        ("prompt_tuning", 36, 0.3),
+        ("prompt_tuning", 36, 0.02),
     ],
 )
 def test_the_first_trial_is_the_known_default(method: str, steps: int, rate: float) -> None:
@@ -110,6 +110,15 @@ def test_the_first_trials_vary_the_rate_alone_and_lie_apart() -> None:
     assert len({str(dict(trial.values, learning_rate=None)) for trial in trials}) == 1
 
 
+def test_no_rate_is_tried_that_others_lie_next_to(tmp_path: Path) -> None:
+    """On a valley without noise the largest expected improvement is always next to the best trial."""
+    config = study(methods={"lora": {"learning_rate": RATES}}, search=SEARCH, budget={"trials": 12})
+    state = World(config, tmp_path, {"lora": valley(1e-3)}).run().scheduler.state
+    rates = sorted(math.log10(trial.values["learning_rate"]) for trial in state.of("lora", "search"))
+    assert len(rates) == 12
+    assert min(high - low for low, high in itertools.pairwise(rates)) > 0.1
+
+
 def test_what_is_suggested_lies_in_the_range_that_was_widened() -> None:
     of = space("prefix_tuning", tokens={"low": 10, "high": 100, "log": True}, learning_rate=RATES)
     search = BayesianSearch(of, COUNTS, rate_prior(of, STEPS, informed=True), 0)
@@ -125,7 +134,8 @@ def test_a_method_whose_settings_are_all_fixed(tmp_path: Path) -> None:
     state = World(config, tmp_path, {"lora": valley(1e-3), "prompt_tuning": valley(0.3)}).run().scheduler.state
     assert [trial.values for trial in state.of("lora", "search")] == [{}]
     assert state.recommended["lora"].rates is None
-    assert state.winner == ("prompt_tuning", 0)
+    assert state.winner is not None
+    assert state.setting(*state.winner).values == {"learning_rate": 0.3}
 
 
 def test_a_fixed_rate_beside_other_settings() -> None:
@@ -217,6 +227,24 @@ def test_a_recommendation_keeps_its_promise() -> None:
 def test_nothing_measured_is_no_recommendation() -> None:
     of = space(learning_rate=RATES)
     assert BayesianSearch(of, COUNTS, rate_prior(of, STEPS, informed=False), 0).recommended([], {}) is None
+
+
+def test_what_was_stopped_is_not_recommended() -> None:
+    """Between two good rates the model expects a better one; it was stopped, so it is not what is recommended."""
+    of = space(learning_rate=[3e-4, 1e-3, 3e-3])
+    between = record(of, 2, {"learning_rate": 1e-3}, {0: 3.0, 4: 1.3, 12: 0.95}, "running")
+    trials = [
+        record(of, 0, {"learning_rate": 3e-4}, {0: 3.0, 4: 1.6, 12: 1.2, STEPS: 1.01}, "finished"),
+        record(of, 1, {"learning_rate": 3e-3}, {0: 3.0, 4: 1.6, 12: 1.2, STEPS: 1.0}, "finished"),
+        between,
+    ]
+    search, found = BayesianSearch(of, COUNTS, None, 0), []
+    states: tuple[State, ...] = ("running", "pruned")
+    for between.status in states:
+        recommended = search.recommended(trials, {})
+        assert recommended is not None
+        found.append(recommended.values["learning_rate"])
+    assert found == [1e-3, 3e-3]
 
 
 def searched(folder: Path, best: float, **search: Any) -> tuple[float, float]:

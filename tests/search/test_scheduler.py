@@ -13,6 +13,7 @@ from peft_study.search.trials import TrialRecord
 from simulated import World, study, valley
 
 TWO = {"lora": {}, "prompt_tuning": {"tokens": 8}}
+DESIGN = {"sampler": "quasi_random", "pruner": "successive_halving"}
 CURVES = {"lora": valley(1e-3), "prompt_tuning": valley(0.1, depth=0.8), "full": valley(2e-5, depth=1.2)}
 
 
@@ -56,7 +57,8 @@ def test_a_seed_that_failed_keeps_a_setting_from_winning(tmp_path: Path) -> None
 
 
 def test_hopeless_settings_stop_at_a_rung_after_the_longest_warmup_with_the_reason(tmp_path: Path) -> None:
-    world = World(study(methods={"lora": {}}, budget={"trials": 12}), tmp_path, CURVES).run()
+    config = study(search={**DESIGN, "range_test": False})
+    world = World(config, tmp_path, CURVES).run()
     assert searched(world, "lora")[0].settings.rungs == (10, 30)
     pruned = [t for t in searched(world, "lora") if t.status == "pruned"]
     assert 4 <= len(pruned) <= 9
@@ -77,7 +79,8 @@ def _made(folder: Path) -> Path:
 
 
 def test_a_random_share_of_the_stopped_runs_on_to_check_the_rule(tmp_path: Path) -> None:
-    world = World(study(budget={"trials": 40}, search={"range_test": False, "audit": 0.3}), tmp_path, CURVES).run()
+    config = study(budget={"trials": 40}, search={**DESIGN, "range_test": False, "audit": 0.3})
+    world = World(config, tmp_path, CURVES).run()
     trials = searched(world, "lora")
     audited = [t for t in trials if t.audited]
     pruned = [t for t in trials if t.status == "pruned"]
@@ -129,7 +132,8 @@ def test_all_weights_wait_for_an_empty_engine_and_are_untuned_with_fewer_trials(
 
 
 def test_a_best_value_at_the_edge_widens_the_range_up_to_a_limit(tmp_path: Path) -> None:
-    config = study(budget={"trials": 40}, search={"range_test": False, "pruner": "none"})
+    search = {"sampler": "tpe", "range_test": False, "pruner": "none"}
+    config = study(budget={"trials": 40}, search=search)
     world = World(config, tmp_path, {"lora": valley(0.3)}).run()
     rates = [t.values["learning_rate"] for t in searched(world, "lora")]
     state = world.scheduler.state
@@ -143,7 +147,7 @@ def test_a_best_value_at_the_edge_widens_the_range_up_to_a_limit(tmp_path: Path)
     widened = next(i for i, e in enumerate(events) if e["event"] == "widened")
     following = next(e for e in events[widened:] if e["event"] == "asked")
     assert 1e-2 <= following["values"]["learning_rate"] <= 0.0317
-    fixed = study(budget={"trials": 40}, search={"range_test": False, "widen": False})
+    fixed = study(budget={"trials": 40}, search={**search, "widen": False})
     state = World(fixed, _made(tmp_path / "fixed"), {"lora": valley(0.3)}).run().scheduler.state
     assert state.bounds == {}
 
@@ -193,9 +197,11 @@ def test_lists_are_tried_once_each_where_there_are_trials_enough(tmp_path: Path)
 
 
 def test_a_range_test_is_made_where_it_is_cheap(tmp_path: Path) -> None:
-    short, long = study(search={}), study(search={}, training={"steps": 900})
+    short, long = study(search=DESIGN), study(search=DESIGN, training={"steps": 900})
+    modelled = study(search={}, training={"steps": 900})
     assert World(short, _made(tmp_path / "a"), CURVES).scheduler.range_rates("lora") == ()
     assert len(World(long, _made(tmp_path / "b"), CURVES).scheduler.range_rates("lora")) == 7
+    assert World(modelled, _made(tmp_path / "c"), CURVES).scheduler.range_rates("lora") == (), "needs none"
 
 
 def test_range_tests_are_made_for_all_methods_or_for_none(tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_range_tests_are_made_for_all_methods_or_for_none(tmp_path: Path) -> Non
     found = {}
     for steps in (150, 180, 186, 187, 190, 200, 212, 213, 240):
         scheduler = World(
-            study(methods=methods, search={}, training={"steps": steps}), _made(tmp_path / str(steps)), CURVES
+            study(methods=methods, search=DESIGN, training={"steps": steps}), _made(tmp_path / str(steps)), CURVES
         ).scheduler
         found[steps] = {method: len(scheduler.range_rates(method)) for method in methods}
     assert all(sum(count > 0 for count in tested.values()) in (0, 2) for tested in found.values()), found
@@ -266,10 +272,11 @@ def test_when_time_is_up_nothing_new_is_searched_and_the_finals_follow(tmp_path:
 
 
 def test_a_study_is_a_function_of_its_journal(tmp_path: Path) -> None:
-    whole = World(study(methods=TWO), _made(tmp_path / "whole"), CURVES).run()
-    half = World(study(methods=TWO), _made(tmp_path / "half"), CURVES)
+    config = study(methods=TWO, search={**DESIGN, "range_test": False})
+    whole = World(config, _made(tmp_path / "whole"), CURVES).run()
+    half = World(config, _made(tmp_path / "half"), CURVES)
     half.run(until=lambda w: len(w.journal) > 60)
-    again = World(study(methods=TWO), tmp_path / "half", CURVES)
+    again = World(config, tmp_path / "half", CURVES)
     assert {n: t.status for n, t in again.scheduler.state.trials.items()} == {
         n: t.status for n, t in half.scheduler.state.trials.items()
     }

@@ -45,6 +45,21 @@ def test_auto_fills_a_row_and_says_what_would_fit(cli: CommandLine, study: Path,
     assert f"{found['slots']} trials side by side in rows of 128 tokens (the memory would hold " in ran.out
 
 
+def test_a_long_row_is_not_filled_but_every_method_gets_a_slot(cli: CommandLine, study: Path, tmp_path: Path) -> None:
+    """Batches of 8 rows of 26 tokens: two make the 512 tokens from which a row is full enough on a CPU, five a row."""
+    values = yaml.safe_load(study.read_text())
+    values["training"] = {"steps": 2, "batch_size": 8, "row_tokens": 1024}
+    study.write_text(yaml.safe_dump(values))
+    cli("run", study).ok()
+    assert capacity(tmp_path / "out")["slots"] == 2
+    rates = {"learning_rate": [1e-3, 1e-2]}
+    values["methods"] = {"lora": {"rank": 4, **rates}, "prefix_tuning": {"tokens": 2, **rates}}
+    values["methods"] |= {"prompt_tuning": {"tokens": 2, **rates}, "none": {}}
+    study.write_text(yaml.safe_dump(values))
+    cli("run", study, "--overwrite").ok()
+    assert capacity(tmp_path / "out")["slots"] == 3
+
+
 def test_slots_of_the_command_line_count(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study, "--slots", 3).ok()
     assert "3 trials side by side in rows of 128 tokens\n" in ran.out

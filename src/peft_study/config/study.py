@@ -17,12 +17,12 @@ from peft_study.config.space import AnySpace, Choices, MethodSpace, Range
 from peft_study.errors import ConfigError, nearest
 
 Sampler = Literal["auto", "bayesian", "tpe", "random", "grid", "quasi_random", "gp"]
-Pruner = Literal["probability", "successive_halving", "median", "none"]
+Pruner = Literal["auto", "probability", "successive_halving", "median", "none"]
 
 TRIALS = 12
 """Trials a method where nothing is said."""
-FEW_TRIALS = 20
-"""Below this many, a model of the space has too little to learn from, and a quasi-random design is better."""
+MODELLED = 100
+"""Trials a method that a Gaussian process bears: its time grows with their third power."""
 
 
 class BudgetConfig(Strict):
@@ -43,8 +43,10 @@ class BudgetConfig(Strict):
 class SearchConfig(Strict):
     """How settings are chosen and hopeless ones stopped."""
 
-    sampler: Sampler = Field("auto", description="auto: grid for lists alone, quasi_random below 20 trials, else tpe")
-    pruner: Pruner = Field("successive_halving", description="which trials are stopped early")
+    sampler: Sampler = Field("auto", description="auto: bayesian up to 100 trials a method, else tpe")
+    pruner: Pruner = Field(
+        "auto", description="which trials are stopped early; auto: probability beside bayesian, else successive_halving"
+    )
     reduction: int = Field(3, ge=2, description="successive halving keeps one in so many at each rung")
     audit: float = Field(0.1, ge=0, le=1, description="share of the pruned trials that is run to the end all the same")
     range_test: bool | Literal["auto"] = Field(
@@ -125,25 +127,25 @@ class StudyConfig(Strict):
     def filled(self) -> StudyConfig:
         """Returns the study with every rule applied: what is searched where, with how many trials, by which sampler."""
         spaces = {name: space.filled(self.training) for name, space in self.methods.items()}
-        trials = self.budget.trials
-        sampler = self.search.sampler
+        trials, sampler, pruner = self.budget.trials, self.search.sampler, self.search.pruner
         if sampler == "grid":
             _refuse_ranges(spaces)
         grids = [grid_size(space) for space in spaces.values()]
         lists_only = all(size is not None for size in grids)
-        if sampler == "auto" and trials is None and lists_only:
-            sampler = "grid"
         if trials is None:
-            trials = max(size or 1 for size in grids) if sampler == "grid" and lists_only else TRIALS
+            whole = lists_only and sampler in ("auto", "grid", "bayesian")
+            trials = max(size or 1 for size in grids) if whole else TRIALS
         if sampler == "auto":
-            sampler = "quasi_random" if trials < FEW_TRIALS else "tpe"
+            sampler = "bayesian" if trials <= MODELLED else "grid" if lists_only else "tpe"
+        if pruner == "auto":
+            pruner = "probability" if sampler == "bayesian" else "successive_halving"
         training = self.training.model_copy(update={"steps": self.budget.steps or self.training.steps})
         return self.model_copy(
             update={
                 "methods": spaces,
                 "training": training,
                 "budget": self.budget.model_copy(update={"trials": trials, "steps": training.steps}),
-                "search": self.search.model_copy(update={"sampler": sampler}),
+                "search": self.search.model_copy(update={"sampler": sampler, "pruner": pruner}),
             }
         )
 

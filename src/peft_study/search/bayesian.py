@@ -26,6 +26,8 @@ PRIOR_WEIGHT = 3.0
 """Of the prior's logarithm at the first trial; it falls as one over their number (piBO)."""
 DEFAULTS_FIRST = 3
 """Trials that vary the learning rate alone, with the other settings at their defaults."""
+NEAR = 0.1
+"""What lies so near to a trial would tell nothing new: decades of the rate, shares of other ranges."""
 DRAWS, SURE = 1000, 0.9
 """Curves that are drawn from the model for a recommendation, and how sure its interval and its distance are."""
 
@@ -65,9 +67,11 @@ class BayesianSearch:
         """
         model, tried = self.surrogate(trials), [trial.settings.flat for trial in trials]
         inside = [c for c in self.candidates(trials, bounds) if all(a <= c[n] <= b for n, (a, b) in bounds.items())]
-        candidates = [candidate for candidate in inside if self._space.flat(candidate) not in tried]
+        untried = [candidate for candidate in inside if self._space.flat(candidate) not in tried]
+        apart_C = model.apart(untried, tried)
+        candidates = [c for c, apart in zip(untried, apart_C, strict=True) if apart > NEAR] or untried
         running = [trial.settings.flat for trial in trials if trial.status == "running"]
-        best = 0.0 if model.empty else float(model.predict([trial.settings.flat for trial in trials])[0].min())
+        best = 0.0 if model.empty else float(model.predict(tried)[0].min())
         mean_C, spread_C = model.with_pending(running, candidates)
         score_C = _log_expected_improvement(mean_C, spread_C, best)
         if self._prior is not None:
@@ -82,13 +86,16 @@ class BayesianSearch:
     def recommended(self, trials: Sequence[TrialRecord], bounds: Bounds) -> Recommendation | None:
         """Returns the setting with the least loss that can be promised: mean plus one standard deviation.
 
-        None where nothing was measured yet.
+        What was stopped, diverged or failed is not recommended. None where nothing was measured yet.
         """
         model = self.surrogate(trials)
         if model.empty:
             return None
-        tried = [self._values(trial) for trial in trials if trial.status != "failed"]
-        candidates = [*tried, *self.candidates(trials, bounds)]
+        good = [self._values(trial) for trial in trials if trial.status in ("running", "finished")]
+        tried = [self._values(trial) for trial in trials]
+        candidates = [*good, *(c for c in self.candidates(trials, bounds) if c not in tried)]
+        if not candidates:
+            return None
         mean_C, covariance_CC = model.predict(candidates)
         chosen = int(np.argmin(mean_C + np.sqrt(np.maximum(np.diag(covariance_CC), 0.0))))
         losses_DC = np.exp(_draws(mean_C, covariance_CC))

@@ -37,8 +37,8 @@ PRIORS: dict[str, RatePrior] = {
     "lora": RatePrior(3e-4, 780, 0.5),
     # the best prefix of Hugging Face's method_comparison/MetaMathQA: Llama-3.2-3B, batch 4, keys and values of a text
     "prefix_tuning": RatePrior(5e-3, 5000, 0.5),
-    # Lester et al. 2021, arXiv:2104.08691 (Adafactor); recipes of others lie between 1e-3 and 0.3
-    "prompt_tuning": RatePrior(0.3, None, 1.0),
+    # TRL's documentation: 1e-2 to 3e-2 (AdamW, from a text); others lie between 1e-4 and 0.3 (Lester et al., Adafactor)
+    "prompt_tuning": RatePrior(0.02, None, 1.0),
     # a tenth of LoRA's: "LoRA Without Regret" (Schulman et al. 2025), fit over 14 models
     "full": RatePrior(3e-5, 780, 0.5),
 }
@@ -50,7 +50,7 @@ def rate_prior(space: MethodSpace, steps: int, *, informed: bool) -> tuple[float
     Args:
         space: of the method, with a rate that is searched.
         steps: optimizer steps of a trial.
-        informed: by the table above; else the middle of the range, with half of it as the standard deviation.
+        informed: by the table above; else the middle of the range, with a third of it as the standard deviation.
     """
     known = PRIORS.get(space.kind) if informed else None
     if known is not None:
@@ -59,4 +59,4 @@ def rate_prior(space: MethodSpace, steps: int, *, informed: bool) -> tuple[float
     dimension = space.dimensions()["learning_rate"]
     ends = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.choices
     low, high = math.log10(min(ends)), math.log10(max(ends))
-    return (low + high) / 2, max((high - low) / 2, 0.5)
+    return (low + high) / 2, max((high - low) / 3, 0.5)

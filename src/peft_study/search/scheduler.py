@@ -91,6 +91,10 @@ class Scheduler:
             room: free slots.
             empty: the engine has no trials, so that one which changes the base may enter.
         """
+        for method in self.methods:
+            # here, not at the end of the trial: after a kill between the two it is made up for
+            if method in self.state.outdated and self._modelled(method):
+                self._recommend(method)
         found: list[TrialRecord] = []
         while room > 0:
             trial = self._next(alone=False)
@@ -293,8 +297,6 @@ class Scheduler:
         self._add({**ended, "facts": facts})
         if trial.kind == "range_test":
             self._close_range_test(trial.method)
-        if trial.kind == "search" and trial.method in self.methods and self._modelled(trial.method):
-            self._recommend(trial.method)
 
     def _modelled(self, method: str) -> bool:
         search = self.config.search

@@ -113,6 +113,17 @@ class Surrogate:
         """True where nothing was measured yet."""
         return not len(self._logs_M)
 
+    def apart(self, candidates: Sequence[Values], settings: Sequence[Values]) -> Array:
+        """Returns how far each candidate lies from the nearest of some settings: (C,).
+
+        The largest difference in any dimension counts: decades of the rate, shares of other ranges.
+        """
+        if not settings:
+            return np.full(len(candidates), np.inf)
+        ours_CD, theirs_PD = (np.array([self._inputs(v, 1.0) for v in some]) for some in (candidates, settings))
+        found: Array = np.abs(ours_CD[:, None] - theirs_PD[None]).max(axis=2).min(axis=1)
+        return found
+
     def predict(self, settings: Sequence[Values], share: float = 1.0) -> tuple[Array, Array]:
         """Returns mean and covariance of the log of the loss (nats a token) of C settings: (C,) and (C, C).
 

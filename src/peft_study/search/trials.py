@@ -90,6 +90,7 @@ class StudyState:
         notes: the decisions on ranges in words, by method.
         tested: methods whose range test has ended.
         recommended: the setting that a method's search recommends so far.
+        outdated: methods of which a trial has ended since their last recommendation.
         deadline: the time limit ended the search.
         finalists: numbers of the settings that are retrained, by method.
         winner: method and number; None with `concluded`: there is none.
@@ -105,6 +106,7 @@ class StudyState:
     notes: dict[str, list[str]] = field(default_factory=dict)
     tested: set[str] = field(default_factory=set)
     recommended: dict[str, Recommendation] = field(default_factory=dict)
+    outdated: set[str] = field(default_factory=set)
     deadline: bool = False
     finalists: dict[str, tuple[int, ...]] = field(default_factory=dict)
     winner: tuple[str, int] | None = None
@@ -244,6 +246,8 @@ class StudyState:
     def _ended(self, e: Event) -> None:
         trial = self.trials[e["name"]]
         trial.status, trial.reason, trial.facts = e["status"], e["reason"], e["facts"]
+        if trial.kind == "search":
+            self.outdated.add(trial.method)
 
     def _tested(self, e: Event) -> None:
         self.tested.add(e["method"])
@@ -254,6 +258,7 @@ class StudyState:
     def _recommended(self, e: Event) -> None:
         rates = None if e["rates"] is None else (e["rates"][0], e["rates"][1])
         self.recommended[e["method"]] = Recommendation(e["values"], rates, e["within"])
+        self.outdated.discard(e["method"])
 
     def _widened(self, e: Event) -> None:
         self.bounds.setdefault(e["method"], {})[e["dimension"]] = tuple(e["bounds"])

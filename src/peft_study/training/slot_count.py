@@ -18,6 +18,8 @@ from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Session, check_methods
 
 _FILE = "capacity.json"
+CPU_ROW = 512
+"""Tokens a row from which a longer one costs hardly less a token: 2.03 ms against 1.90 (docs/performance.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +128,19 @@ def _measure(
 
 
 def _enough(session: Session, largest: Sequence[TrialSettings], trials: int, measured: MemoryProbe | None) -> int:
-    """Returns as many slots as keep rows full and fit into the memory; more would only wait for each other.
+    """Returns as many slots as keep rows full and fit into the memory; more would only begin before others have ended.
 
     An accelerator wastes time on short rows: a batch ends in the middle of a row and the next one can only start in the
-    next row, so two rows' worth of batches are held. On CPU a short row costs no more a token, and more slots mean
-    thinner products: 16 trials of 128 tokens in rows of 1,024 took 40 % longer a token than 8 (docs/performance.md).
+    next row, so two rows' worth of batches are held. On CPU a row of CPU_ROW tokens is full enough, but every method
+    gets a slot, as far as a row holds them: trials of other methods do not wait for each other's losses.
     """
     lengths = [len(session.train[i]) for i in islice(range(len(session.train)), 256)]
     batch = min((t.training.batch_size for t in largest), default=1) * sum(lengths) / len(lengths)
-    rows = 1 if session.base.device.type == "cpu" else 2
-    filling = math.ceil(rows * session.engine.row_tokens / batch)
+    whole = math.ceil(session.engine.row_tokens / batch)
+    if session.base.device.type == "cpu":
+        filling = min(whole, max(round(CPU_ROW / batch), len(largest)))
+    else:
+        filling = math.ceil(2 * session.engine.row_tokens / batch)
     fits = measured.fits if measured is not None and measured.fits is not None else filling
     return max(1, min(trials, filling, fits))
 
