@@ -108,9 +108,7 @@ def _whole_trial(curves: Curves, row: dict[str, Any]) -> float:
 
 def replay(options: argparse.Namespace) -> None:
     """Replays all systems on the measured curves; rows go to results/search.jsonl."""
-    curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
-    if options.slots:
-        curves = replace(curves, slots=options.slots)
+    curves = _curves(options)
     needed = {"ours alone"} if curves.slots == 1 else {"ours", "ours alone"}
     if missing := needed - curves.speeds.keys():
         raise SystemExit(f"no seconds of {' and '.join(sorted(missing))}: run `measure --parts ours` again, it goes on")
@@ -160,6 +158,20 @@ def searched(curves: Curves, seeds: int, costs: WorkerCosts, peers: Mapping[str,
     return found
 
 
+NAMES = {
+    "d": "(d) ours",
+    "d, no prior": "(d) ours, no prior",
+    "d, design": "(d) grid at random, halving",
+    "c": "(c) ours, whole trials",
+    "a": "(a) whole trials",
+    "a default": "(a) TRL, defaults",
+    "a best": "(a) TRL, best settings",
+    "b": "(b) ASHA",
+    "b default": "(b) Ray Tune, TRL's defaults",
+    "b best": "(b) Ray Tune, TRL's best",
+}
+
+
 def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
     """Draws each system's median regret against seconds and against tokens, with its quartiles."""
     import matplotlib
@@ -172,7 +184,7 @@ def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path:
         for system, found in quartiles[unit].items():
             low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
             panel.fill_between(at, low, high, step="post", alpha=0.1, linewidth=0)
-            panel.step(at, middle, where="post", label=f"({system[0]}){system[1:]}")
+            panel.step(at, middle, where="post", label=NAMES[system])
         panel.axhline(GOOD, color="black", linewidth=0.8, linestyle=":")
         panel.set(xscale="log", yscale="log", xlabel="seconds" if unit == "seconds" else "tokens of training")
         panel.grid(alpha=0.3)
@@ -184,9 +196,9 @@ def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path:
 
 def check(options: argparse.Namespace) -> None:
     """Runs one study live by the command line and compares its decisions and times with the replay's."""
-    curves = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
-    rows = Rows(options, **_subject(options), search_seed=options.seed, system=options.system)
-    live, events = run_live(options)
+    curves = _curves(options)
+    rows = Rows(options, **_subject(options), slots=curves.slots, search_seed=options.seed, system=options.system)
+    live, events = run_live(options, curves.slots)
     replayed, expected = ours(curves, options.seed, worker_costs(curves.speeds), options.system)
     here, there = decisions(events), decisions(expected)
     differ = {cell: [here.get(cell), how] for cell, how in there.items() if here.get(cell) != how}
@@ -210,10 +222,16 @@ def check(options: argparse.Namespace) -> None:
     )
 
 
-def run_live(options: argparse.Namespace) -> tuple[Search, list[Event]]:
+def _curves(options: argparse.Namespace) -> Curves:
+    found = read_curves(options.curves or options.out / f"{CURVES}.jsonl", **_subject(options))
+    return replace(found, slots=options.slots or found.slots)
+
+
+def run_live(options: argparse.Namespace, slots: int) -> tuple[Search, list[Event]]:
     """Runs `peft-study run` on the grid and notes when each line of its journal appears."""
     options.work.mkdir(parents=True, exist_ok=True)
     values = study_values(options.model, options.data, scale_of(options), options.work, options.device)
+    values["slots"] = slots
     values["search"] |= {"seed": options.seed, **SEARCHES[options.system]}
     folder = options.work / "check"
     file = options.work / "check.yaml"
@@ -248,7 +266,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--data", default="mawps", choices=tuple(DATA))
     parser.add_argument("--method", default="lora", choices=tuple(FULL))
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="of measure")
-    parser.add_argument("--slots", type=int, help="of replay; default: as measured")
+    parser.add_argument("--slots", type=int, help="of replay and check; default: as measured")
     parser.add_argument("--curves", type=Path, help=f"of replay and check; default: {CURVES}.jsonl among the results")
     parser.add_argument("--system", default="d", choices=tuple(SEARCHES), help="of check")
     parser.add_argument("--seeds", type=int, default=20, help="search seeds of replay")

@@ -87,20 +87,20 @@ def test_what_has_no_value_is_not_compared(cli: CommandLine, made: HandMade) -> 
 
 def test_a_trial_trained_again_comes_out_the_same(cli: CommandLine, copy: Path) -> None:
     before = listing(copy)
-    ran = cli("rerun", "lora-000-seed-1", "-s", copy).ok()
-    assert "lora-000-seed-1: the same: apart by " in ran.out
-    found = json.loads((copy / "reruns/lora-000-seed-1/rerun.json").read_text())
+    ran = cli("rerun", "lora-001-seed-1", "-s", copy).ok()
+    assert "lora-001-seed-1: the same: apart by " in ran.out
+    found = json.loads((copy / "reruns/lora-001-seed-1/rerun.json").read_text())
     assert found["same"]
     step, then, now = found["curve"][-1]
     assert step == 9
     assert now == pytest.approx(then, rel=1e-5)
     assert found["tolerance"] == pytest.approx(1e-5 * then)
-    assert (copy / "reruns/lora-000-seed-1/adapter/adapter_model.safetensors").exists()
-    assert not (copy / "reruns/lora-000-seed-1/checkpoints").exists()
+    assert (copy / "reruns/lora-001-seed-1/adapter/adapter_model.safetensors").exists()
+    assert not (copy / "reruns/lora-001-seed-1/checkpoints").exists()
     after = {name: size for name, size in listing(copy).items() if not name.startswith("reruns/")}
     assert after == before, "the study itself is left alone"
-    cli("rerun", copy / "trials/lora-000-seed-1").ok()
-    assert (copy / "reruns/lora-000-seed-1-2/rerun.json").exists()
+    cli("rerun", copy / "trials/lora-001-seed-1").ok()
+    assert (copy / "reruns/lora-001-seed-1-2/rerun.json").exists()
 
 
 def test_a_trial_that_comes_out_otherwise_is_said_to(cli: CommandLine, copy: Path) -> None:

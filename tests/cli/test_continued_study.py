@@ -76,7 +76,8 @@ def test_a_changed_space_is_searched_on_and_has_a_winner(cli: CommandLine, study
     assert status["lora"][1:5] == ["3/3", "0", "6", "2/2"], "range test, to come, finished, finals"
     assert status["prompt_tuning"][1:5] == ["0/0", "0", "2", "2/2"]
     assert "lora-000: a setting of the search" in cli("show", "lora-000", "-s", out).ok().out
-    assert "dropout" in cli("compare", "lora-000", "lora-005", "-s", out).out
+    dropped = next(row["name"] for row in searched if float(row["dropout"]) == 0.1)
+    assert "dropout" in cli("compare", "lora-000", dropped, "-s", out).out
     assert "the same: apart by " in cli("rerun", "lora-000", "-s", out).ok().out
     # the same command once more finds all done
     assert "resumes: " in cli("run", study).ok().out
