@@ -192,6 +192,7 @@ def search_targets(unit: str) -> list[Target]:
                 "model": EMBEDDED,
                 "data": "mawps",
                 "method": "lora",
+                "slots": 1,
             }
             found.append(Target(name, share * goal, unit, entry_of("search", "stays", **where)))
     return found
