@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_study.config import NoneConfig, TrainingConfig, TrialSettings
-from peft_study.search.pruners import Median, Never, SuccessiveHalving, rungs
+from peft_study.search.pruners import Median, Never, SuccessiveHalving, pruner, rungs
+from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import TrialRecord
 
 STEP = 3
@@ -73,7 +74,12 @@ def test_a_difference_inside_the_noise_stops_nobody() -> None:
 
 
 def test_never_stops_nobody() -> None:
-    assert Never().judge(trial("b", losses(9.0)), [trial("a", losses(1.0))], STEP, COUNTS) is None
+    def unused(_method: str) -> Surrogate:
+        raise AssertionError("nothing is asked of a model")
+
+    rule = pruner("none", 3, unused)
+    assert isinstance(rule, Never)
+    assert rule.judge(trial("b", losses(9.0)), [trial("a", losses(1.0))], STEP, COUNTS) is None
 
 
 @pytest.mark.parametrize(
