@@ -45,9 +45,11 @@ from peft_study.storage.journal import Event, read
 
 PARTS = ("ours", "trl", "ray")
 CURVES = "search_curves"
-SECONDS = [round(30 * 2 ** (k / 2)) for k in range(15)]
-TOKENS = [round(3000 * 2 ** (k / 2)) for k in range(18)]
-"""Times, and tokens of training, at which the regret of what a search recommends is looked at."""
+LOOKS = {
+    "seconds": [round(30 * 2 ** (k / 2)) for k in range(15)],
+    "tokens": [round(3000 * 2 ** (k / 2)) for k in range(18)],
+}
+"""Seconds, and tokens of training, at which the regret of what a search recommends is looked at."""
 
 
 def scale_of(options: argparse.Namespace) -> Scale:
@@ -116,26 +118,24 @@ def replay(options: argparse.Namespace) -> None:
     peers, own = systems(curves), worker_costs(curves.speeds)
     costs = {system: asdict(peers.get(system, own)) for system in (*SEARCHES, *peers)}
     rows.add(row="replayed", costs=costs, good=sorted(curves.good()))
-    by_seconds = searched(curves, options.seeds, own, peers)
     # seconds are tokens of training where nothing else costs anything: whose engine it is makes no difference then
     kinds = {system.split()[0]: Costs(0, 0, 1, 0) for system in peers}
-    by_tokens = searched(curves, options.seeds, WorkerCosts(0, 0, 1, 1, 0), kinds)
+    searches = {
+        "seconds": searched(curves, options.seeds, own, peers),
+        "tokens": searched(curves, options.seeds, WorkerCosts(0, 0, 1, 1, 0), kinds),
+    }
     for rule in RULES:
-        for unit, searches in {"seconds": by_seconds, "tokens": by_tokens}.items():
-            taken = {system: [times(s, curves, rule) for s in own] for system, own in searches.items()}
-            for system, own in taken.items():
-                rows.add(row="times", unit=unit, system=system, rule=rule, **_each(spread, own))
-            for system, against in itertools.product(("d", "d, no prior"), searches):
+        quartiles: dict[str, dict[str, list[list[float]]]] = {}
+        for unit, found in searches.items():
+            taken = {system: [times(s, curves, rule) for s in each] for system, each in found.items()}
+            for system, each in taken.items():
+                rows.add(row="times", unit=unit, system=system, rule=rule, **_each(spread, each))
+            for system, against in itertools.product(("d", "d, no prior"), found):
                 factors = _each(factor, taken[against], taken[system])
                 rows.add(row="factor", unit=unit, system=system, against=against, rule=rule, **factors)
-        panels = {"seconds": (SECONDS, by_seconds), "tokens": (TOKENS, by_tokens)}
-        quartiles = {
-            unit: {system: regrets(own, curves, rule, at) for system, own in searches.items()}
-            for unit, (at, searches) in panels.items()
-        }
-        for unit, (at, _) in panels.items():
-            for system, found in quartiles[unit].items():
-                rows.add(row="regret", unit=unit, system=system, rule=rule, at=at, quartiles=found)
+            quartiles[unit] = {system: regrets(each, curves, rule, LOOKS[unit]) for system, each in found.items()}
+            for system, levels in quartiles[unit].items():
+                rows.add(row="regret", unit=unit, system=system, rule=rule, at=LOOKS[unit], quartiles=levels)
         if rule == "highest":
             draw(quartiles, options.out / f"search_{options.data}_{options.method}_{curves.slots}.png")
 
@@ -180,7 +180,7 @@ def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for panel, (unit, at) in zip(axes, {"seconds": SECONDS, "tokens": TOKENS}.items(), strict=True):
+    for panel, (unit, at) in zip(axes, LOOKS.items(), strict=True):
         for system, found in quartiles[unit].items():
             low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
             panel.fill_between(at, low, high, step="post", alpha=0.1, linewidth=0)

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import yaml
 from common import ROOT, Rows
 from search_grid import Scale, split_of, training_batches
 from trl_peer import DEFAULT, LEAN, TrlPeer
-from worlds import METHODS, open_world
+from worlds import METHODS, World, open_world
 
 from peft_study.config import StudyConfig, validate
 from peft_study.data.conversation import Example
@@ -50,16 +51,30 @@ def candidates(batch_size: int) -> list[Settings]:
     ]
 
 
-def train(file: Path, model: str, steps: int, settings: Settings) -> TrialFacts:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run trains: the method of a study file, on the first batches of a trial."""
+
+    world: World
+    method: str
+    batch_size: int
+    examples: list[Example]
+
+
+def job_of(file: Path, model: str, steps: int) -> Job:
+    """Returns what the runs of a study file train for some steps."""
+    config = validate(StudyConfig, yaml.safe_load(file.read_text()), where=str(file)).filled()
+    examples = [e for batch in training_batches(split_of(config), config, steps) for e in batch]
+    (method,) = config.methods
+    return Job(open_world(model, config.model.device), method, config.training.batch_size, examples)
+
+
+def train(job: Job, settings: Settings) -> TrialFacts:
     """Trains with TRL for some steps, twice, and evaluates; returns seconds and tokens.
 
     The first pass bears what happens once (allocations, kernels chosen); `first` says how much longer it took.
     """
-    config = validate(StudyConfig, yaml.safe_load(file.read_text()), where=str(file)).filled()
-    examples: list[Example] = [e for batch in training_batches(split_of(config), config, steps) for e in batch]
-    (method,) = config.methods
-    world = open_world(model, config.model.device)
-    peer = TrlPeer("trl", world, METHODS[method], None, examples, settings)
+    peer = TrlPeer("trl", job.world, METHODS[job.method], None, job.examples, settings)
     first, second = peer.run(), peer.run()
     return {
         "tokens": second.tokens,
@@ -149,7 +164,7 @@ def _tune(
 
     def trainable(setting: dict[str, Any]) -> None:
         torch.set_num_threads(setting["threads"])
-        tune.report({"loss": 1.0, "step": steps, **train(file, model, steps, settings)})
+        tune.report({"loss": 1.0, "step": steps, **train(job_of(file, model, steps), settings)})
 
     started = time.time()
     with tempfile.TemporaryDirectory() as storage:
@@ -173,14 +188,14 @@ def _tune(
 def main(words: list[str] | None = None) -> None:
     """Trains once, or once with each candidate, and prints what it took."""
     file, model, steps, what = sys.argv[1:] if words is None else words
+    job = job_of(Path(file), model, int(steps))
     if what != "candidates":
-        print(json.dumps(train(Path(file), model, int(steps), json.loads(what))))
+        print(json.dumps(train(job, json.loads(what))))
         return
-    batch_size = validate(StudyConfig, yaml.safe_load(Path(file).read_text()), where=file).training.batch_size
     found: list[tuple[Settings, float | None]] = []
-    for settings in candidates(batch_size):
+    for settings in candidates(job.batch_size):
         try:
-            found.append((settings, round(train(Path(file), model, int(steps), settings)["second"], 3)))
+            found.append((settings, round(train(job, settings)["second"], 3)))
         except (ValueError, RuntimeError):  # of this method with these settings
             found.append((settings, None))
         gc.collect()
