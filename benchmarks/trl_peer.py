@@ -92,38 +92,7 @@ class TrlPeer:
         settings: dict[str, Any],
     ) -> None:
         import datasets
-        from transformers import TrainerCallback
-        from trl import SFTConfig, SFTTrainer
-
-        peer = self
-
-        class Watched(SFTTrainer):  # type: ignore[misc]
-            """Notes what each batch holds; nothing is awaited while it runs."""
-
-            def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-                """Computes the loss as SFTTrainer does."""
-                labels = inputs["labels"]
-                mask = inputs.get("attention_mask")
-                seen = [mask.sum() if mask is not None else labels.numel(), (labels != -100).sum(), labels.numel()]
-                loss = super().compute_loss(model, inputs, *args, **kwargs)
-                # `num_items_in_batch` divides by the whole optimizer batch: the parts of it add up
-                peer._seen.append((*seen, loss.detach(), kwargs.get("num_items_in_batch")))
-                return loss
-
-        class Clock(TrainerCallback):
-            """Notes when steps end."""
-
-            def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-                """The first batch is fetched after this."""
-                synchronize(peer._device)
-                peer._times.append(time.perf_counter())
-                peer._cpu.append(time.process_time())
-
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                """The optimizer step is done."""
-                synchronize(peer._device)
-                peer._times.append(time.perf_counter())
-                peer._cpu.append(time.process_time())
+        from trl import SFTConfig
 
         self.name, self.settings, self._device = name, dict(settings), world.placement.device
         self._seen: list[tuple[Any, ...]] = []
@@ -134,12 +103,13 @@ class TrlPeer:
         rows = [
             {"input_ids": e.tokens_L.tolist(), "assistant_masks": e.supervised_L.astype(int).tolist()} for e in examples
         ]
+        trainer, clock = _watching(self)
         with _quiet():
             model = world.model(getattr(torch, weights or "float32"))
             if attention:
                 model.set_attn_implementation(attention)
             self._folder = tempfile.TemporaryDirectory()
-            self._trainer = Watched(
+            self._trainer = trainer(
                 model=model,
                 args=SFTConfig(
                     self._folder.name,
@@ -151,7 +121,7 @@ class TrlPeer:
                 train_dataset=datasets.Dataset.from_list(rows),
                 processing_class=world.tokenizer(),
                 peft_config=peft_config(config),
-                callbacks=[Clock()],
+                callbacks=[clock],
             )
             if adapter is not None:
                 copy_numbers(self._trainer.model, adapter)
@@ -167,6 +137,17 @@ class TrlPeer:
         ):
             self.settings[field] = str(getattr(given, field)) if field == "optim" else getattr(given, field)
         self.settings["weights"] = weights or "float32"
+
+    def saw(self, labels: Any, mask: Any, loss: Any, items: Any) -> None:
+        """Notes what a batch holds; nothing is awaited while it runs."""
+        tokens = mask.sum() if mask is not None else labels.numel()
+        self._seen.append((tokens, (labels != -100).sum(), labels.numel(), loss.detach(), items))
+
+    def tick(self) -> None:
+        """Notes the time, once the device has done what it was given."""
+        synchronize(self._device)
+        self._times.append(time.perf_counter())
+        self._cpu.append(time.process_time())
 
     def run(self) -> Pass:
         """Runs one `train()`, an epoch."""
@@ -190,6 +171,36 @@ class TrlPeer:
             self._trainer.evaluate(self._trainer.train_dataset)
         synchronize(self._device)
         return time.perf_counter() - started
+
+
+def _watching(peer: TrlPeer) -> tuple[Any, Any]:
+    """Returns an SFTTrainer class and a callback that tell a peer of each batch and of the ends of steps."""
+    from transformers import TrainerCallback
+    from trl import SFTTrainer
+
+    class Watched(SFTTrainer):  # type: ignore[misc]
+        """Tells of each batch."""
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            """Computes the loss as SFTTrainer does."""
+            labels, mask = inputs["labels"], inputs.get("attention_mask")
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            # `num_items_in_batch` divides by the whole optimizer batch: the parts of it add up
+            peer.saw(labels, mask, loss, kwargs.get("num_items_in_batch"))
+            return loss
+
+    class Clock(TrainerCallback):
+        """Tells when steps end."""
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            """The first batch is fetched after this."""
+            peer.tick()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            """The optimizer step is done."""
+            peer.tick()
+
+    return Watched, Clock()
 
 
 @contextlib.contextmanager
