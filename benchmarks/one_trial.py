@@ -6,7 +6,7 @@
 
 Every round lets each peer go once over the same pool of examples, one peer after the other; the first round warms up
 and is not counted. Tokens a second are data tokens: padding and virtual tokens do not count. All peers start from the
-same adapter and keep it (peers.py says how), so that their losses must agree; where one's does not, its row says so.
+same adapter and keep it (how: peers.py), so their losses must agree; the row of one that does not is marked.
 """
 
 from __future__ import annotations
