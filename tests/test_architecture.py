@@ -31,6 +31,7 @@ LAYERS = (
     "workers",
     "report",
     "study",
+    "display",
     "cli",
     "__main__",
 )

@@ -34,7 +34,7 @@ def merge(
     device: Annotated[str, typer.Option(help="That measures: auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Write the base model with a LoRA adapter merged into its weights."""
-    from peft_study.cli.display import quiet_libraries
+    from peft_study.display.terminal import quiet_libraries
     from peft_study.storage.files import refuse_unwritable
     from peft_study.training.merge import merge as merge_adapter
 
@@ -71,7 +71,7 @@ def generate(
     """Answer every prompt of a file with a trained adapter, greedily."""
     import json
 
-    from peft_study.cli.display import quiet_libraries
+    from peft_study.display.terminal import quiet_libraries
     from peft_study.evaluation.generation import Answerer, read_prompts, write_answers
     from peft_study.storage.files import refuse_existing, refuse_unwritable
 
@@ -93,7 +93,7 @@ def generate(
 
 def chat(adapter: _Adapter, base: _Base = None, max_new_tokens: _Tokens = 256, device: _Device = "auto") -> None:
     """Talk to a trained adapter; an empty line or Ctrl-D ends."""
-    from peft_study.cli.display import quiet_libraries
+    from peft_study.display.terminal import quiet_libraries
     from peft_study.evaluation.generation import Answerer
 
     quiet_libraries()

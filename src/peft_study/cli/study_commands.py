@@ -42,7 +42,7 @@ def init(
     import shlex
 
     from peft_study.cli.data import progress
-    from peft_study.cli.display import quiet_libraries
+    from peft_study.display.terminal import quiet_libraries
     from peft_study.storage.files import refuse_existing, refuse_unwritable
     from peft_study.study.template import WHY_BOS, look, write_study_file
 
@@ -137,7 +137,7 @@ def compare(
 
 def rerun(trial: _Trial, study: _Study = None) -> None:
     """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
-    from peft_study.cli.display import RunDisplay, quiet_libraries
+    from peft_study.display.terminal import RunDisplay, quiet_libraries
     from peft_study.cli.study_views import show_rerun
     from peft_study.report.study_reader import find_trials
     from peft_study.study.rerun import rerun as train_again

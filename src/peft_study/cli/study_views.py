@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from peft_study.cli.display import console, table
+from peft_study.display.terminal import console, table
 from peft_study.statistics import short
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from peft_study.cli.display import LiveDisplay, console, table
+from peft_study.display.terminal import LiveDisplay, console, table
 from peft_study.statistics import short
 
 if TYPE_CHECKING:
