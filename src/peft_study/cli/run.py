@@ -49,8 +49,8 @@ def run(
     """Search every method's settings on one model and one data set, retrain the best, and compare them."""
     import os
 
-    from peft_study.display.terminal import quiet_libraries
     from peft_study.cli.yaml_file import load_yaml
+    from peft_study.display.terminal import quiet_libraries
     from peft_study.engine.processes import refuse_several_processes
 
     quiet_libraries()
@@ -65,8 +65,8 @@ def run(
 
 def _run(file: SettingsFile, *, where: str, overwrite: bool, go_on: bool, dry_run: bool) -> None:
     """Runs the study of a file, or says what it would take; errors name the file's line."""
-    from peft_study.display.study import StudyDisplay, show_estimate
     from peft_study.config import StudyConfig, validate
+    from peft_study.display.study import StudyDisplay, show_estimate
     from peft_study.errors import UserError
     from peft_study.study.dry_run import estimate
     from peft_study.study.run import run_study
@@ -98,9 +98,9 @@ def finetune(context: typer.Context) -> None:
     """Train one adapter."""
     import os
 
-    from peft_study.display.terminal import RunDisplay, quiet_libraries
     from peft_study.compat.command_line import parse, usage
     from peft_study.compat.finetune import given_arguments, pointed, to_run
+    from peft_study.display.terminal import RunDisplay, quiet_libraries
     from peft_study.engine.processes import joined
     from peft_study.errors import UserError
     from peft_study.training.finetune import train

@@ -137,8 +137,8 @@ def compare(
 
 def rerun(trial: _Trial, study: _Study = None) -> None:
     """Train a trial again, alone, and say whether its dev loss is the same; exit code 1 where it is not."""
-    from peft_study.display.terminal import RunDisplay, quiet_libraries
     from peft_study.cli.study_views import show_rerun
+    from peft_study.display.terminal import RunDisplay, quiet_libraries
     from peft_study.report.study_reader import find_trials
     from peft_study.study.rerun import rerun as train_again
     from peft_study.training.interrupt import StopRequest
