@@ -32,6 +32,7 @@ LAYERS = (
     "report",
     "study",
     "display",
+    "api",
     "cli",
     "__main__",
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from peft_study.cli.yaml_file import SettingsFile
+    from peft_study.study.yaml_file import SettingsFile
 
 
 def run(
@@ -49,9 +49,9 @@ def run(
     """Search every method's settings on one model and one data set, retrain the best, and compare them."""
     import os
 
-    from peft_study.cli.yaml_file import load_yaml
     from peft_study.display.terminal import quiet_libraries
     from peft_study.engine.processes import refuse_several_processes
+    from peft_study.study.yaml_file import load_yaml
 
     quiet_libraries()
     refuse_several_processes(os.environ)
