@@ -53,7 +53,7 @@ def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
         _refuse_empty(sys.argv[1:])
-        code = app(standalone_mode=False)
+        code = app(_repeated(sys.argv[1:]), standalone_mode=False)
     except UserError as error:
         _fail(str(error), 2)
     except TyperException as error:
@@ -87,6 +87,27 @@ def _refuse_empty(words: list[str]) -> None:
             option = word.partition("=")[0].strip() or (before if before.startswith("-") else "")
             where = option or (f"what follows {before}" if before else None)
             raise ConfigError("is empty" if where else "an argument is empty", where=where, remedy="give a value")
+
+
+_SEVERAL = ("--methods", "--data")
+"""Options of `run` that take several words, as in ``--methods lora prompt_tuning``."""
+
+
+def _repeated(words: list[str]) -> list[str]:
+    """Returns the words with such an option before each of its values, which is the form that typer reads."""
+    if words[:1] != ["run"]:
+        return words
+    found: list[str] = []
+    option: str | None = None
+    for word in words:
+        if word.startswith("-"):
+            option = word if word in _SEVERAL else None
+            found += [] if option else [word]
+        elif option:
+            found += [option, word]
+        else:
+            found.append(word)
+    return found
 
 
 def _fail(message: str, code: int) -> None:

@@ -12,76 +12,109 @@ if TYPE_CHECKING:
     from peft_study.study.yaml_file import SettingsFile
 
 
+_WITHOUT = "Without a file"
+_File = Annotated[
+    Path | None,
+    typer.Argument(metavar="[STUDY.yaml]", help="What to compare; or give --model and --data.", show_default=False),
+]
+_Model = Annotated[
+    str | None, typer.Option(help=f"{_WITHOUT}: base model, a folder, a hub id, or smollm2-135m-instruct (embedded).")
+]
+_Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SRC...", help=f"{_WITHOUT}: what `data convert` takes, or skills (embedded)."),
+]
+_Split = Annotated[str | None, typer.Option(help=f"{_WITHOUT}: split of each SRC, where one has several.")]
+_Methods = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME...", help=f"{_WITHOUT}: some of lora, prefix_tuning, prompt_tuning, full."),
+]
+_Minutes = Annotated[float | None, typer.Option(help=f"{_WITHOUT}: plan trials and steps for so many minutes in all.")]
+_Trials = Annotated[int | None, typer.Option(help="Settings a method, instead of the file's.")]
+_Steps = Annotated[int | None, typer.Option(help="Optimizer steps a trial, instead of the file's.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the study in its output folder.")]
+_Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, instead of the file's.")]
+_Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")]
+_Slots = Annotated[str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")]
+_Workers = Annotated[
+    int | None, typer.Option(help="Processes on this machine, one a GPU; on CPU they share its threads.")
+]
+_Ray = Annotated[
+    str | None,
+    typer.Option(metavar="auto|ADDRESS", help="Run the trials on a Ray cluster, with a worker on each device."),
+]
+_Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")]
+_Continue = Annotated[
+    bool, typer.Option("--continue", help="The study file changed: new trials under it, beside those of before.")
+]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print trials, tokens, memory and time it would take; write nothing.")
+]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any setting instead of the file's, as in --set methods.lora.rank='[8, 16]'; may be repeated.",
+    ),
+]
+
+
 def run(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="What to compare.", show_default=False)],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the study in its output folder.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps a trial, instead of the file's.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps, instead of the file's.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="auto, float32, bfloat16 or float16, instead of the file's.")
-    ] = None,
-    slots: Annotated[
-        str | None, typer.Option(help="Trials side by side: a number, or auto, instead of the file's.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes on this machine, one a GPU; on CPU they share its threads.")
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(metavar="auto|ADDRESS", help="Run the trials on a Ray cluster, with a worker on each device."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder, instead of the file's.")] = None,
-    go_on: Annotated[
-        bool, typer.Option("--continue", help="The study file changed: new trials under it, beside those of before.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print trials, tokens, memory and time it would take; write nothing.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any setting instead of the file's, as in --set methods.lora.rank='[8, 16]'; may be repeated.",
-        ),
-    ] = None,
+    study: _File = None,
+    model: _Model = None,
+    data: _Data = None,
+    split: _Split = None,
+    methods: _Methods = None,
+    trials: _Trials = None,
+    steps: _Steps = None,
+    minutes: _Minutes = None,
+    overwrite: _Overwrite = False,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    slots: _Slots = None,
+    workers: _Workers = None,
+    ray: _Ray = None,
+    output: _Output = None,
+    go_on: _Continue = False,
+    dry_run: _DryRun = False,
+    settings: _Settings = None,
 ) -> None:
     """Search every method's settings on one model and one data set, retrain the best, and compare them."""
     import os
 
+    from peft_study.api import Study
+    from peft_study.display.study import show_estimate
     from peft_study.display.terminal import quiet_libraries
     from peft_study.engine.processes import refuse_several_processes
+    from peft_study.errors import ConfigError
+    from peft_study.study.without_file import Request, study_file
     from peft_study.study.yaml_file import load_yaml
 
     quiet_libraries()
     refuse_several_processes(os.environ)
-    file = load_yaml(study)
-    given = {"budget.steps": steps, "model.device": device, "model.dtype": dtype, "slots": slots}
-    _set(file, {**given, "workers": workers, "ray": ray, "output": None if output is None else str(output)})
+    options = {"budget.trials": trials, "budget.steps": steps, "model.device": device, "model.dtype": dtype}
+    options |= {"slots": slots, "workers": workers, "ray": ray, "output": None if output is None else str(output)}
+    if study is None:
+        if not model or not data:
+            what, remedy = "no study", "give STUDY.yaml, or --model and --data"
+            raise ConfigError(what, remedy=remedy)
+        request = Request(model, tuple(data), split, tuple(methods or ()), trials, steps, minutes, output)
+        file = study_file(request, typer.echo, overwrite=overwrite, write=not dry_run)
+    else:
+        for name, value in {"model": model, "data": data, "methods": methods, "minutes": minutes}.items():
+            if value:
+                remedy = f"leave it out, or change the file (--set {name}...)"
+                raise ConfigError(f"goes without a study file, but {study} is given", where=f"--{name}", remedy=remedy)
+        file = load_yaml(study)
+    _set(file, options)
     for assignment in settings or ():
         file.assign(assignment)
-    _run(file, where=str(study), overwrite=overwrite, go_on=go_on, dry_run=dry_run)
-
-
-def _run(file: SettingsFile, *, where: str, overwrite: bool, go_on: bool, dry_run: bool) -> None:
-    """Runs the study of a file, or says what it would take; errors name the file's line."""
-    from peft_study.config import StudyConfig, validate
-    from peft_study.display.study import StudyDisplay, show_estimate
-    from peft_study.errors import UserError
-    from peft_study.study.dry_run import estimate
-    from peft_study.study.run import run_study
-    from peft_study.training.interrupt import StopRequest
-
-    config = validate(StudyConfig, file.values, where=where, place=file.place)
-    try:
-        if dry_run:
-            show_estimate(estimate(config, typer.echo))
-            return
-        with StopRequest().listening() as stop, StudyDisplay() as display:
-            finished = run_study(config, file.values, display, stop, overwrite=overwrite, go_on=go_on)
-    except UserError as error:
-        raise file.pointed(error) from None
-    display.conclude(finished)
+    found = Study.from_file(file)
+    if dry_run:
+        show_estimate(found.estimate())
+    else:
+        found.run(overwrite=overwrite, extend=go_on)
 
 
 def _set(file: SettingsFile, given: Mapping[str, object]) -> None:

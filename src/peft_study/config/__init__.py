@@ -35,7 +35,17 @@ from peft_study.config.run import (
     TrainingConfig,
     TrialSettings,
 )
-from peft_study.config.space import DEFAULT_SPACES, SPACES, Choices, Dimension, MethodSpace, Range
+from peft_study.config.space import (
+    DEFAULT_SPACES,
+    SPACES,
+    Choices,
+    Dimension,
+    LoRA,
+    MethodSpace,
+    PrefixTuning,
+    PromptTuning,
+    Range,
+)
 from peft_study.config.study import (
     BudgetConfig,
     FinalsConfig,
@@ -61,6 +71,7 @@ __all__ = [
     "FinalsConfig",
     "FullConfig",
     "LearningRates",
+    "LoRA",
     "Location",
     "LoggingConfig",
     "LoraConfig",
@@ -69,7 +80,9 @@ __all__ = [
     "ModelConfig",
     "NoneConfig",
     "Place",
+    "PrefixTuning",
     "PrefixTuningConfig",
+    "PromptTuning",
     "PromptTuningConfig",
     "Pruner",
     "Range",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -259,6 +259,9 @@ def _space(method: str) -> type[MethodSpace]:
 SPACES: dict[str, type[MethodSpace]] = {method: _space(method) for method in METHODS}
 """The class of each method's space: the settings of its configuration, each of which may be searched."""
 
+LoRA: Callable[..., MethodSpace] = SPACES["lora"]
+PrefixTuning: Callable[..., MethodSpace] = SPACES["prefix_tuning"]
+PromptTuning: Callable[..., MethodSpace] = SPACES["prompt_tuning"]
 
 if TYPE_CHECKING:
     AnySpace = MethodSpace

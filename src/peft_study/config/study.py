@@ -31,7 +31,7 @@ class BudgetConfig(Strict):
     trials: int | None = Field(None, ge=1, description="trials a method; None: 12, or the grid if only lists are given")
     steps: int | None = Field(None, ge=1, description="optimizer steps a trial; None: training.steps or epochs")
     tokens: int | None = Field(None, ge=1, description="data tokens a trial, instead of steps")
-    minutes: float | None = Field(None, gt=0, description="wall-clock limit of the search; finals are run after it")
+    minutes: float | None = Field(None, gt=0, description="of the whole study: the search ends in time for the finals")
 
     @model_validator(mode="after")
     def _one_unit(self) -> BudgetConfig:

@@ -32,8 +32,8 @@ STATES = ("running", "finished", "pruned", "diverged", "failed")
 class StudyDisplay(LiveDisplay):
     """Shows a study."""
 
-    def __init__(self) -> None:
-        output = console()
+    def __init__(self, *, silent: bool = False) -> None:
+        output = console(quiet=silent)
         super().__init__(output, Live(console=output, transient=True, refresh_per_second=4))
         self._config: StudyConfig | None = None
         self._state: StudyState | None = None

@@ -85,6 +85,10 @@ class Base:
         return count
 
 
+MEMORY = "in memory: "
+"""How the name of a model in memory begins, which no path and no hub id does (model/in_memory.py)."""
+
+
 def resolve_model(name: str) -> str:
     """Returns what `from_pretrained` takes: the embedded model's folder for its name, else the name itself.
 
@@ -94,6 +98,9 @@ def resolve_model(name: str) -> str:
     if name.lower() == EMBEDDED:
         return str(embedded_folder())
     path = Path(name)
+    if name.startswith(MEMORY):
+        what = "was in the memory of another process"
+        raise ModelError(what, where=name, remedy="give the model to Study(...) again, or name a folder")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError("is a folder without config.json", where=name, remedy="give a model folder or a hub id")
@@ -149,19 +156,31 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
-    remedy = "give a folder that holds tokenizer.json, or name another tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **_hub_options(path)
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"no tokenizer could be loaded ({first_line(error)})", where=name, remedy=remedy) from error
+        what = f"no tokenizer could be loaded ({first_line(error)})"
+        raise ModelError(what, where=name, remedy=_TOKENIZER_REMEDY) from error
+    return check_tokenizer(tokenizer, name)
+
+
+_TOKENIZER_REMEDY = "give a folder that holds tokenizer.json, or name another tokenizer"
+
+
+def check_tokenizer(tokenizer: Any, name: str) -> Any:
+    """Returns a tokenizer that can map characters to tokens.
+
+    Raises:
+        ModelError: when it cannot, or has no words.
+    """
     if not tokenizer.is_fast:
         what = "only a slow tokenizer is there, which cannot map characters to tokens"
         raise ModelError(what, where=name, remedy="save a fast one into the folder (tokenizer.json)")
     # for many kinds of model, transformers makes an empty tokenizer of a folder without tokenizer files
     if not set(tokenizer("a word", add_special_tokens=False).input_ids) - set(tokenizer.all_special_ids):
-        raise ModelError("no tokenizer is there, only its name", where=name, remedy=remedy)
+        raise ModelError("no tokenizer is there, only its name", where=name, remedy=_TOKENIZER_REMEDY)
     return tokenizer
 
 

@@ -38,6 +38,8 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
         said.append(note)
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
+    if results.stopped:
+        said.append(f"the study was ended before its plan was done: {results.stopped}")
     if results.continued:
         said.append("the study file was changed during the study, and the test part opened more than once")
     return said

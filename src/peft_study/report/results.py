@@ -100,6 +100,7 @@ class Results:
         tokens: data tokens by method, range tests and finals included.
         dev_examples, test_examples: held-out examples.
         deadline: the time limit ended the search before all its trials.
+        stopped: why a callback ended the study before its plan, else None.
         continued: how often the study file was changed.
     """
 
@@ -114,6 +115,7 @@ class Results:
     dev_examples: int
     test_examples: int
     deadline: bool
+    stopped: str | None
     continued: int
 
 
@@ -141,6 +143,7 @@ def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: S
         len(examples.counts_N),
         len(examples.test_counts_N),
         state.deadline,
+        state.stopped,
         len(state.continued),
     )
 
@@ -180,6 +183,7 @@ def _finalists(config: StudyConfig, state: StudyState, examples: HeldOut) -> tup
             done = [t.last for t in trials if t.last is not None]
             dev = mean_over_seeds(np.stack(done), examples.counts_N) if done else None
             test_SN = _stacked(state, trials)
+            not_begun = config.finals.seeds - len(trials) if state.stopped else 0
             found.append(
                 Finalist(
                     method,
@@ -187,7 +191,7 @@ def _finalists(config: StudyConfig, state: StudyState, examples: HeldOut) -> tup
                     settings_of(setting),
                     dev,
                     tuple(float(x.sum() / examples.counts_N.sum()) for x in done),
-                    sum(t.status not in ("running", "finished") for t in trials),
+                    sum(t.status not in ("running", "finished") for t in trials) + max(0, not_begun),
                     None if test_SN is None else mean_over_seeds(test_SN, counts_N),
                     None if test_SN is None else seeds_difference(test_SN, state.test["none"][None], counts_N),
                     None
@@ -314,5 +318,6 @@ def summary(results: Results) -> dict[str, Any]:
         "tokens": results.tokens,
         "notes": results.notes,
         "deadline": results.deadline,
+        "stopped": results.stopped,
         "continued": results.continued,
     }

@@ -96,13 +96,13 @@ class Scheduler:
             if method in self.state.outdated and self._modelled(method):
                 self._recommend(method)
         found: list[TrialRecord] = []
-        while room > 0:
+        while room > 0 and self.state.stopped is None:
             trial = self._next(alone=False)
             if trial is None:
                 break
             found.append(trial)
             room -= trial.kind != "reference"  # the base trains nothing and takes no slot
-        if not found and empty and room > 0:
+        if not found and empty and room > 0 and self.state.stopped is None:
             alone = self._next(alone=True)
             found += [alone] if alone else []
         if not found and not self.state.concluded and not any(self.state.running()):
@@ -132,6 +132,11 @@ class Scheduler:
         """Ends the search: no new settings are tried, running trials finish, and the finals follow."""
         if not self.state.deadline and any(self._to_come(method) > 0 for method in self.methods):
             self._add({"event": "deadline"})
+
+    def stop(self, reason: str) -> None:
+        """Ends the study: nothing new begins, and the conclusion is drawn from what there is."""
+        if self.state.stopped is None and not self.state.concluded:
+            self._add({"event": "stopped", "reason": reason})
 
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Writes the test losses of each trial to the journal."""
@@ -334,7 +339,9 @@ class Scheduler:
         for number in self.state.finalists.get(method, ()):
             finals = self.state.finals_of(method, number)
             values = [value_of(t) for t in finals if t.last is not None]
-            if values and len(values) == len(finals):  # a setting of which a seed failed cannot win
+            seeds = self.config.finals.seeds
+            # a setting of which a seed failed, or did not begin, cannot win
+            if values and len(values) == len(finals) >= seeds:
                 found[method, number] = sum(values) / len(values)
         return found
 

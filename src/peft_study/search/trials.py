@@ -92,6 +92,7 @@ class StudyState:
         recommended: the setting that a method's search recommends so far.
         outdated: methods of which a trial has ended since their last recommendation.
         deadline: the time limit ended the search.
+        stopped: why a callback ended the study before its plan, else None.
         finalists: numbers of the settings that are retrained, by method.
         winner: method and number; None with `concluded`: there is none.
         concluded: the search and the finals have ended.
@@ -108,6 +109,7 @@ class StudyState:
     recommended: dict[str, Recommendation] = field(default_factory=dict)
     outdated: set[str] = field(default_factory=set)
     deadline: bool = False
+    stopped: str | None = None
     finalists: dict[str, tuple[int, ...]] = field(default_factory=dict)
     winner: tuple[str, int] | None = None
     concluded: bool = False
@@ -155,7 +157,7 @@ class StudyState:
             config: filled.
             due: settings in all (`due`, which stays the same for as long as the file does).
         """
-        if self.deadline or self.settled(method, config):
+        if self.deadline or self.stopped or self.settled(method, config):
             return 0
         return due - len(self.present(method))
 
@@ -268,6 +270,9 @@ class StudyState:
     def _deadline(self, e: Event) -> None:
         self.deadline = True
 
+    def _stopped(self, e: Event) -> None:
+        self.stopped = e["reason"]
+
     def _finalists(self, e: Event) -> None:
         self.finalists[e["method"]] = tuple(e["numbers"])
 
@@ -286,7 +291,7 @@ class StudyState:
             self.tested.discard(method)
             self.earlier[method] = len(self.of(method, "search"))
         self.finalists.clear()
-        self.winner, self.concluded, self.deadline = None, False, False
+        self.winner, self.concluded, self.deadline, self.stopped = None, False, False, None
         self.test = {}
 
 

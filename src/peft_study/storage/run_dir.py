@@ -10,6 +10,7 @@ RUN/
     tensorboard/          the same, as event files
     checkpoints/step_N/   while it runs
     adapter/              in PEFT's format
+    data/                 rows that the caller had in memory, as JSON lines
     status.json           running, finished, diverged, failed or interrupted, with the reason
     lock, owner.json      held by the process that writes; its id and machine
 """
@@ -49,9 +50,13 @@ def identity(resolved: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+INPUTS = ("data", "study.yaml")
+"""What a caller puts into the folder before the run begins: rows from memory, and the file of a study without one."""
+
+
 def _of_a_start(name: str) -> bool:
-    """True for files of a process that was killed before it claimed the folder."""
-    return name in (LOCK, OWNER, _GIVEN, _RESOLVED) or (name.startswith(".") and name.endswith(".tmp"))
+    """True for files of a process that was killed before it claimed the folder, and for a caller's inputs."""
+    return name in (LOCK, OWNER, _GIVEN, _RESOLVED, *INPUTS) or (name.startswith(".") and name.endswith(".tmp"))
 
 
 class RunFolder:
@@ -159,7 +164,7 @@ class RunFolder:
         return False
 
     def _clear(self) -> None:
-        """Deletes the run or study in the folder; the lock stays.
+        """Deletes the run or study in the folder; the lock and the inputs of the new run stay.
 
         Raises:
             OutputError: when another process writes to a run inside it, such as a rerun, or it cannot be deleted.
@@ -172,7 +177,7 @@ class RunFolder:
                     with RunFolder(lock.parent).locked():
                         pass
             for path in sorted(self.path.iterdir(), key=lambda path: order.get(path.name, 1)):
-                if path.name in (LOCK, OWNER):
+                if path.name in (LOCK, OWNER, *INPUTS):
                     continue
                 if path.is_dir():
                     shutil.rmtree(path)

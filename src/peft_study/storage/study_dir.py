@@ -1,6 +1,8 @@
 """The folder of a study, which one process at a time may write to.
 
 STUDY/
+    study.yaml            the study's file, where `peft-study run` was started without one
+    data/                 rows that the caller had in memory, as JSON lines
     config.given.json     what the user wrote
     config.resolved.json  every setting, with all rules applied
     record.json           code state, versions, hardware, data, base

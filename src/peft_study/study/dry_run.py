@@ -10,6 +10,7 @@ from peft_study.config import MethodConfig, StudyConfig
 from peft_study.engine.trial import Trial
 from peft_study.errors import UserError
 from peft_study.methods.registry import create
+from peft_study.model.in_memory import ModelInMemory
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
@@ -33,6 +34,7 @@ class MethodEstimate:
         expected_tokens: if pruning stops what its rule may stop at most.
         seconds: of all these tokens, alone in the engine.
         expected_seconds: the same for the expected tokens.
+        step_seconds: of an optimizer step alone in the engine, as measured.
         slot_bytes: memory of its largest trial beside the base.
     """
 
@@ -45,6 +47,7 @@ class MethodEstimate:
     expected_tokens: int
     seconds: float
     expected_seconds: float
+    step_seconds: float
     slot_bytes: int
 
 
@@ -55,7 +58,8 @@ class StudyEstimate:
     Attributes:
         methods: each of them.
         free_bytes: memory that is free beside the base; None: not known.
-        train_rows, dev_rows, test_rows: of the data.
+        train_rows, dev_rows, test_rows: of the data, and
+        batch_size: how many of them a step takes.
         notes: lines the user should see.
     """
 
@@ -64,21 +68,23 @@ class StudyEstimate:
     train_rows: int
     dev_rows: int
     test_rows: int
+    batch_size: int
     notes: tuple[str, ...]
 
 
-def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
+def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None = None) -> StudyEstimate:
     """Returns an estimate of a study; model and data are loaded, a few steps of each method are run.
 
     Args:
         config: as the user wrote it.
         say: receives a line before each step that takes time.
+        in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:
         UserError: as the study itself would.
     """
     config = config.filled()
-    session = open_session(config.model, config.data, config.training, say, test=True)
+    session = open_session(config.model, config.data, config.training, say, test=True, in_memory=in_memory)
     for note in check_spaces(session, config):
         say(note)
     assert session.test is not None
@@ -93,7 +99,7 @@ def estimate(config: StudyConfig, say: Say) -> StudyEstimate:
             found.append(_method(config, session, name, setting, slot, say))
     counts = len(session.train), len(session.held_out), len(session.test)
     notes = [*session.notes, *filter(None, [StudyState().unequal(config)])]
-    return StudyEstimate(tuple(found), session.room.free, *counts, tuple(notes))
+    return StudyEstimate(tuple(found), session.room.free, *counts, config.training.batch_size, tuple(notes))
 
 
 def _timed(session: Session, settings: Sequence[MethodConfig], seed: int) -> MethodConfig | None:
@@ -126,7 +132,8 @@ def _method(
     most = round((tests + trials + finals) * tokens_a_trial)
     least = round((tests + trials * _least_share(config, steps) + finals) * tokens_a_trial)
     seconds = most * seconds_a_token, least * seconds_a_token
-    return MethodEstimate(name, trials, steps, rates, tested, most, least, *seconds, slot)
+    step = seconds_a_token * training.batch_size * float(lengths_N.mean())
+    return MethodEstimate(name, trials, steps, rates, tested, most, least, *seconds, step, slot)
 
 
 def _seconds_a_token(session: Session, trial: Trial) -> float:

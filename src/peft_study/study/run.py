@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 from peft_study.config import StudyConfig, TrainingConfig
 from peft_study.engine.checkpoint import Checkpoint
-from peft_study.errors import Interrupted, OutputError
+from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.methods.registry import is_exclusive
+from peft_study.model.in_memory import ModelInMemory
 from peft_study.report.findings import sentences
 from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.search.budget import steps_of
@@ -25,6 +26,8 @@ from peft_study.storage import held_out
 from peft_study.storage.environment import environment
 from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
+from peft_study.study.callbacks import Callback, Callbacks
+from peft_study.study.clock import StudyClock
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
 from peft_study.training.session import Say, refuse_other_inputs
@@ -69,6 +72,8 @@ def run_study(
     *,
     overwrite: bool = False,
     go_on: bool = False,
+    callbacks: Sequence[Callback] = (),
+    model: ModelInMemory | None = None,
 ) -> FinishedStudy:
     """Runs or resumes a study and returns its results.
 
@@ -79,8 +84,11 @@ def run_study(
         stop: checked between rows.
         overwrite: delete another study in the output folder.
         go_on: the study file changed; add trials under the new one.
+        callbacks: hear of each trial, and may stop it or the study.
+        model: a base in memory, instead of the one that the configuration names.
 
     Raises:
+        ConfigError: when a model in memory is to be trained by other processes.
         OutputError: when the output folder holds another study, or another process writes to it.
         Interrupted: when asked to stop; a checkpoint was written.
     """
@@ -88,7 +96,7 @@ def run_study(
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
-    with folder.run.locked(), choose_backend(config, folder, watcher.say, overwrite=overwrite) as backend:
+    with folder.run.locked(), choose_backend(config, folder, watcher.say, overwrite=overwrite, model=model) as backend:
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
             refuse_other_inputs(backend.facts.record, folder.run)
@@ -97,7 +105,8 @@ def run_study(
             folder.claim(config, given, overwrite=overwrite)
         folder.run.set_status("running")
         try:
-            finished = _Study(config, folder, backend, watcher, changes).run(stop, given)
+            heard = Callbacks(callbacks, backend.facts)
+            finished = _Study(config, folder, backend, watcher, heard, changes).run(stop, given)
         except BaseException as error:
             folder.run.end(error)
             raise
@@ -111,31 +120,45 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
         steps_of(config.training.model_copy(update={"data_seed": data_seed}), config.budget.tokens, facts.train_lengths)
 
 
-def choose_backend(config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool) -> Backend:
+def choose_backend(
+    config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool, model: ModelInMemory | None = None
+) -> Backend:
     """Returns the backend of a study: this process, processes of this machine, or Ray actors.
 
     A study begun with several workers resumes in multi-worker mode, even with one: its journal is ahead of each of
     their checkpoints.
 
     Raises:
-        ConfigError: when there are fewer devices than workers, or Ray is not installed.
+        ConfigError: when there are fewer devices than workers, Ray is not installed, or the model is in memory.
     """
+    several = config.workers > 1 or (folder.had_pool and not overwrite)
+    if model is not None and (several or config.ray is not None):
+        where, what = "ray" if config.ray is not None else "workers", "a model in memory is trained in one process"
+        raise ConfigError(what, where=where, remedy="leave it out, or save the model and give its folder")
     if config.ray is not None:
         from peft_study.workers.ray_cluster import RayLauncher
 
         return WorkerPool(config, folder, say, RayLauncher(config.ray, config.model))
-    if config.workers > 1 or (folder.had_pool and not overwrite):
+    if several:
         return WorkerPool(config, folder, say, SubprocessLauncher(config.workers, config.model))
-    return LocalBackend(config, folder, say)
+    return LocalBackend(config, folder, say, model)
 
 
 class _Study:
     """A running study."""
 
     def __init__(
-        self, config: StudyConfig, folder: StudyFolder, backend: Backend, watcher: StudyWatcher, changes: Sequence[str]
+        self,
+        config: StudyConfig,
+        folder: StudyFolder,
+        backend: Backend,
+        watcher: StudyWatcher,
+        callbacks: Callbacks,
+        changes: Sequence[str],
     ) -> None:
         self._config, self._folder, self._backend, self._watcher = config, folder, backend, watcher
+        self._callbacks = callbacks
+        self._clock: StudyClock | None = None
         self._facts = backend.facts
         for note in self._facts.notes:
             watcher.say(note)
@@ -161,6 +184,9 @@ class _Study:
             self._journal.append([{**event, "time": time.time()}])
         self._scheduler = Scheduler(config, self._journal, self._steps, self._facts.counts_N)
         self._started = time.monotonic()
+        limit, tokens = config.budget.minutes, float(self._facts.train_lengths.mean())
+        if limit is not None:
+            self._clock = StudyClock(config, 60 * limit, self._elapsed_before, tokens, watcher.say)
 
     def run(self, stop: StopRequest, given: Any) -> FinishedStudy:
         """Runs all trials to their end, measures the test part, and writes the results."""
@@ -211,6 +237,7 @@ class _Study:
         ending = [trials[event.name] for event in report.events if isinstance(event, Ended)]
         ending = [trial for trial in ending if trial.status == "running"]
         leave = self._scheduler.receive(report.events)
+        leave |= self._stopped_by_callbacks(report)
         for trial in ending:
             self._folder.trial(trial.name).set_status(trial.status, trial.reason)
             self._watcher.ended(trial, self._facts)
@@ -218,8 +245,7 @@ class _Study:
         if ending and minutes is not None and time.monotonic() - self._exported_at > 60 * minutes:
             self._export()
         self._queue(report.lost)
-        limit = self._config.budget.minutes
-        if limit is not None and self._elapsed() > 60 * limit:
+        if self._clock is not None and self._clock.search_is_over(report, self._scheduler.state):
             self._scheduler.time_is_up()
         begun: list[TrialPlan] = []
         if not stopping:
@@ -228,6 +254,15 @@ class _Study:
         commands = Commands(enter=begun, leave=leave, decided=self._decided())
         self._backend.send(worker, None if stopping and not leave else commands)
         self._watcher.reported(report, self._scheduler.state)
+
+    def _stopped_by_callbacks(self, report: Report) -> dict[str, str]:
+        """Returns the trials that callbacks stop, with the reasons; all that run where the study is to end."""
+        stops, reason = self._callbacks.reported(report, self._scheduler.state)
+        if reason is not None:
+            self._scheduler.stop(reason)
+        if (stopped := self._scheduler.state.stopped) is not None:
+            stops = {**dict.fromkeys(report.running, f"the study was ended: {stopped}"), **stops}
+        return {name: why for name, why in stops.items() if name in report.running}
 
     def _queue(self, names: Iterable[str]) -> None:
         """Queues trials that no worker is running; they resume from the newest checkpoint that holds them."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,13 +126,24 @@ class _Setting(NamedTuple):
     why: str | None = None
 
 
-def study_text(start: Start, *, output: str, name: str = "study.yaml") -> str:
+def study_text(
+    start: Start,
+    *,
+    output: str,
+    name: str = "study.yaml",
+    methods: Sequence[str] = (),
+    instead: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> str:
     """Returns the text of a study file.
 
     Args:
         start: model and data.
         output: folder of the study.
         name: of the file, for the commands in its first lines.
+        methods: what is compared; none: all but full fine-tuning, which stands there as a comment.
+        instead: values instead of those fitted to the data, as ``{"budget.steps": 40}``.
+        command: that asked for this study.
     """
     lines = [
         f"# yaml-language-server: $schema={SCHEMA_FILE.resolve().as_uri()}",
@@ -140,13 +151,15 @@ def study_text(start: Start, *, output: str, name: str = "study.yaml") -> str:
         f"#   peft-study run {name}",
         "# A run may differ from the file:",
         f"#   peft-study run {name} --set methods.lora.rank='[8, 16]' --set budget.trials=20",
+        *(["# It was written by", f"# {command}"] if command else []),
     ]
     values, reasons = _fitted(start)
+    values |= instead or {}
     top: list[_Setting] = []
     for section, field in StudyConfig.model_fields.items():
         kind = field.annotation
         if section == "methods":
-            lines += ["", *_methods()]
+            lines += ["", *_methods(methods)]
         elif isinstance(kind, type) and issubclass(kind, Strict):
             elsewhere = {*TRAINING_DIMENSIONS, "steps"} if kind is TrainingConfig else set()
             settings = [
@@ -191,12 +204,14 @@ def _fitted(start: Start) -> tuple[dict[str, Any], dict[str, str]]:
     return values, reasons
 
 
-def _methods() -> Iterator[str]:
-    """Yields the section of the methods: the default space of each."""
+def _methods(chosen: Sequence[str]) -> Iterator[str]:
+    """Yields the section of the methods: the default space of each that is chosen, or of all."""
     yield from _comment(f"What is searched: {StudyConfig.model_fields['methods'].description}.")
     yield from _comment("A setting is one value, a list of values to try, or a range: {low: 1, high: 64, log: true}.")
     yield "methods:"
     for method, space_class in SPACES.items():
+        if chosen and method not in chosen:
+            continue
         yield from _comment(METHODS[method].__doc__ or "", 2)
         space = space_class().filled(TrainingConfig())
         given = [n for n in type(space).model_fields if n not in ("method", "space")]
@@ -206,7 +221,7 @@ def _methods() -> Iterator[str]:
         settings = [_Setting(n, getattr(space, n), type(space).model_fields[n].description or "") for n in given]
         block = [f"  {method}:", *_block(settings, 4)]
         # full fine-tuning costs more than all other methods together, so it is off by default
-        yield from ([f"  # {line[2:]}" for line in block] if method == "full" else block)
+        yield from ([f"  # {line[2:]}" for line in block] if method == "full" and not chosen else block)
 
 
 def _block(settings: Iterable[_Setting], indent: int) -> Iterator[str]:

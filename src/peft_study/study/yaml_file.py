@@ -55,6 +55,11 @@ class SettingsFile:
     _root: yaml.Node
     _options: dict[_Path, str] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, values: dict[str, Any], name: str) -> SettingsFile:
+        """Returns settings that stand in no file, under the name of what gave them."""
+        return cls(Path(name), values, yaml.MappingNode("tag:yaml.org,2002:map", []))
+
     def set(self, key: str, value: Any, option: str) -> None:
         """Sets ``a.b`` to the value of a command-line option; missing sections are made.
 
@@ -137,7 +142,12 @@ def load_yaml(path: Path) -> SettingsFile:
     Raises:
         ConfigError: when it cannot be read, is no YAML, says a key twice (each with its line), or is not a mapping.
     """
-    root = _compose(read_text(path), str(path))
+    return parse_yaml(read_text(path), path)
+
+
+def parse_yaml(text: str, path: Path) -> SettingsFile:
+    """Returns the settings in a text, which is or will be in a file; errors as of `load_yaml`."""
+    root = _compose(text, str(path))
     values = None if root is None else _construct(root, str(path))
     if root is None or not isinstance(values, dict):
         raise ConfigError("is not a mapping of settings", where=str(path), remedy="write `key: value` lines")

@@ -13,6 +13,7 @@ from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import total_steps
 from peft_study.errors import Interrupted, OutputError
+from peft_study.model.in_memory import ModelInMemory
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
@@ -87,6 +88,7 @@ def train(
     overwrite: bool = False,
     resume_from: Path | None = None,
     processes: ProcessGroup = ALONE,
+    in_memory: ModelInMemory | None = None,
 ) -> Finished:
     """Runs one setting from data to adapter.
 
@@ -99,6 +101,7 @@ def train(
         resume_from: a checkpoint folder, or a run's folder (its newest checkpoint). Left out, an unfinished run of the
             same settings in the output folder is resumed.
         processes: that train together; all call this with the same arguments, one of them writes.
+        in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:
         OutputError: when the output folder holds another run, or a finished one, or another process writes to it.
@@ -114,10 +117,13 @@ def train(
     _begun(folder, config, overwrite=overwrite)
     with _locked(folder, processes):
         begun = _begun(folder, config, overwrite=overwrite)
-        return _train(config, given, folder, watcher, stop, processes, resume, begun=begun, overwrite=overwrite)
+        session = open_session(
+            config.model, config.data, config.training, watcher.say, processes=processes, in_memory=in_memory
+        )
+        return _train(config, given, folder, session, watcher, stop, resume, begun=begun, overwrite=overwrite)
 
 
-_REMEDY = "replace it with --overwrite_output_dir, or give another --output_dir"
+_REMEDY = "replace it with --overwrite_output_dir (Python: overwrite=True), or give another folder"
 
 
 def _begun(folder: RunFolder, config: TrainConfig, *, overwrite: bool) -> bool:
@@ -149,16 +155,16 @@ def _train(
     config: TrainConfig,
     given: Any,
     folder: RunFolder,
+    session: Session,
     watcher: Watcher,
     stop: StopRequest,
-    processes: ProcessGroup,
     resume: checkpoint.Checkpoint | None,
     *,
     begun: bool,
     overwrite: bool,
 ) -> Finished:
     """Runs a setting once its folder is locked; arguments as of `train`; `begun`: a run there is resumed."""
-    session = open_session(config.model, config.data, config.training, watcher.say, processes=processes)
+    processes = session.processes
     check_methods(session, [config.method], config.training.seed)
     if warning := past_context(session, [config.method]):
         watcher.say(warning)

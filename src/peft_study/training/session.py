@@ -23,8 +23,9 @@ from peft_study.errors import ConfigError, ModelError, OutputError, TemplateErro
 from peft_study.methods.base import Material
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import create, size
+from peft_study.model.in_memory import ModelInMemory, borrow
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
-from peft_study.model.precision import Placement, choose
+from peft_study.model.precision import choose
 from peft_study.seeds import key
 from peft_study.statistics import Losses
 from peft_study.storage.cache_dir import cache_root
@@ -77,6 +78,7 @@ def open_session(
     *,
     test: bool = False,
     processes: ProcessGroup = ALONE,
+    in_memory: ModelInMemory | None = None,
 ) -> Session:
     """Loads the base, tokenises the data (or finds it in the cache) and splits off the held-out ones.
 
@@ -86,18 +88,19 @@ def open_session(
         say: receives a line before each step that takes time.
         test: whether rows are put aside for the final test.
         processes: that run the same trials; the one that writes comes first and fills the caches for the others.
+        in_memory: the base and its tokenizer, where nothing is loaded.
 
     Raises:
         UserError: of many kinds, each one line.
     """
     if not processes.writes:
         processes.wait()
-    placement = choose(model.device, model.dtype)
-    notes = [placement.note] if placement.note else []
-    tokenizer, encoder = _check(model, data, test=test)
+    notes: list[str] = []
+    tokenizer, encoder = _check(model, data, in_memory, test=test)
     if encoder.bos_warning:
         notes.append(encoder.bos_warning)
-    base = _load(model, tokenizer, placement, say, notes)
+    base = _load(model, tokenizer, say, notes) if in_memory is None else borrow(in_memory)
+    _note_packing(base, notes)
     say("reading and tokenising the data")
     rows = make_split(data, encoder, training.data_seed, test=test)
     notes += rows.notes
@@ -129,12 +132,18 @@ def open_session(
     )
 
 
-def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, ChatEncoder]:
+def _check(
+    model: ModelConfig, data: DataConfig, in_memory: ModelInMemory | None, *, test: bool
+) -> tuple[Any, ChatEncoder]:
     """Returns tokenizer and encoder; refuses bad templates, files and paths before the model is loaded."""
-    resolve_model(model.name)
-    tokenizer = load_tokenizer(
-        model.tokenizer or model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    if in_memory is not None:
+        tokenizer = in_memory.tokenizer
+    else:
+        choose(model.device, model.dtype)
+        resolve_model(model.name)
+        tokenizer = load_tokenizer(
+            model.tokenizer or model.name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     try:
         encoder = ChatEncoder(tokenizer, template=data.chat_template, max_length=data.max_length, add_bos=data.add_bos)
     except TemplateError as error:
@@ -143,8 +152,10 @@ def _check(model: ModelConfig, data: DataConfig, *, test: bool) -> tuple[Any, Ch
     return tokenizer, encoder
 
 
-def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, notes: list[str]) -> Base:
-    """Loads the base; adds a note where it runs one example a row."""
+def _load(model: ModelConfig, tokenizer: Any, say: Say, notes: list[str]) -> Base:
+    """Loads the base; adds a note where its precision may surprise."""
+    placement = choose(model.device, model.dtype)
+    notes += [placement.note] if placement.note else []
     precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
     say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
     base = load_base(
@@ -156,11 +167,15 @@ def _load(model: ModelConfig, tokenizer: Any, placement: Placement, say: Say, no
         trust_remote_code=model.trust_remote_code,
     )
     base.tokenizer_name = model.tokenizer
-    if not base.proof.segmented:
-        notes.append(f"{model.name}: its attention is not known here; it is run as it is, one example a row")
-    elif not base.proof.packs:
-        notes.append(f"{model.name}: positions of a row meet outside attention; it is run one example a row")
     return base
+
+
+def _note_packing(base: Base, notes: list[str]) -> None:
+    """Adds a note where the base runs one example a row."""
+    if not base.proof.segmented:
+        notes.append(f"{base.name}: its attention is not known here; it is run as it is, one example a row")
+    elif not base.proof.packs:
+        notes.append(f"{base.name}: positions of a row meet outside attention; it is run one example a row")
 
 
 def _room(engine: Engine, processes: ProcessGroup) -> Room:

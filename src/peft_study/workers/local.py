@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_study.config import StudyConfig
 from peft_study.engine import checkpoint
+from peft_study.model.in_memory import ModelInMemory
 from peft_study.search.space_check import check_spaces, largest
 from peft_study.statistics import Losses
 from peft_study.storage.study_dir import StudyFolder, basis
@@ -27,13 +28,15 @@ class LocalBackend:
 
     replays = True
 
-    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say) -> None:
-        self._config, self._folder, self._say = config, folder, say
+    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, model: ModelInMemory | None = None) -> None:
+        self._config, self._folder, self._say, self._model = config, folder, say, model
         self._commands: Commands | None = None
 
     def __enter__(self) -> LocalBackend:
         config = self._config
-        self._session = open_session(config.model, config.data, config.training, self._say, test=True)
+        self._session = open_session(
+            config.model, config.data, config.training, self._say, test=True, in_memory=self._model
+        )
         for note in check_spaces(self._session, config):
             self._say(note)
         self._worker = Worker(

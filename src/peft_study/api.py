@@ -1,0 +1,298 @@
+"""The program from Python: what the command line does, with models and data in memory too.
+
+Study(model, data, methods) --run--> StudyResult --best--> TrainedAdapter --load--> PeftModel
+open_study(folder) ----------------> StudyResult
+finetune(model, data, method) ------------------------------> TrainedAdapter
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from peft_study.config import (
+    StudyConfig,
+    TrainConfig,
+    TrialSettings,
+    validate,
+)
+from peft_study.errors import OutputError, UserError
+from peft_study.report.study_result import StudyResult, TrainedAdapter
+from peft_study.report.study_result import open_study as open_study
+from peft_study.storage.run_dir import RunFolder
+from peft_study.study.inputs import Inputs, merged, methods_section, one_setting
+from peft_study.study.yaml_file import SettingsFile, load_yaml
+
+if TYPE_CHECKING:
+    from peft_study.study.callbacks import Callback
+    from peft_study.study.dry_run import StudyEstimate
+    from peft_study.training.interrupt import StopRequest
+
+
+class Study:
+    """A comparison of methods on one model and one data set.
+
+    Args:
+        model: a folder, a hub id, the embedded ``smollm2-135m-instruct``, or a ``PreTrainedModel``, which is trained
+            beside and given back as it was.
+        data: a path as ``peft-study data convert`` takes it, a ``datasets.Dataset`` or ``DatasetDict``, a
+            ``pandas.DataFrame``, a list of rows or of conversations (lists of ``{"role", "content"}``), or a list of
+            such sources. Or the section ``data`` of a study file, in which rows may stand in place of paths.
+        methods: names of methods, `LoRA(...)`, `PrefixTuning(...)`, `PromptTuning(...)`, or configurations of `peft`;
+            or a mapping, as in a study file.
+        trials: settings a method (``budget.trials``).
+        steps: optimizer steps a trial (``budget.steps``).
+        minutes: plan trials and steps for so many minutes in all, from the measured speed.
+        tokenizer: of a model in memory; None: the one in the folder it was loaded from.
+        output: folder of the study; an unfinished study of the same settings there is resumed.
+        settings: any other section of a study file, as ``training={"batch_size": 4}`` or ``finals={"seeds": 5}``.
+
+    Raises:
+        ConfigError: naming the setting that cannot be used, its value and the remedy.
+        ModelError: when a model in memory cannot be trained here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        methods: Sequence[Any] | Mapping[str, Any] | str = ("lora", "prefix_tuning", "prompt_tuning"),
+        *,
+        trials: int | None = None,
+        steps: int | None = None,
+        minutes: float | None = None,
+        tokenizer: Any = None,
+        output: str | Path = "runs/study",
+        **settings: Any,
+    ) -> None:
+        self._inputs = Inputs(Path(output))
+        values = {
+            "model": self._inputs.model(model, tokenizer, settings.pop("model", None)),
+            "data": self._inputs.data(data),
+            "methods": methods_section(methods, self._inputs.model_type),
+            **settings,
+            "output": str(output),
+        }
+        budget = {"trials": trials, "steps": steps}
+        values["budget"] = merged("budget", settings.get("budget"), budget)
+        self._start(SettingsFile.of(values, "Study"), minutes)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, settings: Mapping[str, Any] | None = None) -> Self:
+        """Returns the study of a file.
+
+        Args:
+            path: of the study file.
+            settings: instead of the file's, as ``{"budget.trials": 4, "output": "runs/short"}``.
+
+        Raises:
+            ConfigError: naming file, line, value and remedy.
+        """
+        file = load_yaml(Path(path))
+        for key, value in (settings or {}).items():
+            file.set(key, value, "settings")
+        return cls.from_file(file)
+
+    @classmethod
+    def from_file(cls, file: SettingsFile) -> Self:
+        """Returns the study of settings that were read already."""
+        study = cls.__new__(cls)
+        study._inputs = Inputs(Path())
+        study._start(file, None)
+        return study
+
+    def _start(self, file: SettingsFile, minutes: float | None) -> None:
+        self._file, self._minutes = file, minutes
+        self._config = validate(StudyConfig, file.values, where=str(file.path), place=file.place)
+
+    @property
+    def config(self) -> StudyConfig:
+        """Every setting, as validated."""
+        return self._config
+
+    def run(
+        self,
+        *,
+        callbacks: Sequence[Callback] = (),
+        verbose: bool = True,
+        overwrite: bool = False,
+        extend: bool = False,
+    ) -> StudyResult:
+        """Runs the study, or resumes it, and returns its result.
+
+        Args:
+            callbacks: hear of each trial, and may stop it or the study.
+            verbose: show progress and tables, as on the command line.
+            overwrite: replace another study in the output folder.
+            extend: the settings changed since the study began: add trials under the new ones.
+
+        Raises:
+            UserError: of many kinds, each one line.
+            Interrupted: after Ctrl-C (in a notebook: interrupting the cell); ``run()`` again resumes there.
+        """
+        from peft_study.display.study import StudyDisplay
+        from peft_study.model.in_memory import lent
+        from peft_study.study.run import run_study
+
+        memory = self._inputs.in_memory
+        try:
+            with (
+                _quiet_libraries(),
+                nullcontext() if memory is None else lent(memory.model),
+                _listening() as stop,
+                StudyDisplay(silent=not verbose) as display,
+            ):
+                self._write_inputs(overwrite=overwrite)
+                self._plan(display.say, overwrite=overwrite)
+                finished = run_study(
+                    self._config,
+                    self._file.values,
+                    display,
+                    stop,
+                    overwrite=overwrite,
+                    go_on=extend,
+                    callbacks=callbacks,
+                    model=memory,
+                )
+        except UserError as error:
+            raise self._file.pointed(error) from None
+        display.conclude(finished)
+        result = open_study(self._config.output)
+        result.in_memory = memory
+        for callback in callbacks:
+            callback.on_study_end(result)
+        return result
+
+    def estimate(self, *, verbose: bool = True) -> StudyEstimate:
+        """Returns what the study would take, from a few measured steps; only rows in memory are written.
+
+        Raises:
+            UserError: as `run`.
+        """
+        from peft_study.display.terminal import console
+        from peft_study.model.in_memory import lent
+        from peft_study.study.dry_run import estimate
+
+        output, memory = console(quiet=not verbose), self._inputs.in_memory
+        try:
+            with _quiet_libraries(), nullcontext() if memory is None else lent(memory.model):
+                self._write_inputs(overwrite=False)
+                return estimate(self._config, lambda line: output.print(line, markup=False), in_memory=memory)
+        except UserError as error:
+            raise self._file.pointed(error) from None
+
+    def _write_inputs(self, *, overwrite: bool) -> None:
+        """Writes rows in memory into the output folder, which no other run may hold."""
+        if self._inputs.tables:
+            folder = RunFolder(self._config.output)
+            if (folder.path / "trials").exists() is False and folder.status() is not None and not overwrite:
+                raise OutputError("holds a run that is no study", where=str(folder.path), remedy="give another output")
+            self._inputs.write(replace=overwrite or folder.status() is None)
+
+    def _plan(self, say: Callable[[str], None], *, overwrite: bool) -> None:
+        """Sets trials, steps and finals for the minutes that were asked for; those of a study that is resumed stay."""
+        from peft_study.study.plan import plan
+
+        if self._minutes is None:
+            return
+        before = RunFolder(self._config.output).read_if_there("config.given.json") or {}
+        if not overwrite and before.get("budget", {}).get("minutes") == self._minutes:
+            found = {section: before[section] for section in ("budget", "finals")}
+        else:
+            found = plan(self._config, self._minutes, say, in_memory=self._inputs.in_memory)
+        for section, values in found.items():
+            for name, value in values.items():
+                self._file.set(f"{section}.{name}", value, "minutes")
+        self._start(self._file, self._minutes)
+
+
+def finetune(
+    model: Any,
+    data: Any,
+    method: Any,
+    *,
+    steps: int | None = None,
+    tokenizer: Any = None,
+    output: str | Path = "runs/finetune",
+    verbose: bool = True,
+    overwrite: bool = False,
+    **settings: Any,
+) -> TrainedAdapter:
+    """Trains one adapter, or resumes its training, and returns it.
+
+    Args:
+        model, data, tokenizer: as for `Study`.
+        method: `LoRA(rank=16, learning_rate=1e-3)` and its like, a name, or a configuration of `peft`; a learning rate
+            that is left out is the method's own.
+        steps: optimizer steps (``training.steps``); None: one pass over the data.
+        output: folder of the run; an unfinished run of the same settings there is resumed.
+        verbose: show progress.
+        overwrite: replace the run in the output folder.
+        settings: any other section of a run: ``training={"batch_size": 4}``, ``logging={...}``.
+
+    Raises:
+        UserError: of many kinds, each one line.
+        Interrupted: after Ctrl-C; the same call resumes there.
+    """
+    from peft_study.display.terminal import RunDisplay
+    from peft_study.model.in_memory import lent
+    from peft_study.training.finetune import resolve, train
+
+    inputs = Inputs(Path(output))
+    values = {
+        "model": inputs.model(model, tokenizer, settings.pop("model", None)),
+        "data": inputs.data(data),
+        **one_setting(method, merged("training", settings.pop("training", None), {"steps": steps}), inputs.model_type),
+        **settings,
+        "output": str(output),
+    }
+    config = validate(TrainConfig, values, where="finetune")
+    memory = inputs.in_memory
+    with (
+        _quiet_libraries(),
+        nullcontext() if memory is None else lent(memory.model),
+        _listening() as stop,
+        RunDisplay(silent=not verbose) as display,
+    ):
+        inputs.write(replace=overwrite or RunFolder(config.output).status() is None)
+        finished = train(config, values, display, stop, overwrite=overwrite, in_memory=memory)
+        display.conclude(finished)
+    return TrainedAdapter(
+        config.method.method,
+        config.method.method,
+        TrialSettings(method=config.method, training=resolve(config).training).flat,
+        finished.folder / "adapter",
+        finished.after,
+        finished.minus_base,
+        None,
+        memory,
+    )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keeps the bars of transformers out of the display, for as long as it is there."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _listening() -> Iterator[StopRequest]:
+    """Listens for Ctrl-C; outside the main thread, where Python allows no signal handlers, nobody asks."""
+    from peft_study.training.interrupt import StopRequest
+
+    stop = StopRequest()
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            stack.enter_context(stop.listening())
+        yield stop

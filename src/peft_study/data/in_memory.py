@@ -1,0 +1,80 @@
+"""Rows that the caller has in memory: they become a file of JSON lines, so that all later reading has one path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_study.errors import DataError, OutputError
+from peft_study.storage.files import atomic_writer, made_folder
+
+
+def is_rows(value: Any) -> bool:
+    """True for rows themselves, false for what names them: a path, a source with its share, or several of these.
+
+    Rows are a ``datasets.Dataset``, a ``pandas.DataFrame``, a list of rows, or a list of conversations, each a list of
+    ``{"role", "content"}``.
+    """
+    if isinstance(value, (str, Path)) or (isinstance(value, Mapping) and "path" in value):
+        return False
+    if isinstance(value, Sequence) and not _is_dataset(value):
+        return any(isinstance(item, list) or (isinstance(item, Mapping) and "path" not in item) for item in value)
+    return _is_dataset(value) or _is_frame(value)
+
+
+def write_rows(rows: Any, path: Path, *, replace: bool) -> None:
+    """Writes rows as JSON lines.
+
+    Args:
+        rows: as `is_rows` takes them.
+        path: of the file; a file with the same content is left alone.
+        replace: a file with other content may be replaced.
+
+    Raises:
+        DataError: when there are none, or one cannot be written as JSON.
+        OutputError: when a file with other content is there, or nothing can be written.
+    """
+    with made_folder(path.parent), atomic_writer(path.with_suffix(".new")) as file:
+        count = 0
+        for count, row in enumerate(_plain(rows), start=1):
+            try:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            except (TypeError, ValueError) as error:
+                raise DataError(f"cannot be written as JSON ({error})", where=f"row {count} in memory") from error
+        if not count:
+            raise DataError("there are no rows", where="data in memory", remedy="give at least a few")
+    new = path.with_suffix(".new")
+    if path.exists() and not replace and path.read_bytes() != new.read_bytes():
+        new.unlink()
+        raise OutputError(
+            "the rows in memory are not those that this study began with",
+            where=str(path),
+            remedy="give the same rows to resume, overwrite=True to replace the study, or another output",
+        )
+    new.replace(path)
+
+
+def _plain(rows: Any) -> Iterator[dict[str, Any]]:
+    """Yields each row as a mapping."""
+    if _is_frame(rows):
+        from datasets import Dataset
+
+        rows = Dataset.from_pandas(rows, preserve_index=False)
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Mapping):
+            yield dict(row)
+        elif isinstance(row, list):
+            yield {"messages": row}
+        else:
+            what = f"is a {type(row).__name__}, neither a row nor a list of messages"
+            raise DataError(what, where=f"row {number} in memory", remedy='give {"role": ..., "content": ...} turns')
+
+
+def _is_dataset(value: Any) -> bool:
+    return hasattr(value, "column_names") and hasattr(value, "__len__") and hasattr(value, "features")
+
+
+def _is_frame(value: Any) -> bool:
+    return hasattr(value, "columns") and hasattr(value, "iloc")

@@ -1,0 +1,208 @@
+"""A study's result for a caller from Python: the best setting, what cannot be told from it, every trial as a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from peft_study.errors import ModelError
+from peft_study.report.findings import sentences
+from peft_study.report.results import Finalist, Results, collect, columns, flat
+from peft_study.report.status import study_status
+from peft_study.report.study_reader import Study as StudyRecord
+from peft_study.report.study_reader import open_study as read_study
+from peft_study.search.trials import value_of
+from peft_study.statistics import Estimate, seeds_difference
+
+if TYPE_CHECKING:
+    import pandas
+
+    from peft_study.config import StudyConfig
+    from peft_study.model.in_memory import ModelInMemory
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """A trained setting: what it is, how good, and where its adapter lies.
+
+    Attributes:
+        name, method: ``lora-003``, ``lora``; of a single run both are the method.
+        settings: every setting of its method, and the optimizer's searched ones.
+        adapter_path: folder in PEFT's format; of a setting with several seeds, that of the least dev loss.
+        dev: held-out loss in nats a supervised token with its 95 % interval; of several seeds the mean.
+        minus_base: the same minus the untouched base's: on the test part where it was opened, else on the held-out one.
+        test: loss on the test part; None where it was not opened.
+    """
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+    adapter_path: Path
+    dev: Estimate | None
+    minus_base: Estimate | None
+    test: Estimate | None
+    in_memory: ModelInMemory | None = field(default=None, repr=False, compare=False)
+
+    def load(self, model: Any = None, *, device: str = "auto") -> Any:
+        """Returns a ``PeftModel``: the adapter on its base, in evaluation mode, ready to generate.
+
+        Args:
+            model: a base in memory, into which PEFT puts the adapter; None: the one that the study was given, else the
+                one that the adapter names, loaded.
+            device: of a base that is loaded.
+
+        Raises:
+            ModelError: when the adapter is not there, or does not fit.
+        """
+        from peft_study.evaluation.generation import AdapterBase, load_adapter_base, put_on
+        from peft_study.model.precision import choose
+
+        if not self.adapter_path.is_dir():
+            what = "holds no adapter (it was cleaned up, or the run kept none)"
+            raise ModelError(what, where=str(self.adapter_path), remedy="train the setting again: peft-study rerun")
+        given = model if model is not None or self.in_memory is None else self.in_memory.model
+        if given is None:
+            base = load_adapter_base(self.adapter_path, None, choose(device))
+        else:
+            base = AdapterBase(given, None, str(given.name_or_path), None)
+        return put_on(self.adapter_path, base).eval()
+
+    def load_tokenizer(self) -> Any:
+        """Returns the tokenizer of the training, with the chat template that the examples were written in."""
+        from peft_study.evaluation.generation import find_base
+        from peft_study.methods.peft_files import encoding, read_note
+        from peft_study.model.load import load_tokenizer
+
+        if self.in_memory is not None:
+            tokenizer = self.in_memory.tokenizer
+        else:
+            own = read_note(self.adapter_path).get("base_tokenizer")
+            tokenizer = load_tokenizer(own or find_base(self.adapter_path))
+        template = encoding(self.adapter_path)["template"]
+        if template is not None:
+            tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+        return tokenizer
+
+
+class StudyResult:
+    """What a study has found so far, read from its folder; nothing is written or locked.
+
+    Attributes:
+        folder: of the study.
+        in_memory: the base that was given as an object, for `TrainedAdapter.load`.
+    """
+
+    def __init__(self, record: StudyRecord, in_memory: ModelInMemory | None = None) -> None:
+        self._record, self.in_memory = record, in_memory
+        self.folder = record.folder.path
+
+    @property
+    def config(self) -> StudyConfig:
+        """Every setting of the study, with all rules applied."""
+        return self._record.config
+
+    @property
+    def state(self) -> str:
+        """``running``, ``finished``, ``interrupted``, ``failed``, ``killed``, or ``unclear`` (on another machine)."""
+        return study_status(self._record).state
+
+    @cached_property
+    def finals(self) -> tuple[TrainedAdapter, ...]:
+        """The settings that were retrained with new seeds, least mean dev loss first; those not ranked come last."""
+        return () if self._results is None else tuple(self._final(f) for f in self._results.finalists)
+
+    @cached_property
+    def best(self) -> TrainedAdapter | None:
+        """The ranked final with the least mean dev loss; None where nothing is ranked."""
+        found = () if self._results is None else self._results.finalists
+        return next((self._final(f) for f in found if f.winner), None)
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The ranked finals by name, best first, in groups that cannot be told apart.
+
+        A setting begins a new group where the 95 % interval of its difference from the first of the group before, over
+        seeds and paired by example, excludes zero: on the test part where it was opened, else on the held-out one.
+        """
+        groups: list[list[Finalist]] = []
+        for final in () if self._results is None else self._results.finalists:
+            if final.untuned or final.failed or final.dev is None:
+                continue
+            if groups and not self._apart(groups[-1][0], final):
+                groups[-1].append(final)
+            else:
+                groups.append([final])
+        return tuple(tuple(_name(final) for final in group) for group in groups)
+
+    @cached_property
+    def findings(self) -> str:
+        """What the study says so far, a line each, every number with its interval and its seeds."""
+        record = self._record
+        if self._results is None or record.examples is None:
+            return "no trial has begun"
+        said = sentences(record.config, record.state, record.examples, self._results)
+        return "\n".join(f"- {sentence}" for sentence in said)
+
+    def trials_dataframe(self) -> pandas.DataFrame:
+        """Returns a row a trial, in the columns of ``results.csv``; losses in nats a supervised token."""
+        import pandas
+
+        rows = () if self._results is None else self._results.rows
+        return pandas.DataFrame([flat(row) for row in rows], columns=list(columns()))
+
+    def __repr__(self) -> str:
+        best = "nothing is ranked" if self.best is None else f"best: {self.best.name}, dev loss {self.best.dev}"
+        return f"StudyResult({str(self.folder)!r}, {self.state}, {len(self._record.state.trials)} trials, {best})"
+
+    @cached_property
+    def _results(self) -> Results | None:
+        record = self._record
+        if record.examples is None:
+            return None
+        return collect(record.config, record.state, record.examples, record.folder)
+
+    def _final(self, final: Finalist) -> TrainedAdapter:
+        trials = self._record.state.finals_of(final.method, final.number)
+        seeds = sorted((trial for trial in trials if trial.last is not None), key=value_of) or trials
+        name = seeds[0].name if seeds else _name(final)
+        return TrainedAdapter(
+            _name(final),
+            final.method,
+            final.settings,
+            self._record.folder.trial(name).adapter,
+            final.dev,
+            final.test_minus_base,
+            final.test,
+            self.in_memory,
+        )
+
+    def _apart(self, first: Finalist, second: Finalist) -> bool:
+        """True where two finals are told apart."""
+        state, examples = self._record.state, self._record.examples
+        assert examples is not None
+        sums, counts_N = [], examples.test_counts_N if state.test else examples.counts_N
+        for final in (first, second):
+            trials = state.finals_of(final.method, final.number)
+            there = [state.test.get(t.name) if state.test else t.last for t in trials]
+            sums.append(np.stack([losses for losses in there if losses is not None]))
+        return seeds_difference(sums[1], sums[0], counts_N).excludes_zero()
+
+
+def open_study(path: str | Path | None = None) -> StudyResult:
+    """Returns the result of a study, finished or not, also while another process runs it.
+
+    Args:
+        path: its folder; None: the current folder where it is a study, else the only one under ``runs/``.
+
+    Raises:
+        OutputError: when there is none, or its files are damaged.
+    """
+    return StudyResult(read_study(None if path is None else Path(path)))
+
+
+def _name(final: Finalist) -> str:
+    return f"{final.method}-{final.number:03d}"

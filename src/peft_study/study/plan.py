@@ -1,0 +1,96 @@
+"""How many settings of how many steps fit into some minutes, from a few measured steps of each method.
+
+A study of n settings a method, s steps each, takes for each method about
+
+    n x (SHARE x s steps + PASSES held-out passes)  +  seeds x (s steps + a held-out and a test pass)
+
+The search ends in time for the finals (`budget.minutes`), by what it then measures: the plan decides what cannot be
+changed later, which is the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from peft_study.config import StudyConfig
+from peft_study.errors import ConfigError
+from peft_study.model.in_memory import ModelInMemory
+from peft_study.study.dry_run import StudyEstimate, estimate
+from peft_study.training.session import Say
+
+SHARE, PASSES = 0.65, 2.5
+"""Of a trial's steps, and held-out passes a trial, that are left on average where the pruner stops trials; measured on
+the quickstart: 7 of 12 trials were stopped, after 3 or 8 of 24 steps."""
+_FORWARD = 1 / 3
+"""Time of a token that is only evaluated, as a share of a trained one's; measured on the quickstart."""
+_FILLED = 0.9
+"""Of the minutes that are planned for: loading and measuring take some, and a plan that is too long cannot shrink."""
+_TRIALS, _LEAST_TRIALS, _MOST_TRIALS = 12, 4, 30
+_STEPS, _LEAST_STEPS = 40, 10
+"""Steps below which a plan rather has fewer trials, and below which there is none."""
+
+
+def plan(
+    config: StudyConfig, minutes: float, say: Say, *, in_memory: ModelInMemory | None = None
+) -> dict[str, dict[str, Any]]:
+    """Returns the sections ``budget`` and ``finals`` for a study of so many minutes, and says what they mean.
+
+    Args:
+        config: model, data, methods; its own budget is not looked at.
+        minutes: of the whole study: search, finals, test.
+        say: receives a line before each step that takes time, and the plan.
+        in_memory: a base in memory, instead of the one that the configuration names.
+
+    Raises:
+        UserError: as the study itself would.
+        ConfigError: when the minutes do not reach.
+    """
+    measured = estimate(config, say, in_memory=in_memory)
+    wanted, a_pass = minutes * 60 * _FILLED, math.ceil(measured.train_rows / measured.batch_size)
+    seeds = config.finals.seeds
+    for trials, best in ((_TRIALS, 2), (_TRIALS, 1), (_LEAST_TRIALS, 1)):
+        steps = min(_steps(measured, trials, best * seeds, wanted), a_pass)
+        if steps >= min(_STEPS, a_pass):
+            break
+    if steps < min(_LEAST_STEPS, a_pass):
+        least = seconds_of(measured, _LEAST_TRIALS, _LEAST_STEPS, seeds) / _FILLED / 60
+        raise ConfigError(
+            f"{minutes:g} minutes do not reach for {_LEAST_TRIALS} settings a method of {_LEAST_STEPS} steps",
+            where="minutes",
+            remedy=f"give at least {least:.0f}, fewer methods, fewer held-out rows, or a smaller batch",
+        )
+    while trials < _MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
+        trials += 1
+    finals = best * seeds * len(measured.methods)
+    say(
+        f"plan for {minutes:g} minutes: about {trials} settings a method of {steps} steps (one pass over the data: "
+        f"{a_pass:,}), then {finals} finals; the search ends in time for them"
+    )
+    # the search goes on for as long as there is time, so the number of settings is only bounded
+    return {"budget": {"trials": 2 * trials, "steps": steps, "minutes": minutes}, "finals": {"best": best}}
+
+
+def _steps(measured: StudyEstimate, trials: int, finals: int, seconds: float) -> int:
+    """Returns the steps a trial for which so many trials and finals a method take these seconds; 0: none."""
+    none, one = (seconds_of(measured, trials, steps, finals) for steps in (0, 1))
+    return max(0, int((seconds - none) / (one - none)))
+
+
+def seconds_of(measured: StudyEstimate, trials: int, steps: int, finals: int) -> float:
+    """Returns what a study takes.
+
+    Args:
+        measured: a few steps of each method.
+        trials, steps: settings a method, and optimizer steps of each.
+        finals: retrained a method, over all seeds.
+    """
+    total = 0.0
+    for method in measured.methods:
+        dev, test = (
+            method.step_seconds / measured.batch_size * rows * _FORWARD
+            for rows in (measured.dev_rows, measured.test_rows)
+        )
+        a_trial = SHARE * steps * method.step_seconds + PASSES * dev
+        total += trials * a_trial + finals * (steps * method.step_seconds + dev + test)
+    return total

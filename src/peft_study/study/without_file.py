@@ -1,0 +1,131 @@
+"""The study of `peft-study run --model M --data D`: the file that `init` would write, with the budget asked for.
+
+model + data ── look ──┐
+--minutes ── plan ─────┴── study_text ──► OUTPUT/study.yaml ──► Study
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft_study.config import SPACES, StudyConfig, validate
+from peft_study.errors import ConfigError, OutputError, nearest
+from peft_study.storage.files import atomic_writer, made_folder, read_text
+from peft_study.storage.run_dir import RunFolder
+from peft_study.study.plan import plan
+from peft_study.study.template import look, study_text
+from peft_study.study.yaml_file import SettingsFile, load_yaml, parse_yaml
+from peft_study.training.session import Say
+
+FILE = "study.yaml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for instead of a study file.
+
+    Attributes:
+        model, data, split: as for `peft-study init`.
+        methods: their names; none: lora, prefix_tuning and prompt_tuning, and the untouched base.
+        trials, steps: settings a method, and optimizer steps of each; None: as `init` has them.
+        minutes: of the whole study, instead of these two.
+        output: folder of the study; None: under ``runs/``, with the name of the data.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    split: str | None = None
+    methods: tuple[str, ...] = ()
+    trials: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    output: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the study."""
+        return self.output or Path("runs") / (Path(self.data[0]).name.split(".")[0] or "study")
+
+    @property
+    def command(self) -> str:
+        """The command that asks for it, which the file names in its first line."""
+        words = ["peft-study", "run", "--model", self.model]
+        for source in self.data:
+            words += ["--data", source]
+        words += ["--split", self.split] if self.split else []
+        words += ["--methods", *self.methods] if self.methods else []
+        for name, value in (("trials", self.trials), ("steps", self.steps), ("minutes", self.minutes)):
+            words += [f"--{name}", f"{value:g}"] if value is not None else []
+        return shlex.join([*words, "-o", str(self.folder)])
+
+    def check(self) -> None:
+        """Refuses what does not go together.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        for method in self.methods:
+            if method not in SPACES:
+                raise ConfigError(f"unknown method {method!r}", where="--methods", remedy=nearest(method, SPACES))
+        if self.minutes is not None and (self.trials is not None or self.steps is not None):
+            other = "--trials" if self.trials is not None else "--steps"
+            what, remedy = f"plans trials and steps, but {other} is given", "give the minutes, or trials and steps"
+            raise ConfigError(what, where="--minutes", remedy=remedy)
+        if self.minutes is not None and not self.minutes > 0:
+            raise ConfigError(f"{self.minutes:g} is not above 0", where="--minutes", remedy="give e.g. 60")
+
+
+def study_file(
+    request: Request, say: Say, *, overwrite: bool, write: bool, on_progress: Callable[[int], None] | None = None
+) -> SettingsFile:
+    """Returns the settings of the study that was asked for; the same request finds the file of its first start.
+
+    Args:
+        request: what was asked for.
+        say: receives a line before each step that takes time, and the plan.
+        overwrite: another study in the folder may be replaced.
+        write: put the file into the study's folder.
+        on_progress: receives the rows read so far.
+
+    Raises:
+        UserError: as `look` and the study itself.
+        OutputError: when the folder holds the study of another request.
+    """
+    request.check()
+    path = request.folder / FILE
+    if path.exists() and not overwrite:
+        if f"# {request.command}\n" not in read_text(path):
+            raise OutputError(
+                "was written for another command, which its first lines name",
+                where=str(path),
+                remedy=f"run {shlex.quote(str(path))} to resume it, add --overwrite, or give another -o",
+            )
+        return load_yaml(path)
+    if RunFolder(request.folder).status() is not None and not overwrite:
+        raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
+    start = look(request.model, request.data, split=request.split, on_progress=on_progress)
+    given: dict[str, Any] = {"budget.trials": request.trials, "budget.steps": request.steps}
+    given = {key: value for key, value in given.items() if value is not None}
+
+    def text() -> str:
+        return study_text(
+            start,
+            output=str(request.folder),
+            name=shlex.quote(str(path)),
+            methods=request.methods,
+            instead=given,
+            command=request.command,
+        )
+
+    if request.minutes is not None:
+        config = validate(StudyConfig, parse_yaml(text(), path).values, where=str(path))
+        planned = plan(config, request.minutes, say)
+        given |= {f"{section}.{name}": value for section, values in planned.items() for name, value in values.items()}
+    if write:
+        with made_folder(path.parent), atomic_writer(path) as file:
+            file.write(text())
+    return parse_yaml(text(), path)
