@@ -29,6 +29,7 @@ from peft_study.study.yaml_file import SettingsFile, load_yaml
 if TYPE_CHECKING:
     from peft_study.study.callbacks import Callback
     from peft_study.study.dry_run import StudyEstimate
+    from peft_study.training.finetune import Finished
     from peft_study.training.interrupt import StopRequest
 
 
@@ -159,9 +160,9 @@ class Study:
                 )
         except UserError as error:
             raise self._file.pointed(error) from None
-        display.conclude(finished)
         result = open_study(self._config.output)
         result.in_memory = memory
+        display.conclude(finished, result.best)
         for callback in callbacks:
             callback.on_study_end(result)
         return result
@@ -237,9 +238,7 @@ def finetune(
         UserError: of many kinds, each one line.
         Interrupted: after Ctrl-C; the same call resumes there.
     """
-    from peft_study.display.terminal import RunDisplay
-    from peft_study.model.in_memory import lent
-    from peft_study.training.finetune import resolve, train
+    from peft_study.training.finetune import resolve
 
     inputs = Inputs(Path(output))
     values = {
@@ -249,27 +248,50 @@ def finetune(
         **settings,
         "output": str(output),
     }
-    config = validate(TrainConfig, values, where="finetune")
-    memory = inputs.in_memory
-    with (
-        _quiet_libraries(),
-        nullcontext() if memory is None else lent(memory.model),
-        _listening() as stop,
-        RunDisplay(silent=not verbose) as display,
-    ):
-        inputs.write(replace=overwrite or RunFolder(config.output).status() is None)
-        finished = train(config, values, display, stop, overwrite=overwrite, in_memory=memory)
-        display.conclude(finished)
-    return TrainedAdapter(
-        config.method.method,
-        config.method.method,
-        TrialSettings(method=config.method, training=resolve(config).training).flat,
-        finished.folder / "adapter",
-        finished.after,
-        finished.minus_base,
-        None,
-        memory,
-    )
+    file = SettingsFile.of(values, "finetune")
+    finished = train_file(file, verbose=verbose, overwrite=overwrite, inputs=inputs)
+    config = resolve(validate(TrainConfig, values, where="finetune"))
+    found = TrialSettings(method=config.method, training=config.training).flat
+    kind = found.pop("method")
+    adapter, memory = finished.folder / "adapter", inputs.in_memory
+    return TrainedAdapter(kind, kind, found, adapter, finished.after, finished.minus_base, None, memory)
+
+
+def train_file(
+    file: SettingsFile, *, verbose: bool = True, overwrite: bool = False, inputs: Inputs | None = None
+) -> Finished:
+    """Trains the setting of a file, such as a study's ``recommended.yaml``.
+
+    Args:
+        file: settings of one run (`TrainConfig`).
+        verbose: show progress.
+        overwrite: replace the run in the output folder.
+        inputs: model and rows in memory.
+
+    Raises:
+        UserError: of many kinds, each one line.
+        Interrupted: after Ctrl-C; the same call resumes there.
+    """
+    from peft_study.display.terminal import RunDisplay
+    from peft_study.model.in_memory import lent
+    from peft_study.training.finetune import train
+
+    config = validate(TrainConfig, file.values, where=str(file.path), place=file.place)
+    memory = None if inputs is None else inputs.in_memory
+    try:
+        with (
+            _quiet_libraries(),
+            nullcontext() if memory is None else lent(memory.model),
+            _listening() as stop,
+            RunDisplay(silent=not verbose) as display,
+        ):
+            if inputs is not None:
+                inputs.write(replace=overwrite or RunFolder(config.output).status() is None)
+            finished = train(config, file.values, display, stop, overwrite=overwrite, in_memory=memory)
+            display.conclude(finished)
+    except UserError as error:
+        raise file.pointed(error) from None
+    return finished
 
 
 @contextmanager

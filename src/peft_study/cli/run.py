@@ -144,6 +144,9 @@ def finetune(context: typer.Context) -> None:
         typer.echo(usage())
         return
     quiet_libraries()
+    if Path(arguments[0]).suffix in (".yaml", ".yml"):
+        _finetune_file(arguments)
+        return
     command = parse(arguments, os.environ)
     planned = to_run(command)
     with (
@@ -168,5 +171,28 @@ def finetune(context: typer.Context) -> None:
         except UserError as error:
             raise pointed(error, command) from None
         display.conclude(finished)
+    if finished.diverged or finished.harmed:
+        raise typer.Exit(1)
+
+
+def _finetune_file(arguments: list[str]) -> None:
+    """Trains the adapter of a file of settings, such as a study's recommended.yaml."""
+    from argparse import ArgumentParser
+
+    from peft_study.api import train_file
+    from peft_study.study.yaml_file import load_yaml
+
+    parser = ArgumentParser("peft-study finetune", description="Train the setting of a file.", allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE.yaml", help="settings of one run, as a study's recommended.yaml has them")
+    parser.add_argument("-o", "--output_dir", help="folder, instead of the file's")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the run in that folder")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting; may be repeated")
+    given = parser.parse_args(arguments)
+    file = load_yaml(Path(given.file))
+    if given.output_dir is not None:
+        file.set("output", given.output_dir, "--output_dir")
+    for assignment in given.set:
+        file.assign(assignment)
+    finished = train_file(file, overwrite=given.overwrite_output_dir)
     if finished.diverged or finished.harmed:
         raise typer.Exit(1)

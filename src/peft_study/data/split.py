@@ -40,12 +40,14 @@ class Split:
         train: rows to train on.
         held_out: rows that settings are chosen by.
         test: rows that the chosen settings are measured on; None if not asked for.
+        available: training rows there would be without ``data.limit``.
         notes: lines the user should see once.
     """
 
     train: Rows
     held_out: Rows
     test: Rows | None
+    available: int
     notes: tuple[str, ...]
 
 
@@ -63,7 +65,7 @@ def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool 
         ConfigError: a part would be empty, or more rows are asked for than there are.
     """
     notes: list[str] = []
-    pool = _training_rows(data, encoder, seed, notes)
+    pool, limited = _training_rows(data, encoder, seed, notes)
     held_out, opened = _files(data, encoder, seed, notes, test=test)
     rest = _beside_files(pool, data, held_out, opened).grouped(data.stratify)
     shares = Counter(rest.strata)
@@ -83,7 +85,8 @@ def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool 
     if left_out := len(pool) - first - second - len(rest):
         kind = "held-out or test" if test else "held-out"
         notes.append(f"{left_out} training rows equal a {kind} row and were left out")
-    return Split(rest.rows(), held_out.rows(), None if opened is None else opened.rows(), tuple(notes))
+    parts = rest.rows(), held_out.rows(), None if opened is None else opened.rows()
+    return Split(*parts, len(rest) + limited, tuple(notes))
 
 
 def check_files(data: DataConfig, encoder: ChatEncoder, *, test: bool) -> None:
@@ -101,15 +104,16 @@ def check_files(data: DataConfig, encoder: ChatEncoder, *, test: bool) -> None:
                 raise _in_file(error, field, path) from error
 
 
-def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> Pool:
-    """Returns the rows of all sources that are used."""
+def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> tuple[Pool, int]:
+    """Returns the rows of all sources that are used, and how many ``data.limit`` leaves out."""
     pool = Pool([], [], [])
     for source in data.train:
         tokens = _tokenized(source.path, data, encoder, notes)
         pool += Pool.of(source.path, tokens, _taken(source, len(tokens), seed))
-    if data.limit is not None and data.limit < len(pool):
-        pool = pool.pick(sorted(_shuffled(len(pool), key(seed, "limit"))[: data.limit]))
-    return pool
+    whole = len(pool)
+    if data.limit is not None and data.limit < whole:
+        pool = pool.pick(sorted(_shuffled(whole, key(seed, "limit"))[: data.limit]))
+    return pool, whole - len(pool)
 
 
 def _files(

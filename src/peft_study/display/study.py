@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from peft_study.config import StudyConfig
     from peft_study.report.results import Results, Row
+    from peft_study.report.study_result import TrainedAdapter
     from peft_study.search.trials import StudyState, TrialRecord
     from peft_study.statistics import Estimate
     from peft_study.study.dry_run import StudyEstimate
@@ -94,8 +96,8 @@ class StudyDisplay(LiveDisplay):
         name = "untouched base" if trial.kind == "reference" else trial.name
         self.say(f"  {name}: {numbers}{trial.status}{reason} in {trial.facts.get('seconds', 0):.0f} s{settings}")
 
-    def conclude(self, study: FinishedStudy) -> None:
-        """Prints the tables and what they say."""
+    def conclude(self, study: FinishedStudy, best: TrainedAdapter | None) -> None:
+        """Prints the tables, what they say, and what to do next; `best` is the winner."""
         from peft_study.report.findings import cost
 
         self.console.print(search_table(study.results))
@@ -105,6 +107,9 @@ class StudyDisplay(LiveDisplay):
             self.say(f"- {sentence}")
         self.say(cost(study.results))
         self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
+        self.say("what next:")
+        for what, command in next_steps(study, best):
+            self.say(f"  {what}:\n    {command}")
 
     def _speed(self) -> float:
         if len(self._tokens) < 2:
@@ -158,6 +163,31 @@ class StudyDisplay(LiveDisplay):
         shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
         foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
         return Group(methods, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
+
+
+def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[str, str]]:
+    """Returns what to do with a study, each with a command that can be pasted."""
+    folder = shlex.quote(str(study.folder))
+    steps = [("every trial with its settings", f"peft-study list {folder}")]
+    if best is not None:
+        adapter = shlex.quote(str(best.adapter_path))
+        steps = [
+            (f"talk to the winner, {best.name}", f"peft-study chat {adapter}"),
+            ("its answers to prompts, a line each", f"peft-study generate {adapter} --prompts FILE -o answers.jsonl"),
+            *steps,
+        ]
+    for recommended in study.recommended[:1]:
+        about = "" if recommended.seconds is None else f", about {in_words(recommended.seconds)}"
+        what = f"train it longer, {recommended.steps:,} steps{about} (its first lines say why)"
+        steps.append((what, f"peft-study finetune {shlex.quote(str(recommended.path))}"))
+    return steps
+
+
+def in_words(seconds: float) -> str:
+    """Returns a duration in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def show_estimate(found: StudyEstimate) -> None:

@@ -100,7 +100,7 @@ def resolve_model(name: str) -> str:
     path = Path(name)
     if name.startswith(MEMORY):
         what = "was in the memory of another process"
-        raise ModelError(what, where=name, remedy="give the model to Study(...) again, or name a folder")
+        raise ModelError(what, where=name, remedy="give it again from Python, or set model.name to a folder")
     if path.is_dir():
         if not (path / "config.json").exists():
             raise ModelError("is a folder without config.json", where=name, remedy="give a model folder or a hub id")

@@ -16,7 +16,7 @@ from peft_study.report.status import study_status
 from peft_study.report.study_reader import Study as StudyRecord
 from peft_study.report.study_reader import open_study as read_study
 from peft_study.search.trials import value_of
-from peft_study.statistics import Estimate, seeds_difference
+from peft_study.statistics import Estimate, seeds_difference, short
 
 if TYPE_CHECKING:
     import pandas
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft_study.model.in_memory import ModelInMemory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedAdapter:
     """A trained setting: what it is, how good, and where its adapter lies.
 
@@ -45,7 +45,11 @@ class TrainedAdapter:
     dev: Estimate | None
     minus_base: Estimate | None
     test: Estimate | None
-    in_memory: ModelInMemory | None = field(default=None, repr=False, compare=False)
+    in_memory: ModelInMemory | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={short(value)}" for name, value in self.settings.items() if value is not None)
+        return f"TrainedAdapter({self.name}: {values}; dev loss {self.dev}; {str(self.adapter_path)!r})"
 
     def load(self, model: Any = None, *, device: str = "auto") -> Any:
         """Returns a ``PeftModel``: the adapter on its base, in evaluation mode, ready to generate.

@@ -56,15 +56,15 @@ def plan(
     if steps < min(_LEAST_STEPS, a_pass):
         least = seconds_of(measured, _LEAST_TRIALS, _LEAST_STEPS, seeds) / _FILLED / 60
         raise ConfigError(
-            f"{minutes:g} minutes do not reach for {_LEAST_TRIALS} settings a method of {_LEAST_STEPS} steps",
+            f"{minutes:g} min do not reach for {_LEAST_TRIALS} settings a method of {_LEAST_STEPS} steps",
             where="minutes",
-            remedy=f"give at least {least:.0f}, fewer methods, fewer held-out rows, or a smaller batch",
+            remedy=f"give at least {least:.2g}, fewer methods, fewer held-out rows, or a smaller batch",
         )
     while trials < _MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
         trials += 1
     finals = best * seeds * len(measured.methods)
     say(
-        f"plan for {minutes:g} minutes: about {trials} settings a method of {steps} steps (one pass over the data: "
+        f"plan for {minutes:g} min: about {trials} settings a method of {steps} steps (one pass over the data: "
         f"{a_pass:,}), then {finals} finals; the search ends in time for them"
     )
     # the search goes on for as long as there is time, so the number of settings is only bounded

@@ -28,6 +28,7 @@ from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.callbacks import Callback, Callbacks
 from peft_study.study.clock import StudyClock
+from peft_study.study.recommend import Recommended, Scale, write_recommended
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
 from peft_study.training.session import Say, refuse_other_inputs
@@ -41,11 +42,12 @@ from peft_study.workers.worker import Facts, Report
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudy:
-    """A finished study: its folder, its results, and its findings in words."""
+    """A finished study: its folder, its results, its findings in words, and the longer runs that it recommends."""
 
     folder: Path
     results: Results
     sentences: tuple[str, ...]
+    recommended: tuple[Recommended, ...]
 
 
 class StudyWatcher(Protocol):
@@ -222,7 +224,16 @@ class _Study:
         write_rows(results, self._folder)
         said = sentences(self._config, state, self._facts.examples, results)
         self._folder.run.write("results.json", {**summary(results), "sentences": said})
-        return FinishedStudy(self._folder.path, results, tuple(said))
+        recommended = write_recommended(self._config, state, results, self._folder.path, self._scale(results))
+        return FinishedStudy(self._folder.path, results, tuple(said), recommended)
+
+    def _scale(self, results: Results) -> Scale:
+        trained, data = sum(results.tokens.values()), self._facts.record["data"]
+        return Scale(
+            int(str(data["available_rows"])),
+            float(self._facts.train_lengths.mean()),
+            self._elapsed() / trained if trained else None,
+        )
 
     def _steps(self, training: TrainingConfig) -> int:
         """Returns a trial's steps; a budget of tokens is counted once for each order of the data."""

@@ -47,6 +47,7 @@ class Session:
         encoder: how conversations become tokens, and
         add_bos: whether it puts BOS first.
         train, held_out, test: the rows; only a study has test rows.
+        available: training rows there would be without ``data.limit``.
         material: tokens for initialisations.
         base_train, base_held_out, base_test: the untouched base's losses.
         notes: lines the user should see once.
@@ -62,6 +63,7 @@ class Session:
     train: Rows
     held_out: Rows
     test: Rows | None
+    available: int
     material: Material
     base_train: BaseLosses
     base_held_out: BaseLosses
@@ -123,6 +125,7 @@ def open_session(
         rows.train,
         rows.held_out,
         rows.test,
+        rows.available,
         _material(base, rows.train, training.data_seed),
         _base_losses(engine, rows.train),
         _base_losses(engine, rows.held_out),
@@ -356,6 +359,7 @@ def describe(session: Session) -> dict[str, dict[str, object]]:
             "clock": session.encoder.clock.isoformat(),
             "encoder": session.encoder.fingerprint,
             "train_rows": len(session.train),
+            "available_rows": session.available,
             "train_digest": session.train.fingerprint(),
             "held_out_rows": len(session.held_out),
             "held_out_digest": session.held_out.fingerprint(),
