@@ -19,7 +19,7 @@ from peft_study.config import (
     TrialSettings,
     validate,
 )
-from peft_study.errors import OutputError, UserError
+from peft_study.errors import ConfigError, OutputError, UserError, nearest
 from peft_study.report.study_result import StudyResult, TrainedAdapter
 from peft_study.report.study_result import open_study as open_study
 from peft_study.storage.run_dir import RunFolder
@@ -69,6 +69,10 @@ class Study:
         output: str | Path = "runs/study",
         **settings: Any,
     ) -> None:
+        for name in settings:
+            if name not in StudyConfig.model_fields:
+                remedy = nearest(name, {*StudyConfig.model_fields, "trials", "steps", "minutes", "tokenizer"})
+                raise ConfigError("is no argument", where=f"Study, {name}", remedy=remedy)
         self._inputs = Inputs(Path(output))
         values = {
             "model": self._inputs.model(model, tokenizer, settings.pop("model", None)),

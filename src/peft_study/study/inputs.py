@@ -105,12 +105,12 @@ def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, An
         return {str(name): _space(body, model_type) for name, body in methods.items()}
     found: dict[str, Any] = {}
     for item in [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else methods:
-        space = {"method": item} if isinstance(item, str) else _space(item, model_type)
-        kind, number = str(space["method"]), 2
+        space = {} if isinstance(item, str) else _space(item, model_type)
+        kind, number = item if isinstance(item, str) else str(space["method"]), 2
         name = kind
         while name in found:
             name, number = f"{kind}-{number}", number + 1
-        found[name] = space
+        found[name] = space if name == kind else {**space, "method": kind}
     return found
 
 
@@ -127,8 +127,7 @@ def one_setting(method: Any, training: dict[str, Any], model_type: Callable[[], 
     Raises:
         ConfigError: when it is a space of several settings.
     """
-    ((_, values),) = methods_section([method], model_type).items()
-    kind = values["method"]
+    ((kind, values),) = methods_section([method], model_type).items()
     if kind not in SPACES:
         raise ConfigError(f"unknown method {kind!r}", where="method", remedy=nearest(str(kind), SPACES))
     space = validate(SPACES[kind], values, where="method")
