@@ -22,11 +22,11 @@ from peft_study.training.session import Say
 SHARE, PASSES = 0.65, 2.5
 """Of a trial's steps, and held-out passes a trial, that are left on average where the pruner stops trials; measured on
 the quickstart: 7 of 12 trials were stopped, after 3 or 8 of 24 steps."""
-_FORWARD = 1 / 3
+FORWARD = 1 / 3
 """Time of a token that is only evaluated, as a share of a trained one's; measured on the quickstart."""
 _FILLED = 0.9
 """Of the minutes that are planned for: loading and measuring take some, and a plan that is too long cannot shrink."""
-_TRIALS, _LEAST_TRIALS, _MOST_TRIALS = 12, 4, 30
+_TRIALS, _LEAST_TRIALS, MOST_TRIALS = 12, 4, 30
 _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
@@ -60,7 +60,7 @@ def plan(
             where="minutes",
             remedy=f"give at least {least:.2g}, fewer methods, fewer held-out rows, or a smaller batch",
         )
-    while trials < _MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
+    while trials < MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
         trials += 1
     finals = best * seeds * len(measured.methods)
     say(
@@ -88,7 +88,7 @@ def seconds_of(measured: StudyEstimate, trials: int, steps: int, finals: int) ->
     total = 0.0
     for method in measured.methods:
         dev, test = (
-            method.step_seconds / measured.batch_size * rows * _FORWARD
+            method.step_seconds / measured.batch_size * rows * FORWARD
             for rows in (measured.dev_rows, measured.test_rows)
         )
         a_trial = SHARE * steps * method.step_seconds + PASSES * dev
