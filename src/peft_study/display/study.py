@@ -101,11 +101,11 @@ class StudyDisplay(LiveDisplay):
         from peft_study.report.findings import cost
 
         self.console.print(search_table(study.results))
-        if study.results.finalists:
-            self.console.print(finals_table(study.results))
         for sentence in study.sentences:
             self.say(f"- {sentence}")
         self.say(cost(study.results))
+        if study.results.finalists:
+            self.console.print(finals_table(study.results))
         self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
         self.say("what next:")
         for what, command in next_steps(study, best):
