@@ -60,6 +60,12 @@ def rows(folder: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in parquet.read_table(folder / "results.parquet").to_pylist()}
 
 
+def held_out_steps(folder: Path, trial: str) -> list[int]:
+    """Returns the steps after which a trial's held-out losses were measured."""
+    lines = map(json.loads, (folder / "trials" / trial / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["event"] == "held_out"]
+
+
 def sentences(ran: Ran) -> list[str]:
     return [line for line in ran.out.splitlines() if line.startswith("- ")]
 
@@ -84,6 +90,11 @@ def test_a_study_ends_in_tables_and_sentences(cli: CommandLine, study: Path, tmp
     assert {row["seed"] for row in found.values() if row["kind"] == "final"} == {1, 2}
     assert found["lora-000"]["start"] == pytest.approx(found["none"]["dev"], rel=1e-6)
     assert found["prompt_tuning-000"]["virtual_tokens"] == 3 * 4 * 3
+    # finals are measured at their end only; what a search has at step 0 serves its rules
+    for row in found.values():
+        begun, at_the_end = [0] if row["kind"] != "final" else [], [] if row["kind"] == "reference" else [3]
+        assert held_out_steps(tmp_path / "out", row["name"]) == begun + at_the_end
+        assert (row["start"] is None) == (row["kind"] == "final")
     assert (tmp_path / "out/trials/lora-000/adapter/adapter_model.safetensors").exists()
     assert not (tmp_path / "out/trials/none/adapter").exists()
     record = json.loads((tmp_path / "out/record.json").read_text())

@@ -118,6 +118,7 @@ class TrialSettings(Strict):
     method: Annotated[MethodConfig, Field(discriminator="method")]
     training: TrainingConfig
     rungs: tuple[int, ...] = Field((), description="optimizer steps at which the held-out losses are measured")
+    measure_start: bool = Field(True, description="the held-out losses are measured before step 1, too")
     keep: bool = Field(True, description="the adapter is saved at the end")
 
     @property

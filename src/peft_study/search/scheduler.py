@@ -224,7 +224,9 @@ class Scheduler:
                 if (number, seed) not in there:
                     found = self.state.setting(method, number)
                     training = found.settings.training.model_copy(update={"seed": seed, "data_seed": seed})
-                    settings = TrialSettings(method=found.settings.method, training=self._counted(training))
+                    settings = TrialSettings(
+                        method=found.settings.method, training=self._counted(training), measure_start=False
+                    )
                     name = f"{method}-{number:03d}-seed-{seed}"
                     return self._ask(name, method, "final", number, found.values, settings)
         return None

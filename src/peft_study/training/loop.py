@@ -141,7 +141,8 @@ class Slots:
         initial = found.decided["slots"]["initial"]
         self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
         self._watcher.say(f"{run.plan.name}: resumes at step {run.trial.step} of {run.trial.total_steps}")
-        run.begin(self._initial[run.plan.start], from_step=run.trial.step)
+        start = run.plan.start
+        run.begin(None if start is None else self._initial[start], from_step=run.trial.step)
 
     def where(self) -> str:
         """Returns a line on how far a stopped run came."""
@@ -199,9 +200,9 @@ class Slots:
         return TrialRun(plan, self._session, self._logging, self._watcher)
 
     def _enter(self, plans: Sequence[TrialPlan]) -> list[TrialEvent]:
-        """Gives each a slot, and measures the losses before step 1 of all that start, together."""
+        """Gives each a slot, and measures the losses before step 1 of all that start and want them, together."""
         events: list[TrialEvent] = []
-        entering: list[TrialRun] = []
+        entering: list[tuple[str, TrialRun]] = []
         for plan in plans:
             try:
                 with room_for(self._session, plan.settings.method):
@@ -216,18 +217,20 @@ class Slots:
                 continue
             self._running[plan.name] = run
             self._marks[plan.name] = run.trial.step
-            if not resumed:
-                entering.append(run)
-            elif run.trial.finished:
-                events += self._evaluate([run], {}, resumed=True)
-        unknown = {run.plan.start: run for run in entering if run.plan.start not in self._initial}
+            if resumed:
+                events += self._evaluate([run] if run.trial.finished else [], {}, resumed=True)
+            elif plan.start is None:
+                run.begin(None, from_step=None)
+            else:
+                entering.append((plan.start, run))
+        unknown = {start: run for start, run in entering if start not in self._initial}
         losses, failed = self._held_out(list(unknown.values()))
         self._initial |= {start: losses[run.plan.name] for start, run in unknown.items() if run.plan.name in losses}
-        for run in entering:
-            if run.plan.start not in self._initial:
-                events.append(self._end(run, "failed", None, failed[unknown[run.plan.start].plan.name]))
+        for start, run in entering:
+            if start not in self._initial:
+                events.append(self._end(run, "failed", None, failed[unknown[start].plan.name]))
                 continue
-            start_N = self._initial[run.plan.start]
+            start_N = self._initial[start]
             run.begin(start_N, from_step=None)
             events.append(Evaluated(run.plan.name, 0, start_N))
             if not run.trial.parameters:  # the untouched base: there is nothing to train

@@ -61,8 +61,13 @@ class TrialPlan:
     checkpoint: Checkpoint | None = None
 
     @property
-    def start(self) -> str:
-        """Key of the held-out losses before step 1: trials that differ in their rates alone share them."""
+    def start(self) -> str | None:
+        """Key of the held-out losses before step 1: trials that differ in their rates alone share them.
+
+        None where they are not measured.
+        """
+        if not self.settings.measure_start:
+            return None
         method = self.settings.method
         if method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
             return "base"
@@ -117,11 +122,11 @@ class TrialRun:
         self._base_N = session.base_held_out.of(range(len(session.held_out)))
         self._counts_N = session.held_out.counts()
 
-    def begin(self, start_N: Losses, *, from_step: int | None) -> None:
+    def begin(self, start_N: Losses | None, *, from_step: int | None) -> None:
         """Opens the files.
 
         Args:
-            start_N: held-out losses before step 1.
+            start_N: held-out losses before step 1; None: not measured.
             from_step: of a resumed trial; None: it is new.
         """
         self._start_N = start_N
@@ -131,7 +136,7 @@ class TrialRun:
             folder.write("parameters.json", asdict(self.trainable))
             events = folder.path / "tensorboard" if self._logging.tensorboard else None
             self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step)
-        if from_step is None:
+        if from_step is None and start_N is not None:
             self.log_held_out(start_N)
 
     @property
