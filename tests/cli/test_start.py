@@ -40,6 +40,11 @@ def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
     assert ran.stdout.splitlines()[-1] == "LOADED []"
 
 
+def test_the_package_loads_nothing_heavy() -> None:
+    ran = process(code=f"import sys, peft_study; print([name for name in {HEAVY!r} if name in sys.modules])")
+    assert ran.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     "words",
     [
