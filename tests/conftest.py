@@ -51,6 +51,20 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the same with layers wide enough for 4-bit blocks, which hold 64 numbers."""
+    import tiny_world
+
+    folder = tmp_path_factory.mktemp("wide-model")
+    with pytest.MonkeyPatch.context() as patched:
+        for name, width in (("hidden_size", 128), ("intermediate_size", 128), ("head_dim", 64)):
+            patched.setitem(tiny_world._SHAPE, name, width)
+        tiny_world.model("llama").save_pretrained(folder)
+    tiny_tokenizer(tiny_world.VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a file of 60 short conversations: two numbers and their sum."""
     path = tmp_path_factory.mktemp("tiny-data") / "sums.jsonl"

@@ -3,10 +3,12 @@
 #
 # Before:  accelerate launch --mixed_precision bf16 ... open_instruct/finetune_peft.py --model_name_or_path ...
 # Now:     peft-study finetune --mixed_precision bf16 ... --model_name_or_path ...
+# Before:  python open_instruct/merge_lora.py --base_model_name_or_path ...
+# Now:     peft-study merge --base_model_name_or_path ...
 #
-# That is the only changed line. The launch arguments stay: one process trains here, on the batch that NUM_GPUS of
+# These are the two changed lines. The launch arguments stay: one process trains here, on the batch that NUM_GPUS of
 # them made together, and every argument without effect is named once. The defaults run on a CPU with the embedded
-# model; set MODEL, TRAIN_FILE and OUTPUT for your own. Arguments of this script are added to the command, and win:
+# model; set MODEL, TRAIN_FILE and OUTPUT for your own. Arguments of this script are added to the first command, and win:
 #
 #     examples/open-instruct/test_finetune_lora.sh --max_train_steps 2
 set -euo pipefail
@@ -57,3 +59,9 @@ peft-study finetune \
     --report_to tensorboard \
     --logging_steps 1 \
     "$@"
+
+peft-study merge \
+    --base_model_name_or_path "$MODEL" \
+    --lora_model_name_or_path "$OUTPUT" \
+    --output_dir "${OUTPUT%/}_merged" \
+    --save_tokenizer

@@ -103,6 +103,26 @@ def test_the_losses_are_those_of_the_run(trained: Trained, cli: CommandLine, tmp
     assert base == pytest.approx(last["loss"] - last["minus_base"], abs=1e-3)
 
 
+def test_the_arguments_of_open_instruct(trained: Trained, cli: CommandLine, tmp_path: Path, rounded: Path) -> None:
+    run = trained()
+    words = (
+        "--base_model_name_or_path",
+        rounded,
+        "--lora_model_name_or_path",
+        f"{run}/",
+        "--qlora",
+        "--save_tokenizer",
+    )
+    cli("merge", *words, "--output_dir", f"{tmp_path}/theirs/", "--no-measure").ok()
+    cli("merge", run, "-o", tmp_path / "ours", "--no-measure").ok()
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    line = cli("merge", run, "--lora_model_name_or_path", run, "--output_dir", tmp_path / "no").error()
+    assert "the adapter is given twice" in line
+    assert "no adapter is given; write `peft-study merge ADAPTER" in cli("merge", "-o", tmp_path / "no").error()
+
+
 def test_an_unknown_dtype(trained: Trained, cli: CommandLine, tmp_path: Path) -> None:
     line = cli("merge", trained() / "adapter", "-o", tmp_path / "merged", "--dtype", "float31").error()
     assert "float31" in line

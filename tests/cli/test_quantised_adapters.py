@@ -10,30 +10,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-import tiny_world
 from command_line import CommandLine, Ran
-from tiny_tokenizer import tiny_tokenizer
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a base whose layers are wide enough for 4-bit blocks, which hold 64 numbers."""
-    folder = tmp_path_factory.mktemp("wide")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, width in (("hidden_size", 128), ("intermediate_size", 128), ("head_dim", 64)):
-            patch.setitem(tiny_world._SHAPE, name, width)
-        tiny_world.model("llama").save_pretrained(folder)
-    tiny_tokenizer(tiny_world.VOCABULARY).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def ran(cli: CommandLine, base: Path, tiny_data: Path, tmp_path: Path) -> Ran:
+def ran(cli: CommandLine, wide_model_folder: Path, tiny_data: Path, tmp_path: Path) -> Ran:
     """Trains an adapter on the 4-bit base into OUT."""
     return cli(
-        *("finetune", "--model_name_or_path", base, "--train_file", tiny_data, "--use_lora", "--use_qlora"),
+        *(
+            "finetune",
+            "--model_name_or_path",
+            wide_model_folder,
+            "--train_file",
+            tiny_data,
+            "--use_lora",
+            "--use_qlora",
+        ),
         *("--max_train_steps", 4, "--learning_rate", 1e-3, "--dtype", "float32", "--held_out", 20),
         *("--output_dir", tmp_path / "out"),
     ).ok()
@@ -85,7 +79,7 @@ def test_without_bitsandbytes_the_install_is_named(
 
 
 @pytest.mark.usefixtures("ran")
-def test_merging_takes_the_4_bit_weights(cli: CommandLine, tmp_path: Path, base: Path) -> None:
+def test_merging_takes_the_4_bit_weights(cli: CommandLine, tmp_path: Path, wide_model_folder: Path) -> None:
     """The merged model is what was trained: the update on the numbers that the codes stand for."""
     merging = cli("merge", tmp_path / "out" / "adapter", "-o", tmp_path / "merged").ok()
     assert "4-bit" in merging.out
@@ -102,7 +96,9 @@ def test_merging_takes_the_4_bit_weights(cli: CommandLine, tmp_path: Path, base:
     from peft import PeftModel
 
     tokens = torch.arange(3, 30)[None]
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=quantization)
+    plain = AutoModelForCausalLM.from_pretrained(
+        wide_model_folder, dtype=torch.float32, quantization_config=quantization
+    )
     # in train mode: where the CPU has AVX-512 BF16, bitsandbytes computes in bfloat16 in eval mode
     model = PeftModel.from_pretrained(plain, tmp_path / "out" / "adapter").train()
     for layer in model.modules():

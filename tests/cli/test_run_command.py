@@ -328,22 +328,36 @@ SCRIPTS = sorted(path.name for path in (ROOT / "examples/open-instruct").glob("*
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_users_scripts_run(name: str, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> None:
-    ran = script(name, tmp_path, model=str(tiny_model_folder), data=tiny_data)
+def test_the_users_scripts_run_to_their_last_line(
+    name: str, tmp_path: Path, tiny_model_folder: Path, wide_model_folder: Path, tiny_data: Path
+) -> None:
+    model = tiny_model_folder
+    if "qlora" in name:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        model = wide_model_folder
+    ran = script(name, tmp_path, model=str(model), data=tiny_data)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
     assert "= 32 examples a step" in ran.stdout
     assert ("WARNING: --learning_rate 0.0001 is low" in ran.stdout) == ("lora" not in name)
     steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps if s["event"] == "train"] == [1, 2]
+    if "lora" in name:
+        assert ran.stdout.rstrip().endswith(f"merged model -> {tmp_path / 'out_merged'}")
+        assert "held-out loss: base " in ran.stdout
+        assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "out_merged").iterdir()}
+    assert (tmp_path / "out_merged").exists() == ("lora" in name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_users_scripts_run_as_they_are_on_the_embedded_model(name: str, tmp_path: Path) -> None:
+    if "qlora" in name:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     ran = script(name, tmp_path, model="smollm2-135m-instruct", data=None)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+    assert (tmp_path / "out_merged").exists() == ("lora" in name)
 
 
 @pytest.mark.slow

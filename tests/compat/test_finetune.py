@@ -97,7 +97,10 @@ def test_the_batch_of_all_processes_is_kept() -> None:
     words = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "16", "--num_processes", "2"]
     made = run("--use_lora", *words)
     assert made.config.training.batch_size == 32
-    assert any("1 x 16 x 2 = 32" in note for note in made.notes)
+    (note,) = [note for note in made.notes if "1 x 16 x 2 = 32" in note]
+    assert note.endswith("; to use 2 GPUs: torchrun --nproc_per_node 2 -m peft_study finetune ...")
+    started = to_run(parse([*BASE, "--use_lora", *words], {"WORLD_SIZE": "2"}))
+    assert not any("torchrun" in note for note in started.notes)
     assert not any(" x " in note for note in run("--use_lora").notes)
 
 
@@ -280,9 +283,9 @@ def test_missing_or_mixed_up_sources(words: list[str], message: str) -> None:
     assert message in str(error.value)
 
 
-def test_the_examples_are_the_three_of_the_issue() -> None:
+def test_the_examples_are_the_originals_four() -> None:
     assert {path.name for path in EXAMPLES.glob("*.sh")} == {
-        f"test_finetune_{name}.sh" for name in ("lora", "prefix_tuning", "prompt_tuning")
+        f"test_finetune_{name}.sh" for name in ("lora", "qlora", "prefix_tuning", "prompt_tuning")
     }
 
 
@@ -298,13 +301,14 @@ def test_the_examples_make_the_runs_they_promise(script: Path, tmp_path: Path) -
     fake.chmod(0o755)
     env = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "OUTPUT": str(tmp_path / "out")}
     subprocess.run([str(script), "--max_train_steps", "2"], env=env, cwd=tmp_path, check=True, timeout=60)
-    made_data, finetune = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    made_data, finetune, *merge = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     assert made_data == ["data", "skills", "-o", "data/skills.jsonl"]
     assert finetune[0] == "finetune"
     made = to_run(parse(finetune[1:]))
 
     methods = {
         "test_finetune_lora": LoraConfig(rank=64, alpha=16, dropout=0.1),
+        "test_finetune_qlora": LoraConfig(rank=64, alpha=16, dropout=0.1),
         "test_finetune_prefix_tuning": PrefixTuningConfig(tokens=30),
         "test_finetune_prompt_tuning": PromptTuningConfig(tokens=8, init_text="Follow the instruction"),
     }
@@ -313,7 +317,19 @@ def test_the_examples_make_the_runs_they_promise(script: Path, tmp_path: Path) -
     assert made.config.model.name == "smollm2-135m-instruct"
     assert made.config.model.dtype == "auto"
     assert (training.batch_size, training.learning_rate, training.schedule) == (32, 1e-4, "linear")
-    assert (training.warmup_ratio, training.epochs, training.steps, training.clip_norm) == (0.03, 1, 2, 1.0)
+    four_bit = script.stem == "test_finetune_qlora"  # which runs without DeepSpeed, so nothing is clipped
+    assert made.config.model.quantization == ("nf4" if four_bit else None)
+    assert training.clip_norm == (None if four_bit else 1.0)
+    assert (training.warmup_ratio, training.epochs, training.steps) == (0.03, 1, 2)
     assert made.config.output == tmp_path / "out"
-    assert (made.warnings == ()) == (script.stem == "test_finetune_lora")
+    assert (made.warnings == ()) == script.stem.endswith("lora")
+    merged = [
+        "--lora_model_name_or_path",
+        f"{tmp_path}/out",
+        "--output_dir",
+        f"{tmp_path}/out_merged",
+        "--save_tokenizer",
+    ]
+    original = ["merge", "--base_model_name_or_path", "smollm2-135m-instruct", *merged]
+    assert merge == ([original] if script.stem.endswith("lora") else [])
     assert not any("accepted without effect" in note for note in made.notes)

@@ -15,15 +15,23 @@ _Adapter = Annotated[
         metavar="ADAPTER", help="Folder of a trained adapter, or of the run that left it.", show_default=False
     ),
 ]
-_Base = Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one the adapter names.")]
+_BASE = "Base model, where it is not the one the adapter names."
+_Base = Annotated[str | None, typer.Option("--base", help=_BASE)]
 _Tokens = Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 
 def merge(
-    adapter: _Adapter,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the merged model.")],
-    base: _Base = None,
+    output: Annotated[Path, typer.Option("-o", "--output", "--output_dir", help="Folder for the merged model.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter, or of its run.", show_default=False),
+    ] = None,
+    lora: Annotated[
+        str | None,
+        typer.Option("--lora_model_name_or_path", help="ADAPTER, as open-instruct's merge_lora.py calls it."),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", "--base_model_name_or_path", help=_BASE)] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"],
         typer.Option(help="Of the weights written; float32 keeps what was learned, the others round part of it away."),
@@ -32,15 +40,27 @@ def merge(
         bool, typer.Option(help="Measure base, adapter and merged model on the run's held-out rows.")
     ] = True,
     device: Annotated[str, typer.Option(help="That measures: auto, cpu, cuda or mps.")] = "auto",
+    qlora: Annotated[bool, typer.Option("--qlora", hidden=True)] = False,
+    save_tokenizer: Annotated[bool, typer.Option("--save_tokenizer", hidden=True)] = False,
 ) -> None:
-    """Write the base model with a LoRA adapter merged into its weights."""
+    """Write the base model with a LoRA adapter merged into its weights.
+
+    Takes the arguments of open-instruct's merge_lora.py too. Of these, --qlora and --save_tokenizer change nothing: a
+    base that was 4-bit in training is dequantised, and the tokenizer is written, in any case.
+    """
     from peft_study.display.terminal import quiet_libraries
+    from peft_study.errors import ConfigError
     from peft_study.storage.files import refuse_unwritable
     from peft_study.training.merge import merge as merge_adapter
 
+    if (adapter is None) == (lora is None):
+        what = (
+            "no adapter is given" if lora is None else "the adapter is given twice: ADAPTER, --lora_model_name_or_path"
+        )
+        raise ConfigError(what, remedy="write `peft-study merge ADAPTER -o FOLDER`")
     quiet_libraries()
     refuse_unwritable(output, folder=True)
-    found = _folder(adapter)
+    found = _folder(adapter or [str(lora)])
     losses = merge_adapter(found, output, typer.echo, base=base, dtype=dtype, measure=measure, device=device)
     if losses is not None:
         above = losses.above

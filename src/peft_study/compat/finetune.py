@@ -342,9 +342,12 @@ def _notes(command: Command) -> Iterator[str]:
     if ignored := _ignored(command):
         yield f"accepted without effect: {'; '.join(ignored)}"
     if count > 1:
-        who = f"{count} processes share each batch" if launch.started > 1 else ""
         batch = f"{device} x {steps} x {count} = {launch.effective_batch_size(device, steps)} examples a step"
-        yield f"{who or f'one process trains on the batch of all {count}'}: {batch}"
+        if launch.started > 1:
+            yield f"{count} processes share each batch: {batch}"
+        else:
+            command_line = f"torchrun --nproc_per_node {count} -m peft_study finetune ..."
+            yield f"one process trains on the batch of all {count}: {batch}; to use {count} GPUs: {command_line}"
     if launch.clip_norm is not None and "clip_grad_norm" not in command.given:
         yield f"gradients are clipped at {launch.clip_norm:g}, as DeepSpeed would (--clip_grad_norm -1: off)"
     if arguments.reduce_loss == "mean":

@@ -142,9 +142,32 @@ def _hub_options(path: str) -> dict[str, bool]:
             what = (
                 f"no such model: no folder here, none in the hub's cache, and none from the hub ({first_line(error)})"
             )
-            raise ModelError(what, where=path, remedy=_meant(path)) from error
+            raise _hub_refusal(error, path) or ModelError(what, where=path, remedy=_meant(path)) from error
         return {"local_files_only": True}
     return {}
+
+
+def _hub_refusal(error: BaseException | None, name: str) -> ModelError | None:
+    """Returns what to do where the hub wants a token, for a gated or private model; None for any other error."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    while error is not None and not isinstance(error, RepositoryNotFoundError):
+        error = error.__cause__ or error.__context__  # transformers wraps the hub's errors
+    token = huggingface_hub.get_token()
+    if isinstance(error, GatedRepoError):
+        why = "the account of this HF_TOKEN has no access" if token else "no HF_TOKEN is set"
+        page = f"{huggingface_hub.constants.ENDPOINT}/{name}"
+        return ModelError(
+            f"is gated on the hub, and {why}",
+            where=name,
+            remedy=f"accept its terms at {page}, then set HF_TOKEN to your token",
+        )
+    if error is not None and error.response.status_code in (401, 403):  # said of a model that is not there, too
+        how = "with this HF_TOKEN" if token else "without HF_TOKEN"
+        what = f"no such model: no folder here, and none on the hub that can be read {how}"
+        return ModelError(what, where=name, remedy=f"{_meant(name)}; where it is private, set HF_TOKEN to your token")
+    return None
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -162,7 +185,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"no tokenizer could be loaded ({first_line(error)})"
-        raise ModelError(what, where=name, remedy=_TOKENIZER_REMEDY) from error
+        raise _hub_refusal(error, name) or ModelError(what, where=name, remedy=_TOKENIZER_REMEDY) from error
     return check_tokenizer(tokenizer, name)
 
 
@@ -248,7 +271,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = f"no causal language model could be loaded ({first_line(error)})"
-        raise ModelError(what, where=name, remedy=remedy) from error
+        raise _hub_refusal(error, name) or ModelError(what, where=name, remedy=remedy) from error
     # transformers would fill them with random numbers and only log it
     missing = sorted(report["missing_keys"])
     if missing:
