@@ -177,6 +177,13 @@ def _half_width(*losses_S: Losses) -> float:
     return float(t.ppf((1 + CONFIDENCE) / 2, freedom)) * of_seeds**0.5
 
 
+def duration(seconds: float) -> str:
+    """Returns a time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def short(value: object) -> str:
     """Returns a setting's value in words: a number with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -228,6 +228,21 @@ def test_a_run_killed_and_then_terminated_is_bit_equal(
     same(cut, whole)
 
 
+def test_a_run_with_early_stopping_killed_three_times_keeps_the_same_step(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    """Its rate is so high that the held-out loss goes up and down, and ends it."""
+    words, whole, cut = flags(tiny_model_folder, tiny_data, "--use_lora"), tmp_path / "whole", tmp_path / "cut"
+    high = ("--learning_rate", 0.1, "--lr_scheduler_type", "constant")
+    words = (*words[:-1], *high, "--early_stopping", 5, "--eval_steps", 1, "--checkpointing_steps", 4, words[-1])
+    said = here(cli, words, whole)
+    assert "stopped at step " in said
+    total = steps(whole)
+    assert 8 < total < 30
+    killed_until_done(cli, words, cut, drawn(total, 3, seed=5), seed=5)
+    same(cut, whole)
+
+
 def test_a_run_stopped_before_its_first_step_keeps_what_was_measured_before_it(
     cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
 ) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from peft_study.display.terminal import console, table
-from peft_study.statistics import short
+from peft_study.statistics import duration, short
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from rich.console import Console
     from rich.table import Table
 
@@ -45,7 +43,8 @@ def show_status(study: Study, found: StudyStatus) -> None:
         _say(output, "it was not far enough to have trials")
     else:
         began = study.began.astimezone().strftime("%Y-%m-%d %H:%M")
-        _say(output, f"began {began}, {_time(found.elapsed)} {'ago' if found.state == 'running' else 'in all'}")
+        elapsed = duration(found.elapsed.total_seconds())
+        _say(output, f"began {began}, {elapsed} {'ago' if found.state == 'running' else 'in all'}")
     output.print(_methods_table(found.methods))
     if found.base is not None:
         _say(output, f"untouched base: dev loss {_interval(found.base)}")
@@ -214,17 +213,6 @@ def _interval(estimate: Estimate | None) -> str:
 
 def _steps(step: int, total: int | None) -> str:
     return str(step) if total is None else f"{step}/{total}"
-
-
-def _time(elapsed: timedelta) -> str:
-    seconds = elapsed.total_seconds()
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def _megabytes(size: int) -> str:

@@ -113,7 +113,12 @@ class ExtraArguments:
     device: str = _arg("auto", "device that trains", get_args(Device))
     dtype: str = _arg("auto", "precision of the frozen base", get_args(Dtype))
     held_out: str | None = _arg(None, "rows, a share below 1, or a file; left out: 64 rows, at most a tenth")
-    eval_steps: int | None = _arg(None, "optimizer steps between held-out losses; left out: 4 a run")
+    eval_steps: int | None = _arg(
+        None, "optimizer steps between held-out losses; left out: 4 a run, 20 with --early_stopping"
+    )
+    early_stopping: int | None = _arg(
+        None, "keep the adapter of the best held-out step, and end after so many without a better one (3 if not given)"
+    )
     prefix_init: str | None = _arg(
         None, "start of prefix tuning", get_args(PrefixTuningConfig.model_fields["init"].annotation)
     )

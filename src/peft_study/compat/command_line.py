@@ -28,6 +28,8 @@ from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
 from peft_study.errors import ConfigError, UserError, nearest
 from peft_study.storage.files import read_text
 
+PATIENCE = 3
+"""Held-out losses in a row without a lower one, after which ``--early_stopping`` ends a run."""
 DEEPSPEED_CLIPPING = 1.0
 """What accelerate fills in for DeepSpeed's "gradient_clipping": "auto" (accelerate 0.31, accelerator.py:1621)."""
 
@@ -164,7 +166,7 @@ def options() -> Mapping[str, argparse.Action]:
 def _hf_parser() -> Any:
     from transformers import HfArgumentParser
 
-    return HfArgumentParser(
+    parser = HfArgumentParser(
         [FinetuneArguments, ExtraArguments],
         prog="peft-study finetune",
         description="One fine-tuning run, with the arguments of open-instruct's finetune.py; those of `accelerate "
@@ -173,6 +175,10 @@ def _hf_parser() -> Any:
         allow_abbrev=False,  # what is short for one side may be a name of the other
         exit_on_error=False,
     )
+    for action in parser._actions:
+        if action.dest == "early_stopping":
+            action.nargs, action.type, action.metavar = "?", _patience, "PATIENCE"
+    return parser
 
 
 @cache
@@ -185,7 +191,7 @@ def _parser() -> Any:
     for action in parser._actions:
         if action.dest == "dataset_mixer":
             action.type = _mapping
-        elif action.nargs == "?":
+        elif action.nargs == "?" and action.type is not _patience:
             action.type = _truth
     for action in launch_command_parser()._actions:
         # gradient_accumulation_steps, which both have, means the same in both
@@ -201,7 +207,7 @@ def _parsed(words: Sequence[str], where: str | None = None) -> tuple[dict[str, A
     known = options()
     # argparse would take any next word for the value of a switch, such as the script's path after --use_lora
     joined = [
-        f"{word}=True" if word in known and known[word].nargs == "?" and after.lower() not in _TRUE | _FALSE else word
+        f"{word}=True" if word in known and known[word].nargs == "?" and not _is_value(word, after) else word
         for word, after in zip(words, [*words[1:], ""], strict=False)
     ]
     try:
@@ -217,7 +223,13 @@ def _parsed(words: Sequence[str], where: str | None = None) -> tuple[dict[str, A
 def _refused(error: argparse.ArgumentError, where: str | None) -> ConfigError:
     """Returns argparse's complaint as one that names flag, value and remedy."""
     flag = str(error.argument_name).split("/")[0]
-    kinds = {"int": "a whole number", "float": "a number", "_truth": "True or False", "_mapping": "a mapping"}
+    kinds = {
+        "_patience": "a whole number",
+        "int": "a whole number",
+        "float": "a number",
+        "_truth": "True or False",
+        "_mapping": "a mapping",
+    }
     remedy = f"write {flag} VALUE"
     if found := re.fullmatch(r"invalid (.+) value: (.*)", error.message, re.DOTALL):
         what, remedy = f"{found[2]} is not {kinds.get(found[1], 'a usable value')}", "fix the value"
@@ -248,6 +260,19 @@ def _truth(text: str) -> bool:
     if text.lower() not in _TRUE | _FALSE:
         raise ValueError
     return text.lower() in _TRUE
+
+
+def _patience(text: str) -> int | None:
+    """Returns the number of ``--early_stopping``: `PATIENCE` for the switch alone, None where it is switched off."""
+    if text.lower() in (_TRUE | _FALSE) - {"0", "1"}:
+        return PATIENCE if text.lower() in _TRUE else None
+    return int(text)
+
+
+def _is_value(switch: str, word: str) -> bool:
+    """Returns whether the word after a switch is its value."""
+    number = switch.replace("-", "_") == "__early_stopping" and re.fullmatch(r"-?[\d.]+", word)
+    return bool(number) or word.lower() in _TRUE | _FALSE
 
 
 def _mapping(text: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ _BOUNDS: tuple[_Bound, ...] = (
     ("at least 1", lambda value: value >= 1, "num_train_epochs max_train_steps per_device_train_batch_size"),
     ("at least 1", lambda value: value >= 1, "gradient_accumulation_steps max_train_samples max_seq_length"),
     ("at least 1", lambda value: value >= 1, "preprocessing_num_workers logging_steps eval_steps row_tokens lora_rank"),
+    ("at least 1", lambda value: value >= 1, "early_stopping"),
     ("a finite number above 0", lambda value: 0 < value < math.inf, "learning_rate lora_alpha"),
     ("a finite number of at least 0", lambda value: 0 <= value < math.inf, "weight_decay"),
     ("at least 0", lambda value: value >= 0, "seed"),
@@ -99,6 +100,7 @@ def to_run(command: Command) -> Run:
             "keep_checkpoints": arguments.keep_last_n_checkpoints,
             "tensorboard": arguments.with_tracking and "none" not in _trackers(arguments),
         },
+        "early_stopping": extra.early_stopping,
         "output": Path(arguments.output_dir),
     }
     return Run(

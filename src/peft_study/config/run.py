@@ -169,4 +169,9 @@ class TrainConfig(Strict):
     method: Annotated[MethodConfig, Field(discriminator="method")]
     training: TrainingConfig = TrainingConfig()
     logging: LoggingConfig = LoggingConfig()
+    early_stopping: int | None = Field(
+        None,
+        ge=1,
+        description="held-out losses in a row without a lower one that end it; the best step's adapter is kept",
+    )
     output: Path = Field(description="folder of the run")

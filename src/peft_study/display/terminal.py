@@ -19,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from peft_study.config import TrainConfig
     from peft_study.engine.guards import Trainable
     from peft_study.engine.trial import StepReport, Trial
     from peft_study.training.finetune import Finished
@@ -144,16 +147,48 @@ class RunDisplay(LiveDisplay):
 
     def conclude(self, finished: Finished) -> None:
         """Prints how the run ended and what to do next."""
-        from peft_study.statistics import few_examples
+        from peft_study.statistics import duration, few_examples
 
+        folder, best = finished.folder, finished.best_step
+        begun = f" (resumed at step {finished.resumed_at})" if finished.resumed_at else ""
+        where = f"total time {duration(finished.seconds)}{begun}; losses by step: {folder / 'metrics.jsonl'}"
         if finished.diverged or finished.after is None:
             self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")
+            if best is not None:
+                self.say(f"the adapter of step {best}, whose held-out loss was the lowest: {folder / 'best'}")
+            self.say(where)
             return
+        if best is not None:
+            early = (
+                f"stopped at step {finished.steps} of {finished.planned}: " if finished.steps < finished.planned else ""
+            )
+            self.say(f"{early}the held-out loss was lowest after step {best}, whose adapter is kept")
         self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")
         self.say(f"against the untouched base: {finished.minus_base}")
         if note := few_examples(finished.examples):
             self.say(note)
-        self.say(f"adapter: {finished.folder / 'adapter'}")
-        self.say(f"try it: peft-study chat {shlex.quote(str(finished.folder / 'adapter'))}")
+        self.say(f"{where}; everything else: {folder}")
+        self.say(f"adapter: {folder / 'adapter'}")
+        for what, command in next_commands(finished.config, folder):
+            self.say(f"{what}: {command}")
         if finished.worse:
             self.warn(f"the run {finished.worse}")
+
+
+def next_commands(config: TrainConfig, folder: Path) -> list[tuple[str, str]]:
+    """Returns what can be done with a finished run, each with the command for it, ready to be pasted into a shell."""
+    method, data = config.method.method, config.data.train
+    adapter = folder / "adapter"
+    found: list[tuple[str, list[object]]] = [
+        ("try it", ["peft-study", "chat", adapter]),
+        ("answer a file", ["peft-study", "generate", adapter, "--prompts", "prompts.txt"]),
+    ]
+    if config.logging.tensorboard:
+        found.append(("curves", ["tensorboard", "--logdir", folder / "tensorboard"]))
+    if method == "lora":
+        found.append(("merge", ["peft-study", "merge", adapter, "-o", f"{folder}-merged"]))
+    if method != "full" and all(source.take == 1 for source in data):
+        sources = [word for source in data for word in ("--data", source.path)]
+        study = ["peft-study", "run", "--model", config.model.name, *sources, "--methods", method]
+        found.append(("a study of its learning rate", [*study]))
+    return [(what, shlex.join(map(str, words))) for what, words in found]

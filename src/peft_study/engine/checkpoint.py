@@ -2,6 +2,7 @@
 
     step_120/
         slot-0.safetensors   parameter/P, exp_avg/P, exp_avg_sq/P, step/P, gradient/P (of an unfinished batch)
+        best/                of a run with early stopping: the adapter of its best step so far, by link where possible
         checkpoint.json      identity of the run, row budget, and of each trial: slot, tokens served, progress; what
                              the caller had decided; sha256 of every other file. Written last.
 
@@ -29,7 +30,7 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Progress, Trial
 from peft_study.errors import OutputError
 from peft_study.model.digest import file_digest
-from peft_study.storage.files import follow_umask
+from peft_study.storage.files import atomic_folder, follow_umask
 
 MANIFEST = "checkpoint.json"
 """Written last: a checkpoint without it is none."""
@@ -60,7 +61,14 @@ class Checkpoint:
     manifest: Mapping[str, Any]
 
 
-def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapping[str, Any] | None = None) -> Path:
+def save(
+    engine: Engine,
+    folder: Path,
+    number: int,
+    identity: str,
+    decided: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
+) -> Path:
     """Writes ``step_NUMBER`` into `folder` and returns its path.
 
     Args:
@@ -69,6 +77,7 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
         number: what it is called and ordered by: optimizer steps so far.
         identity: of the run's settings; a resume under others is refused.
         decided: JSON values that belong to the same moment, such as which trials of a study have ended.
+        beside: a folder that belongs to it too, whose files are only ever replaced; kept under its own name.
 
     Raises:
         OutputError: when it cannot be written.
@@ -83,6 +92,11 @@ def save(engine: Engine, folder: Path, number: int, identity: str, decided: Mapp
             _sync(path)
             digests[path.name] = file_digest(path)
             trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(trial.progress())})
+        if beside is not None:
+            shutil.copytree(beside, temporary / beside.name, copy_function=_link)
+            for path in sorted((temporary / beside.name).iterdir()):
+                _sync(path)
+                digests[f"{beside.name}/{path.name}"] = file_digest(path)
         follow_umask(temporary)
         manifest = {
             "version": _VERSION,
@@ -163,6 +177,21 @@ def _restore(
     trial.restore(Progress(*counts, sums=sums, waiting=tuple(entry["waiting"])), slot)
 
 
+def take_folder(found: Checkpoint, target: Path) -> None:
+    """Puts the folder that `save` kept under the name of `target` there again, in place of what is there.
+
+    Raises:
+        OutputError: when it is damaged, or cannot be written.
+    """
+    names = [name for name in found.manifest["sha256"] if name.startswith(f"{target.name}/")]
+    with atomic_folder(target) as place:
+        for name in names:
+            source = found.folder / name
+            if not source.is_file() or file_digest(source) != found.manifest["sha256"][name]:
+                raise _damaged(found)
+            _link(str(source), str(place / source.name))
+
+
 def find(folder: Path) -> list[Checkpoint]:
     """Returns the whole checkpoints of a run, oldest first (by number: step_900 before step_1000).
 
@@ -219,8 +248,7 @@ def _tensors(trial: Trial) -> dict[str, Tensor]:
 
 def _read(found: Checkpoint, entry: Mapping[str, Any], trial: Trial) -> dict[str, Tensor]:
     """Returns the trial's tensors, checked whole and fitting."""
-    remedy = "resume from an earlier one (delete this folder)"
-    broken = OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
+    broken = _damaged(found)
     path = found.folder / f"slot-{entry['slot']}.safetensors"
     try:
         if file_digest(path) != found.manifest["sha256"][path.name]:
@@ -253,6 +281,19 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
             trial.optimizer.state[parameter] = {
                 kind: tensors[f"{kind}/{name}"].to(homes[kind], copy=True) for kind in _STATE
             }
+
+
+def _damaged(found: Checkpoint) -> OutputError:
+    remedy = "resume from an earlier one (delete this folder)"
+    return OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
+
+
+def _link(source: str, target: str) -> None:
+    """Makes a second name of a file, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _sync(path: Path) -> None:

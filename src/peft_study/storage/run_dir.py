@@ -9,6 +9,7 @@ RUN/
     metrics.jsonl         one line a logged step or evaluation
     tensorboard/          the same, as event files
     checkpoints/step_N/   while it runs
+    best/                 while it runs with early stopping: the adapter of the best step so far
     adapter/              in PEFT's format
     data/                 rows that the caller had in memory, as JSON lines
     status.json           running, finished, diverged, failed or interrupted, with the reason
@@ -47,6 +48,9 @@ def identity(resolved: Mapping[str, Any]) -> str:
     """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
     values = {name: value for name, value in resolved.items() if name not in FREE}
     values["data"] = {name: value for name, value in values["data"].items() if name != "workers"}
+    if values.pop("early_stopping", None):  # absent where it is off, as in runs that were begun before there was any
+        # where the held-out losses are measured then decides which adapter is kept
+        values["early_stopping"] = [resolved["early_stopping"], resolved["logging"]["evaluate_every"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -69,6 +73,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """Where the trained adapter goes."""
         return self.path / "adapter"
+
+    @property
+    def best(self) -> Path:
+        """Where the adapter of the best step so far lies while a run with early stopping is under way."""
+        return self.path / "best"
 
     @property
     def checkpoints(self) -> Path:

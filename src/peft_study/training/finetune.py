@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,16 @@ class Finished:
     Attributes:
         folder: of the run.
         before: held-out loss before step 1.
-        after: held-out loss after the last step; None where the run diverged.
+        after: held-out loss of the adapter: after the last step, or after the best one with early stopping; None where
+            the run diverged.
         minus_base: `after` minus the untouched base's loss, paired by example; None where the run diverged.
         examples: held out.
         diverged: the reason, where it ended early.
+        config: of the run, with its learning rate.
+        steps: optimizer steps taken, of `planned`.
+        best_step: whose adapter early stopping kept; None without it. Where the run diverged, it lies in RUN/best.
+        resumed_at: the step at which this process took it up; 0 where it began it.
+        seconds: of this process, from loading to the end.
     """
 
     folder: Path
@@ -51,6 +58,12 @@ class Finished:
     minus_base: Estimate | None
     examples: int
     diverged: str | None
+    config: TrainConfig
+    steps: int
+    planned: int
+    best_step: int | None
+    resumed_at: int
+    seconds: float
 
     @property
     def worse(self) -> str | None:
@@ -107,6 +120,7 @@ def train(
         OutputError: when the output folder holds another run, or a finished one, or another process writes to it.
         Interrupted: when asked to stop; a checkpoint was written.
     """
+    started = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(config.output)
     # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
@@ -120,7 +134,8 @@ def train(
         session = open_session(
             config.model, config.data, config.training, watcher.say, processes=processes, in_memory=in_memory
         )
-        return _train(config, given, folder, session, watcher, stop, resume, begun=begun, overwrite=overwrite)
+        finished = _train(config, given, folder, session, watcher, stop, resume, begun=begun, overwrite=overwrite)
+    return replace(finished, seconds=time.perf_counter() - started)
 
 
 _REMEDY = "replace it with --overwrite_output_dir (Python: overwrite=True), or give another folder"
@@ -200,9 +215,10 @@ def _run(
     for note in session.notes:
         watcher.say(note)
     logging = config.logging
-    every = logging.evaluate_every or max(1, total_steps(config.training, len(session.train)) // 4)
+    planned = total_steps(config.training, len(session.train))
+    every = logging.evaluate_every or max(1, planned // (4 if config.early_stopping is None else 20))
     settings = TrialSettings(method=config.method, training=config.training)
-    plan = TrialPlan(config.method.method, settings, folder, every)
+    plan = TrialPlan(config.method.method, settings, folder, every, patience=config.early_stopping)
     settle(session, folder, [settings], trials=1, wanted=1)
     slots = Slots(
         session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config.model_dump(mode="json"))
@@ -221,6 +237,12 @@ def _run(
         None if end_N is None else difference(end_N, base_N, counts_N),
         len(counts_N),
         outcome.reason,
+        config=config,
+        steps=outcome.steps,
+        planned=planned,
+        best_step=outcome.best_step,
+        resumed_at=resume.steps[0] if resume else 0,
+        seconds=0.0,
     )
 
 

@@ -134,12 +134,14 @@ class Slots:
         for run in runs.values():
             self._resume(run, found)
             self._marks[run.plan.name] = marks.get(run.plan.name, run.trial.step)
-        return self._evaluate([run for run in runs.values() if run.trial.finished], {}, resumed=True)
+        return self._evaluate([run for run in runs.values() if run.ended], {}, resumed=True)
 
     def _resume(self, run: TrialRun, found: checkpoint.Checkpoint) -> None:
         """Opens the files of a trial that is in its slot again."""
         initial = found.decided["slots"]["initial"]
         self._initial |= {key: np.array(values) for key, values in initial.items() if key not in self._initial}
+        if run.best is not None:
+            run.best.restore(found, found.decided["slots"].get("best"))
         self._watcher.say(f"{run.plan.name}: resumes at step {run.trial.step} of {run.trial.total_steps}")
         start = run.plan.start
         run.begin(None if start is None else self._initial[start], from_step=run.trial.step)
@@ -177,9 +179,13 @@ class Slots:
         started = time.monotonic()
         self._session.base_train.save()  # what numbers after the checkpoint may draw on
         initial = {key: sums_N.tolist() for key, sums_N in self._initial.items() if key != "base"}
-        own = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
+        own: dict[str, Any] = {"steps_done": self._steps_done, "initial": initial, "marks": self._marks}
+        beside = None
+        for run in self._running.values():  # early stopping is for a single run
+            if run.best is not None and run.best.step is not None:
+                own["best"], beside = run.best.state(), run.plan.folder.best
         decided = {**decided, "slots": own}
-        checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided)
+        checkpoint.save(self._engine, self._checkpoints, self.steps, self._identity, decided, beside)
         checkpoint.prune(self._checkpoints, self._logging.keep_checkpoints)
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
@@ -281,12 +287,12 @@ class Slots:
             if not resumed:
                 run.log_held_out(sums_N)
             events.append(Evaluated(run.plan.name, step, sums_N))
-            if run.trial.finished:
+            if run.ended:
                 if not self._tolerant and self._steps_due():  # a single run's last checkpoint holds its trial
                     self.save(decided)
                 if run.plan.settings.keep:
                     run.save_adapter()
-                events.append(self._end(run, "finished", sums_N))
+                events.append(self._end(run, "finished", sums_N if run.best is None else run.best.sums_N))
         return events
 
     def _held_out(self, runs: Sequence[TrialRun]) -> tuple[dict[str, Losses], dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from peft_study.config import LoggingConfig, TrialSettings
@@ -17,6 +18,7 @@ from peft_study.storage.environment import peak_memory
 from peft_study.storage.files import atomic_folder
 from peft_study.storage.metrics import MetricsWriter
 from peft_study.storage.run_dir import RunFolder
+from peft_study.training.best_step import BestStep
 from peft_study.training.session import Session
 
 BASE_LOSS_STEPS = 50
@@ -52,6 +54,7 @@ class TrialPlan:
         folder: claimed by the caller.
         evaluate_every: steps between measurements of the held-out losses; None: only at the rungs and the end.
         checkpoint: to resume from; None: the trial starts at step 0.
+        patience: of early stopping; None: it trains to its last step, whose adapter is kept.
     """
 
     name: str
@@ -59,6 +62,7 @@ class TrialPlan:
     folder: RunFolder
     evaluate_every: int | None = None
     checkpoint: Checkpoint | None = None
+    patience: int | None = None
 
     @property
     def start(self) -> str | None:
@@ -80,7 +84,9 @@ class Outcome:
 
     Attributes:
         status, reason: finished, or why not.
-        start_N, end_N: summed held-out losses of each example before step 1 and at the end (None: not measured).
+        start_N, end_N: summed held-out losses of each example before step 1 and at the end (None: not measured); with
+            early stopping those of the best step instead of the last one's.
+        best_step: with early stopping; None without it, or where none was measured.
         trainable: parameter counts; None where the trial could not be made.
         steps, tokens: optimizer steps and data tokens.
         virtual_tokens: of the method, beside them.
@@ -91,6 +97,7 @@ class Outcome:
     reason: str | None
     start_N: Losses | None = None
     end_N: Losses | None = None
+    best_step: int | None = None
     trainable: Trainable | None = None
     steps: int = 0
     tokens: int = 0
@@ -121,6 +128,8 @@ class TrialRun:
         # the base's own losses are measured before an exclusive method changes the base
         self._base_N = session.base_held_out.of(range(len(session.held_out)))
         self._counts_N = session.held_out.counts()
+        writes = session.processes.writes
+        self.best = None if plan.patience is None else BestStep(plan.patience, plan.folder, writes=writes)
 
     def begin(self, start_N: Losses | None, *, from_step: int | None) -> None:
         """Opens the files.
@@ -136,8 +145,15 @@ class TrialRun:
             folder.write("parameters.json", asdict(self.trainable))
             events = folder.path / "tensorboard" if self._logging.tensorboard else None
             self._metrics = MetricsWriter(folder.metrics, events, from_step=from_step)
+        if from_step is None and self.best is not None:
+            self.best.clear()
         if from_step is None and start_N is not None:
             self.log_held_out(start_N)
+
+    @property
+    def ended(self) -> bool:
+        """True after its last step, or when early stopping ends it."""
+        return self.trial.finished or (self.best is not None and self.best.stops)
 
     @property
     def evaluation_due(self) -> bool:
@@ -172,8 +188,13 @@ class TrialRun:
             )
 
     def log_held_out(self, sums_N: Losses) -> None:
-        """Logs the held-out losses."""
+        """Logs the held-out losses; with early stopping, writes the adapter where they are the lowest so far."""
         self.last_N = sums_N
+        best = None
+        if self.best is not None and self.trial.step > 0:
+            best = self.best.seen(self.trial.step, sums_N)
+            if best:
+                self._save(self.plan.folder.best)
         loss = mean_loss(sums_N, self._counts_N)
         above = difference(sums_N, self._base_N, self._counts_N)
         if self._metrics is not None:
@@ -187,13 +208,20 @@ class TrialRun:
                 minus_base_low=above.low,
                 minus_base_high=above.high,
                 examples=len(sums_N),
+                **({} if best is None else {"best": best}),
             )
         self._watcher.evaluated(self.trial, loss.value, above.value)
 
     def save_adapter(self) -> None:
-        """Writes the adapter; an exclusive trial must still be in its slot."""
+        """Writes the adapter, or the best step's; an exclusive trial must still be in its slot."""
+        if self.best is not None:
+            self.best.keep()
+        else:
+            self._save(self.plan.folder.adapter)
+
+    def _save(self, folder: Path) -> None:
         if self._session.processes.writes and self.trial.parameters:
-            with atomic_folder(self.plan.folder.adapter) as place:
+            with atomic_folder(folder) as place:
                 self.trial.adapter.save(place, self._session.base)
                 note_encoding(place, self._session.encoder.template_text, add_bos=self._session.add_bos)
 
@@ -205,6 +233,7 @@ class TrialRun:
             reason,
             start_N=self._start_N,
             end_N=end_N,
+            best_step=None if self.best is None else self.best.step,
             trainable=self.trainable,
             steps=trial.step,
             tokens=trial.tokens,
