@@ -13,7 +13,7 @@ _Folder = Annotated[
     Path | None,
     typer.Argument(
         metavar="[STUDY_FOLDER]",
-        help="Output folder of a study; left out: the current folder, or the only study under runs/.",
+        help="Output folder of a study or run; left out: the current folder, or the only study under runs/.",
         show_default=False,
     ),
 ]
@@ -74,11 +74,16 @@ def schema(
 
 
 def status(study: _Folder = None) -> None:
-    """Print the state of a study: running, interrupted or finished, progress, best settings so far."""
+    """Print the state of a study or of a run of `finetune`: running, killed or finished, and how far it is."""
+    from peft_study.cli.run_views import show_run
     from peft_study.cli.study_views import show_status
+    from peft_study.report.run_reader import is_run, read_run
     from peft_study.report.status import study_status
     from peft_study.report.study_reader import open_study
 
+    if is_run(study or Path()):
+        show_run(read_run(study or Path()), everything=False)
+        return
     found = open_study(study)
     show_status(found, study_status(found))
 
@@ -95,13 +100,23 @@ def list_trials(
     as_json: Annotated[bool, typer.Option("--json", help="All columns, as a JSON list.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="All columns, as in results.csv.")] = False,
 ) -> None:
-    """List the trials of a study, a row each, also while it runs."""
+    """List the trials of a study, or the runs and studies in a folder, a row each, also while they run."""
+    from peft_study.cli.run_views import print_entries, show_entries
     from peft_study.cli.study_views import print_csv, print_json, show_rows
     from peft_study.errors import ConfigError
+    from peft_study.report.run_reader import list_folder
     from peft_study.report.study_reader import open_study, rows
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv exclude each other", remedy="give one of them")
+    if entries := list_folder(study):
+        if method or status or sort != "began":
+            raise ConfigError("--method, --status and --sort are for the trials of a study", remedy="leave them out")
+        if as_json or as_csv:
+            print_entries(entries, as_csv=as_csv)
+        else:
+            show_entries(entries)
+        return
     found = open_study(study)
     chosen = rows(found, method=method, status=status, sort=sort)
     if as_json:
@@ -113,10 +128,15 @@ def list_trials(
 
 
 def show(trial: _Trial, study: _Study = None) -> None:
-    """Show one trial: every setting, how it ended, its dev curve, its cost, its files."""
+    """Show one trial, or a run of `finetune`: every setting, how it ended, its curve, its cost, its files."""
+    from peft_study.cli.run_views import show_run
     from peft_study.cli.study_views import show_details
+    from peft_study.report.run_reader import is_run, read_run
     from peft_study.report.study_reader import details, find_trials
 
+    if study is None and is_run(Path(trial)):
+        show_run(read_run(Path(trial)), everything=True)
+        return
     found, (record,) = find_trials([trial], study)
     show_details(found, details(found, record))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from peft_study.display.terminal import console, table
 from peft_study.statistics import duration, short
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
     from rich.table import Table
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from peft_study.report.status import MethodStatus, StudyStatus
     from peft_study.report.study_reader import Details, Study
     from peft_study.statistics import Estimate
+    from peft_study.storage.study_dir import Owner
     from peft_study.study.cleanup import Spare
     from peft_study.study.rerun import Rerun
 
@@ -29,36 +32,45 @@ def show_status(study: Study, found: StudyStatus) -> None:
     from peft_study.report.findings import recommendation
 
     output = console()
-    path = study.folder.path
-    who = "" if study.owner is None else f" by process {study.owner.process} on {study.owner.machine}"
+    say(output, state_text(study.folder.path, found.state, found.reason, study.owner))
+    if found.resume is not None:
+        say(output, f"to resume it, in the folder it was started in: {found.resume}")
+    if study.began is None or found.elapsed is None:
+        say(output, "it was not far enough to have trials")
+    else:
+        began = study.began.astimezone().strftime("%Y-%m-%d %H:%M")
+        elapsed = duration(found.elapsed.total_seconds())
+        say(output, f"began {began}, {elapsed} {'ago' if found.state == 'running' else 'in all'}")
+    output.print(_methods_table(found.methods))
+    if found.base is not None:
+        say(output, f"untouched base: dev loss {_interval(found.base)}")
+    for method, known in study.state.recommended.items():
+        say(output, recommendation(method, known))
+    if study.state.winner is not None:
+        method, number = study.state.winner
+        say(output, f"winner by mean dev loss of its seeds: {method}-{number:03d}")
+    if found.unfinished:
+        shown = ", ".join(f"{name} {steps_text(step, total)}" for name, step, total in found.unfinished[:8])
+        more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""
+        say(output, f"under way: {shown}{more}")
+    say(output, disk_text(found.disk))
+
+
+def state_text(path: Path, state: str, reason: str | None, owner: Owner | None) -> str:
+    """Returns the line that begins with a folder and says how its study or run is."""
+    who = "" if owner is None else f" by process {owner.process} on {owner.machine}"
     told = {
         "running": f"running{who}",
         "unclear": f"begun{who}; cannot tell from this machine whether it is still running",
         "killed": "its process was killed; nothing runs it now",
     }
-    _say(output, f"{path}: {told.get(found.state, found.state)}{f' ({found.reason})' if found.reason else ''}")
-    if found.resume is not None:
-        _say(output, f"to resume it, in the folder it was started in: {found.resume}")
-    if study.began is None or found.elapsed is None:
-        _say(output, "it was not far enough to have trials")
-    else:
-        began = study.began.astimezone().strftime("%Y-%m-%d %H:%M")
-        elapsed = duration(found.elapsed.total_seconds())
-        _say(output, f"began {began}, {elapsed} {'ago' if found.state == 'running' else 'in all'}")
-    output.print(_methods_table(found.methods))
-    if found.base is not None:
-        _say(output, f"untouched base: dev loss {_interval(found.base)}")
-    for method, known in study.state.recommended.items():
-        _say(output, recommendation(method, known))
-    if study.state.winner is not None:
-        method, number = study.state.winner
-        _say(output, f"winner by mean dev loss of its seeds: {method}-{number:03d}")
-    if found.unfinished:
-        shown = ", ".join(f"{name} {_steps(step, total)}" for name, step, total in found.unfinished[:8])
-        more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""
-        _say(output, f"under way: {shown}{more}")
-    parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in found.disk.items() if size)
-    _say(output, f"disk: {_megabytes(sum(found.disk.values()))} ({parts})")
+    return f"{path}: {told.get(state, state)}{f' ({reason})' if reason else ''}"
+
+
+def disk_text(found: Mapping[str, int]) -> str:
+    """Returns the line on the bytes of a folder by part."""
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in found.items() if size)
+    return f"disk: {megabytes(sum(found.values()))} ({parts})"
 
 
 def _methods_table(methods: Sequence[MethodStatus]) -> Table:
@@ -130,30 +142,30 @@ def show_details(study: Study, found: Details) -> None:
         "final": f"a retrained setting, seed {trial.seed}",
     }
     reason = f" ({trial.reason})" if trial.reason else ""
-    _say(output, f"{trial.name}: {kinds[trial.kind]}, {trial.status}{reason}")
+    say(output, f"{trial.name}: {kinds[trial.kind]}, {trial.status}{reason}")
     if trial.audited:
-        _say(output, f"ran on to check pruning, which would have stopped it: {trial.audited}")
+        say(output, f"ran on to check pruning, which would have stopped it: {trial.audited}")
     total = None if trial.kind == "reference" else trial.settings.training.steps
     for title in ("method", "training") if trial.kind != "reference" else ():
         values = getattr(trial.settings, title).model_dump(mode="json")
-        _say(output, f"{title}: " + ", ".join(f"{name} {short(value)}" for name, value in values.items()))
-    _say(output, f"dev loss {_interval(row.dev)}; against the untouched base {_interval(row.minus_base)}")
+        say(output, f"{title}: " + ", ".join(f"{name} {short(value)}" for name, value in values.items()))
+    say(output, f"dev loss {_interval(row.dev)}; against the untouched base {_interval(row.minus_base)}")
     if row.test is not None:
-        _say(output, f"test loss {_interval(row.test)}")
+        say(output, f"test loss {_interval(row.test)}")
     if found.curve:
         rows = table(["step", "dev loss", ""], left=("",))
         for step, loss in found.curve:
             best = "best; shown, never ranked by" if step == row.best_step else ""
-            rows.add_row(_steps(step, total), loss.text(".4f"), best)
+            rows.add_row(steps_text(step, total), loss.text(".4f"), best)
         output.print(rows)
     facts = trial.facts
     if facts:
         cost = f"{facts['steps']} steps, {facts['tokens']:,} tokens and {facts['virtual_tokens']:,} virtual ones"
         trained = "" if facts["trainable"] is None else f", {facts['trainable']:,} parameters trained"
-        _say(output, f"{cost} in {facts['seconds']:.1f} s beside its neighbours{trained}")
+        say(output, f"{cost} in {facts['seconds']:.1f} s beside its neighbours{trained}")
     folder = study.folder.trial(trial.name).path
-    files = ", ".join(f"{name} {_megabytes(size)}" for name, size in found.files.items())
-    _say(output, f"{folder}: {files or 'has no files'}")
+    files = ", ".join(f"{name} {megabytes(size)}" for name, size in found.files.items())
+    say(output, f"{folder}: {files or 'has no files'}")
 
 
 def show_comparison(found: Comparison) -> None:
@@ -171,7 +183,7 @@ def show_comparison(found: Comparison) -> None:
         rows.add_row(name, *("-" if value is None else short(value) for value in (mine, other)), "")
     output.print(rows)
     for sentence in sentences(found):
-        _say(output, f"- {sentence}")
+        say(output, f"- {sentence}")
 
 
 def show_rerun(found: Rerun) -> None:
@@ -185,12 +197,12 @@ def show_rerun(found: Rerun) -> None:
     if found.tolerance is not None:
         _, then, now = found.curve[-1]
         verdict = "the same" if found.same else "NOT the same"
-        _say(output, f"{found.name}: {verdict}: apart by {abs(now - then):.1e}, of {found.tolerance:.1e} allowed")
+        say(output, f"{found.name}: {verdict}: apart by {abs(now - then):.1e}, of {found.tolerance:.1e} allowed")
     elif found.same:
-        _say(output, f"{found.name}: the same: {now_ended}")
+        say(output, f"{found.name}: the same: {now_ended}")
     else:
-        _say(output, f"{found.name}: NOT the same: then {before}, now {now_ended}")
-    _say(output, f"the new run: {found.folder}")
+        say(output, f"{found.name}: NOT the same: then {before}, now {now_ended}")
+    say(output, f"the new run: {found.folder}")
 
 
 def show_spare(found: Sequence[Spare], *, dry_run: bool) -> None:
@@ -198,12 +210,13 @@ def show_spare(found: Sequence[Spare], *, dry_run: bool) -> None:
     output = console()
     for what in dict.fromkeys(item.what for item in found):
         own = [item for item in found if item.what == what]
-        _say(output, f"{what}: {len(own)} folders, {_megabytes(sum(item.size for item in own))}")
-    total = _megabytes(sum(item.size for item in found))
-    _say(output, f"{total} would be freed; nothing was deleted" if dry_run else f"{total} freed")
+        say(output, f"{what}: {len(own)} folders, {megabytes(sum(item.size for item in own))}")
+    total = megabytes(sum(item.size for item in found))
+    say(output, f"{total} would be freed; nothing was deleted" if dry_run else f"{total} freed")
 
 
-def _say(output: Console, line: str) -> None:
+def say(output: Console, line: str) -> None:
+    """Prints a line as it is."""
     output.print(line, markup=False)
 
 
@@ -211,9 +224,11 @@ def _interval(estimate: Estimate | None) -> str:
     return "-" if estimate is None else str(estimate)
 
 
-def _steps(step: int, total: int | None) -> str:
+def steps_text(step: int, total: int | None) -> str:
+    """Returns how far a trial or run is."""
     return str(step) if total is None else f"{step}/{total}"
 
 
-def _megabytes(size: int) -> str:
+def megabytes(size: int) -> str:
+    """Returns a number of bytes in the unit that suits it."""
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB" if size >= 1000 else f"{size} B"

@@ -6,17 +6,19 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from peft_study.report.results import Row, row_of
 from peft_study.report.study_reader import Study, progress, sizes
 from peft_study.search.trials import best_first
 from peft_study.statistics import Estimate, mean_loss
+from peft_study.storage.run_dir import RunFolder
+from peft_study.storage.study_dir import Owner
 
 _PARTS = {"checkpoints": "checkpoints", "adapter": "adapters", "tensorboard": "event files"}
 """What a folder of that name holds."""
-_State = Literal["running", "unclear", "killed", "interrupted", "failed", "finished"]
+RunState = Literal["running", "unclear", "killed", "interrupted", "failed", "diverged", "finished"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class StudyStatus:
         disk: bytes by part of the folder.
     """
 
-    state: _State
+    state: RunState
     reason: str | None
     resume: str | None
     elapsed: timedelta | None
@@ -67,7 +69,7 @@ class StudyStatus:
 
 def study_status(study: Study) -> StudyStatus:
     """Returns the state of a study."""
-    state, reason = _state(study)
+    state, reason = state_of(study.folder.run, study.owner)
     path = study.folder.path
     given = shlex.quote(str(path / "config.given.json"))
     stopped = state not in ("running", "unclear", "finished")
@@ -83,17 +85,18 @@ def study_status(study: Study) -> StudyStatus:
             for trial in study.state.trials.values()
             if trial.status in ("running", "interrupted")
         ),
-        _disk(study),
+        disk(study.folder.path),
     )
 
 
-def _state(study: Study) -> tuple[_State, str | None]:
-    if study.owner is not None:
-        return "running" if study.owner.certain else "unclear", None
-    status, reason = study.folder.run.status() or ("running", None)
-    if status == "finished" or status == "failed" or status == "interrupted":
-        return status, reason
-    return "killed", None
+def state_of(folder: RunFolder, writer: Owner | None) -> tuple[RunState, str | None]:
+    """Returns the state of a study or a single run, and its reason; `writer`: the process that writes to it."""
+    if writer is not None:
+        return "running" if writer.certain else "unclear", None
+    status, reason = folder.status() or ("running", None)
+    if status == "running" or status == "pruned":
+        return "killed", None
+    return status, reason
 
 
 def _elapsed(study: Study, state: str) -> timedelta | None:
@@ -122,9 +125,10 @@ def _method(study: Study, method: str) -> MethodStatus:
     )
 
 
-def _disk(study: Study) -> dict[str, int]:
+def disk(path: Path) -> dict[str, int]:
+    """Returns the bytes of the parts of a study's or run's folder."""
     found = dict.fromkeys([*_PARTS.values(), "everything else"], 0)
-    for name, size in sizes(study.folder.path).items():
+    for name, size in sizes(path).items():
         folders = [folder for folder in _PARTS if folder in PurePosixPath(name).parts]
         found[_PARTS[folders[0]] if folders else "everything else"] += size
     return found

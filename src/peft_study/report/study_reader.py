@@ -74,14 +74,15 @@ def find_study(path: Path | None) -> StudyFolder:
         if not path.is_dir():
             raise OutputError("is a file", where=str(path), remedy="give the output folder of the study")
         return StudyFolder(path)
-    if _is_study(Path()):
+    if is_study(Path()):
         return StudyFolder(Path())
-    found = sorted(folder for folder in RUNS.glob("*") if _is_study(folder)) if RUNS.is_dir() else []
+    found = sorted(folder for folder in RUNS.glob("*") if is_study(folder)) if RUNS.is_dir() else []
     if len(found) == 1:
         return StudyFolder(found[0])
     if found:
         names = ", ".join(str(folder) for folder in found[:6]) + (", ..." if len(found) > 6 else "")
-        raise OutputError(f"there are {len(found)} studies under runs/: {names}", remedy="say which one")
+        what = f"there are {len(found)} studies under runs/: {names}"
+        raise OutputError(what, remedy="say which one; `peft-study list runs` tells about all")
     raise OutputError("there is no study here or under runs/", remedy="give the output folder of a study")
 
 
@@ -193,14 +194,14 @@ def details(study: Study, trial: TrialRecord) -> Details:
     assert study.examples is not None
     folder = study.folder.trial(trial.name)
     curve = [
-        (record["step"], _estimate(record["loss"], record["loss_low"], record["loss_high"]))
+        (record["step"], estimate(record["loss"], record["loss_low"], record["loss_high"]))
         for record in metrics.read(folder.metrics)
         if record["event"] == "held_out"
     ]
     return Details(row_of(trial, study.state, study.examples, study.folder), tuple(curve), sizes(folder.path))
 
 
-def _estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
+def estimate(value: float | None, low: float | None, high: float | None) -> Estimate:
     """Returns an estimate from metrics.jsonl, where null means a number that is not finite."""
     return Estimate(
         math.nan if value is None else value, -math.inf if low is None else low, math.inf if high is None else high
@@ -214,12 +215,18 @@ def progress(study: Study, trial: TrialRecord) -> int:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Returns the files below a folder with their sizes in bytes; those that vanish meanwhile are left out."""
-    found = {}
+    """Returns the files below a folder with their sizes in bytes; those that vanish meanwhile are left out.
+
+    A further name of the same file takes no room.
+    """
+    found, linked = {}, set()
     for path in sorted(folder.rglob("*")):
         try:
             if path.is_file():
-                found[path.relative_to(folder).as_posix()] = path.stat().st_size
+                stat = path.stat()
+                found[path.relative_to(folder).as_posix()] = 0 if stat.st_ino in linked else stat.st_size
+                if stat.st_nlink > 1:
+                    linked.add(stat.st_ino)
         except OSError:
             continue
     return found
@@ -239,6 +246,7 @@ def _folded(folder: StudyFolder) -> StudyState:
     return state
 
 
-def _is_study(folder: Path) -> bool:
+def is_study(folder: Path) -> bool:
+    """Returns whether a folder is the output folder of a study."""
     values = StudyFolder(folder).run.read_if_there("config.resolved.json")
     return isinstance(values, dict) and "methods" in values
