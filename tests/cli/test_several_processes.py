@@ -63,6 +63,31 @@ def test_two_processes_train_as_one(
     assert {p.name for p in both.iterdir()} == {p.name for p in alone.iterdir()}
 
 
+def test_the_command_that_one_process_names_trains_on_both_and_they_stop_early_together(
+    cli: CommandLine, words: tuple[Any, ...], tmp_path: Path
+) -> None:
+    high = ("--learning_rate", 0.1, "--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--max_train_steps", 30)
+    launched = ("--mixed_precision", "no", "--num_processes", 2, "--use_deepspeed", "finetune_peft.py")
+    early = (*launched, *words[1:], *high, "--use_lora", "--early_stopping", 2, "--eval_steps", 1, "--output_dir")
+    alone = cli("finetune", *early, tmp_path / "alone").ok()
+    (named,) = [line.partition("to use 2 GPUs: ")[2] for line in alone.out.splitlines() if "to use 2 GPUs: " in line]
+    torchrun, *command, dots = named.split()
+    assert (torchrun, dots) == ("torchrun", "...")
+    # --standalone takes a free port: other tests may use the usual one
+    starter = [str(Path(sys.executable).with_name(torchrun)), "--standalone", *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    whole = [*starter, *map(str, early), str(tmp_path / "both")]
+    ran = subprocess.run(whole, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "to use 2 GPUs" not in ran.stdout
+    ends = [line for line in (*alone.out.splitlines(), *ran.stdout.splitlines()) if line.startswith("stopped at step ")]
+    assert len(ends) == 2
+    assert ends[0] == ends[1]
+    ours, theirs = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("both", "alone"))
+    for key, tensor in theirs.items():
+        assert pr.relative(ours[key], tensor) < 1e-3, key
+
+
 def test_two_processes_stop_together_and_go_on(cli: CommandLine, words: tuple[Any, ...], tmp_path: Path) -> None:
     long = (*words, "--use_lora", "--max_train_steps", 60, "--lr_scheduler_type", "constant")
     cli(*long, "--num_processes", 2, "--output_dir", tmp_path / "alone").ok()

@@ -93,10 +93,7 @@ def save(
             digests[path.name] = file_digest(path)
             trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(trial.progress())})
         if beside is not None:
-            shutil.copytree(beside, temporary / beside.name, copy_function=_link)
-            for path in sorted((temporary / beside.name).iterdir()):
-                _sync(path)
-                digests[f"{beside.name}/{path.name}"] = file_digest(path)
+            digests |= _put_beside(beside, temporary / beside.name)
         follow_umask(temporary)
         manifest = {
             "version": _VERSION,
@@ -286,6 +283,14 @@ def _fill(trial: Trial, tensors: Mapping[str, Tensor]) -> None:
 def _damaged(found: Checkpoint) -> OutputError:
     remedy = "resume from an earlier one (delete this folder)"
     return OutputError("the checkpoint is damaged", where=str(found.folder), remedy=remedy)
+
+
+def _put_beside(folder: Path, target: Path) -> dict[str, str]:
+    """Links the files of a folder into a new one; returns their digests by name."""
+    shutil.copytree(folder, target, copy_function=_link)
+    for path in target.iterdir():
+        _sync(path)
+    return {f"{target.name}/{path.name}": file_digest(path) for path in sorted(target.iterdir())}
 
 
 def _link(source: str, target: str) -> None:
