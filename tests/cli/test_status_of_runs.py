@@ -121,6 +121,12 @@ def test_a_run_that_was_killed_before_it_measured_anything(
         assert "step 0/6\n" in said
 
 
+def test_a_run_that_is_loading_its_model(cli: CommandLine, tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "out").locked():
+        line = cli("status", tmp_path / "out").error()
+    assert f"no study or run yet: process {os.getpid()} on {socket.gethostname()} is loading model and data" in line
+
+
 def test_a_folder_of_runs_and_studies(
     cli: CommandLine, words: tuple[Any, ...], made: HandMade, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

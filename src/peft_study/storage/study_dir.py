@@ -177,6 +177,9 @@ class StudyFolder:
             OutputError: when the folder holds no study, or one of another version.
         """
         values = self.run.read_if_there("config.resolved.json")
+        if values is None and (writer := owner(self.run)) is not None:
+            what = f"holds no study or run yet: process {writer.process} on {writer.machine} is loading model and data"
+            raise OutputError(what, where=str(self.path), remedy="ask again in a minute")
         if values is None or "methods" not in values:
             raise OutputError("holds no study", where=str(self.path), remedy="give the output folder of a study")
         self.run.refuse_other_version()
