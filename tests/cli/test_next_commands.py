@@ -45,7 +45,7 @@ def test_the_commands_after_a_lora_run(
         program, *words = found[what]
         assert program == "peft-study"
         cli(*words).ok()
-    assert (tmp_path / "my 'first' run-merged" / "model.safetensors").exists()
+    assert (tmp_path / "my 'first' run_merged" / "model.safetensors").exists()
 
 
 def test_what_a_run_has_no_use_for_is_not_offered(

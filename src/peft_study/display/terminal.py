@@ -186,7 +186,7 @@ def next_commands(config: TrainConfig, folder: Path) -> list[tuple[str, str]]:
     if config.logging.tensorboard:
         found.append(("curves", ["tensorboard", "--logdir", folder / "tensorboard"]))
     if method == "lora":
-        found.append(("merge", ["peft-study", "merge", adapter, "-o", f"{folder}-merged"]))
+        found.append(("merge", ["peft-study", "merge", adapter, "-o", f"{folder}_merged"]))
     if method != "full" and all(source.take == 1 for source in data):
         sources = [word for source in data for word in ("--data", source.path)]
         study = ["peft-study", "run", "--model", config.model.name, *sources, "--methods", method]
