@@ -19,7 +19,7 @@ import zstandard
 from typer.testing import CliRunner
 
 from peft_study.cli.data import app
-from peft_study.data.convert import convert
+from peft_study.data.convert import convert, convert_splits
 from peft_study.errors import DataError, OutputError, UserError
 from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder
 from tiny_tokenizer import tiny_tokenizer
@@ -55,6 +55,49 @@ def test_saved_dict_converts_split_by_split(tmp_path: Path, split: str, rows: sl
     convert([str(MIX / "arrow-datasetdict-small")], tmp_path / "out.jsonl", split=split)
     truth = gzip.decompress((MIX / "train.jsonl.gz").read_bytes()).splitlines(keepends=True)[rows]
     assert (tmp_path / "out.jsonl").read_bytes() == b"".join(truth)
+
+
+@needs_shared
+def test_all_splits_of_a_saved_dict_are_the_files_of_each_split(tmp_path: Path) -> None:
+    saved, progress = str(MIX / "arrow-datasetdict-small"), list[tuple[int, float]]()
+    reports = convert_splits([saved], tmp_path / "out", on_progress=lambda rows, share: progress.append((rows, share)))
+    assert [(report.output.name, report.rows) for report in reports] == [("train.jsonl", 200), ("test.jsonl", 50)]
+    for report in reports:
+        alone = convert([saved], tmp_path / report.output.name, split=report.output.stem)
+        assert (report.sha256, report.output.read_bytes()) == (alone.sha256, alone.output.read_bytes())
+    assert progress[-1] == (250, pytest.approx(1.0, abs=1e-3))  # an Arrow stream ends in a mark
+    assert progress == sorted(progress)
+
+
+def test_all_splits_appear_or_none(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    write(folder / "train.jsonl", GOOD)
+    write(folder / "test.jsonl", GOOD, {"other": 1})
+    before = listing(tmp_path)
+    with pytest.raises(DataError, match=r"test\.jsonl row 2"):
+        convert_splits([str(folder)], tmp_path / "out")
+    assert listing(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+    done = run("convert", folder, "--split", "all", "-o", tmp_path / "out", "--on-error", "skip")
+    assert done.exit_code == 0, done.exception
+    assert sorted(listing(tmp_path / "out")) == ["test.jsonl", "test.rejects.jsonl", "train.jsonl"]
+    (tmp_path / "out" / "train.jsonl").unlink()
+    with pytest.raises(OutputError, match="is there already"):  # the other split is in the way
+        convert_splits([str(folder)], tmp_path / "out", on_error="skip")
+    assert not (tmp_path / "out" / "train.jsonl").exists()
+    with pytest.raises(OutputError, match="name the folder"):
+        convert_splits([str(folder)], tmp_path / "all.jsonl")
+
+
+def test_all_splits_of_several_sources(tmp_path: Path) -> None:
+    for name, splits in (("a", ("train", "test")), ("b", ("train",))):
+        (tmp_path / name).mkdir()
+        for split in splits:
+            write(tmp_path / name / f"{split}.jsonl", {**GOOD, "id": f"{name} {split}"})
+    convert_splits([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+    ids = {path.stem: [json.loads(line)["id"] for line in path.open()] for path in (tmp_path / "out").iterdir()}
+    assert ids == {"train": ["a train", "b train"], "test": ["a test"]}
 
 
 @needs_shared

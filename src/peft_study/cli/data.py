@@ -76,9 +76,16 @@ class _ManyValues(TyperCommand):
 def convert(
     sources: _Sources,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File to write: .jsonl, also .jsonl.gz or .jsonl.zst.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="File to write: .jsonl, also .jsonl.gz or .jsonl.zst; with --split all the folder for SPLIT.jsonl.",
+        ),
     ],
-    split: _Split = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to take of each SRC, or all: every split into a file of its own.")
+    ] = None,
     mapping: _Map = None,
     on_error: Annotated[
         Literal["fail", "skip"],
@@ -87,24 +94,34 @@ def convert(
     overwrite: Overwrite = False,
 ) -> None:
     """Turn data of any known form into JSON lines of {"id", "messages", "source"}."""
-    from peft_study.data.convert import convert as convert_data
+    from peft_study.data.convert import convert as convert_one
+    from peft_study.data.convert import convert_splits
     from peft_study.data.formats import parse_mapping
 
+    columns = parse_mapping(mapping)
     with progress("converting") as on_progress:
-        report = convert_data(
-            sources,
-            output,
-            split=split,
-            mapping=parse_mapping(mapping),
-            on_error=on_error,
-            overwrite=overwrite,
-            on_progress=on_progress,
-        )
-    speed = report.rows / max(report.seconds, 1e-9)
-    typer.echo(f"{report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} rows/s) -> {report.output}")
-    typer.echo(f"sha256 {report.sha256}")
-    if report.rejects is not None:
-        typer.echo(f"{report.rejected:,} rows left out, with their reasons -> {report.rejects}")
+        if split == "all":
+            reports = convert_splits(
+                sources, output, mapping=columns, on_error=on_error, overwrite=overwrite, on_progress=on_progress
+            )
+        else:
+            reports = [
+                convert_one(
+                    sources,
+                    output,
+                    split=split,
+                    mapping=columns,
+                    on_error=on_error,
+                    overwrite=overwrite,
+                    on_progress=on_progress,
+                )
+            ]
+    for report in reports:
+        speed = report.rows / max(report.seconds, 1e-9)
+        typer.echo(f"{report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} rows/s) -> {report.output}")
+        typer.echo(f"sha256 {report.sha256}")
+        if report.rejects is not None:
+            typer.echo(f"{report.rejected:,} rows left out, with their reasons -> {report.rejects}")
 
 
 @app.command(cls=_ManyValues)

@@ -1,6 +1,7 @@
 """Any source to JSON lines of ``{"id", "messages", "source"}``, streaming.
 
 SRC... --parsed_rows--> Conversation --line_of--> OUT.jsonl          (and OUT.rejects.jsonl with `skip`)
+       --every split--------------------------> OUT/SPLIT.jsonl ...  (all of them, or none)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 from peft_study.data.conversation import Conversation
 from peft_study.data.readers import COMPRESSED_SUFFIXES, JSON_SUFFIXES, SKIP, data_suffix
-from peft_study.data.sources import open_sources
+from peft_study.data.sources import Source, open_sources, open_splits
 from peft_study.data.stream import OnProgress, ParsedRow, parsed_rows
 from peft_study.errors import DataError, OutputError
 from peft_study.storage.files import AtomicFiles, made_folder, refuse_existing
@@ -117,36 +118,94 @@ def convert(
         DataError: a source or a row cannot be used, or no row is left.
         OutputError: the output exists, is one of the sources, or cannot be written.
     """
-    start = time.perf_counter()
-    rejects = _rejects_path(output)
-    opened = open_sources(sources, split)
+    _rejects_path(output)  # refuses a name that is not one of JSON lines, before anything is looked up
+    return _convert({output: open_sources(sources, split)}, mapping, on_error, overwrite, on_progress)[0]
+
+
+def convert_splits(
+    sources: Sequence[str],
+    folder: Path,
+    *,
+    mapping: Mapping[str, str] | None = None,
+    on_error: OnError = "fail",
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+) -> list[ConvertReport]:
+    """Converts every split of the sources into ``folder/SPLIT.jsonl``: all files appear together, or none does.
+
+    Arguments and errors as of `convert`; a split has the rows of each source that has it.
+
+    Raises:
+        OutputError: also where ``folder`` is the name of a data file.
+    """
+    if folder.is_file() or (data_suffix(folder) and not folder.is_dir()):
+        remedy = "with --split all, name the folder for a file a split (train.jsonl, test.jsonl, ...)"
+        raise OutputError("is a file, not a folder", where=str(folder), remedy=remedy)
+    jobs = {folder / f"{name}.jsonl": opened for name, opened in open_splits(sources).items()}
+    return _convert(jobs, mapping, on_error, overwrite, on_progress)
+
+
+def _convert(
+    jobs: Mapping[Path, Sequence[Source]],
+    mapping: Mapping[str, str] | None,
+    on_error: OnError,
+    overwrite: bool,
+    on_progress: OnProgress | None,
+) -> list[ConvertReport]:
+    """Converts sources into files, all or none; arguments otherwise as of `convert`."""
+    opened = [source for sources in jobs.values() for source in sources]
     read = [file for source in opened for file in source.files]
-    for path in (output, rejects):
-        refuse_existing(path, overwrite=overwrite, sources=read)
+    for output in jobs:
+        for path in (output, _rejects_path(output)):
+            refuse_existing(path, overwrite=overwrite, sources=read)
+    total, rows, size = max(sum(source.size for source in opened), 1), 0, 0
+    reports = []
+    with made_folder(next(iter(jobs)).parent), AtomicFiles() as files:
+        for output, sources in jobs.items():
+            before, part = (rows, size), sum(source.size for source in sources)
+
+            def progressed(new: int, share: float, before: tuple[int, int] = before, part: int = part) -> None:
+                if on_progress is not None:
+                    on_progress(before[0] + new, (before[1] + share * part) / total)
+
+            reports.append(_convert_one(files, sources, output, mapping, on_error, progressed))
+            rows, size = rows + reports[-1].rows + reports[-1].rejected, size + part
+    for report in reports:
+        if report.rejects is None:  # one of an earlier conversion would be taken for this one's
+            _rejects_path(report.output).unlink(missing_ok=True)
+    return reports
+
+
+def _convert_one(
+    files: AtomicFiles,
+    sources: Sequence[Source],
+    output: Path,
+    mapping: Mapping[str, str] | None,
+    on_error: OnError,
+    on_progress: OnProgress,
+) -> ConvertReport:
+    """Writes one file of `_convert`."""
+    start = time.perf_counter()
+    writer, rejects = LineWriter(files.open(output), output), _rejects_path(output)
+    rejects_file: BinaryIO | None = None
+    first_error: DataError | None = None
     rows = rejected = 0
-    with made_folder(output.parent), AtomicFiles() as files:
-        writer = LineWriter(files.open(output), output)
-        rejects_file: BinaryIO | None = None
-        first_error: DataError | None = None
-        for row in parsed_rows(opened, mapping, on_progress):
-            try:
-                writer.write(line_of(row.conversation(), row.raw.where))
-                rows += 1
-            except DataError as error:
-                if on_error == "fail":
-                    raise
-                rejects_file = rejects_file or files.open(rejects)
-                rejects_file.write(_reject_line(row, error))
-                rejected += 1
-                first_error = first_error or error
-        if rows == 0:
-            what = f"all {rejected} rows are unusable, the first because: {first_error}"
-            raise DataError(what, where=", ".join(sources))
-        sha256 = writer.close()
-    if rejects_file is None:
-        rejects.unlink(missing_ok=True)  # one of an earlier conversion would be taken for this one's
+    for row in parsed_rows(sources, mapping, on_progress):
+        try:
+            writer.write(line_of(row.conversation(), row.raw.where))
+            rows += 1
+        except DataError as error:
+            if on_error == "fail":
+                raise
+            rejects_file = rejects_file or files.open(rejects)
+            rejects_file.write(_reject_line(row, error))
+            rejected += 1
+            first_error = first_error or error
+    if rows == 0:
+        what = f"all {rejected} rows are unusable, the first because: {first_error}"
+        raise DataError(what, where=", ".join(source.spec for source in sources))
     seconds = time.perf_counter() - start
-    return ConvertReport(output, rows, rejected, seconds, sha256, rejects if rejects_file else None)
+    return ConvertReport(output, rows, rejected, seconds, writer.close(), rejects if rejects_file else None)
 
 
 def _reject_line(row: ParsedRow, error: DataError) -> bytes:

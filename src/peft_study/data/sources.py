@@ -79,7 +79,28 @@ def open_sources(specs: Sequence[str], split: str | None = None) -> list[Source]
     Raises:
         DataError: nothing is there, the folder is no data set, or the split is unknown or has to be chosen.
     """
-    chosen = [(spec, *_choose(spec, _splits_of(spec), split)) for spec in specs]
+    return _sources([(spec, *_choose(spec, _splits_of(spec), split)) for spec in specs])
+
+
+def open_splits(specs: Sequence[str]) -> dict[str, list[Source]]:
+    """Resolves every split of each SRC; reads no row yet.
+
+    Returns:
+        The sources of each split, in the order of the SRC; one that has no such split is not among them.
+
+    Raises:
+        DataError: nothing is there, the folder is no data set, or a split's name cannot be that of a file.
+    """
+    found: dict[str, list[tuple[str, str, list[Path]]]] = {}
+    for spec in specs:
+        for name, files in _splits_of(spec).items():
+            if Path(name).name != name:
+                raise DataError(f"a split is called {name!r}", where=spec, remedy="convert it with --split NAME")
+            found.setdefault(name, []).append((spec, name, files))
+    return {name: _sources(chosen) for name, chosen in found.items()}
+
+
+def _sources(chosen: Sequence[tuple[str, str, list[Path]]]) -> list[Source]:
     sources = []
     for spec, name, files in chosen:
         size = sum(file.stat().st_size for file in files if file.exists())
