@@ -31,7 +31,7 @@ from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.run import run_study
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Ended, Evaluated
-from peft_study.training.session import open_session
+from peft_study.training.session import open_session, unheard
 from peft_study.workers.worker import Facts, Report
 
 Stamp = dict[str, Any]
@@ -206,7 +206,7 @@ def _write_cells(rows: Rows, config: StudyConfig, scale: Scale, state: StudyStat
 def _test_losses(config: StudyConfig, trials: Sequence[TrialRecord]) -> dict[str, float]:
     """Returns each trial's loss a supervised token of the test part."""
     folder = StudyFolder(config.output)
-    session = open_session(config.model, config.data, config.training, lambda _line: None, test=True)
+    session = open_session(config.model, config.data, config.training, unheard, test=True)
     assert session.test is not None
     counts, found = session.test.counts(), {}
     for trial in trials:

@@ -8,7 +8,7 @@ finetune(model, data, method) ------------------------------> TrainedAdapter
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.training.finetune import Finished
     from peft_study.training.interrupt import StopRequest
+    from peft_study.training.session import Say
 
 
 class Study:
@@ -177,15 +178,19 @@ class Study:
         Raises:
             UserError: as `run`.
         """
-        from peft_study.display.terminal import console
+        from peft_study.display.terminal import LiveDisplay
         from peft_study.model.in_memory import lent
         from peft_study.study.dry_run import estimate
 
-        output, memory = console(quiet=not verbose), self._inputs.in_memory
+        memory = self._inputs.in_memory
         try:
-            with _quiet_libraries(), nullcontext() if memory is None else lent(memory.model):
+            with (
+                _quiet_libraries(),
+                nullcontext() if memory is None else lent(memory.model),
+                LiveDisplay(silent=not verbose) as display,
+            ):
                 self._write_inputs(overwrite=False)
-                return estimate(self._config, lambda line: output.print(line, markup=False), in_memory=memory)
+                return estimate(self._config, display.say, in_memory=memory)
         except UserError as error:
             raise self._file.pointed(error) from None
 
@@ -197,7 +202,7 @@ class Study:
                 raise OutputError("holds a run that is no study", where=str(folder.path), remedy="give another output")
             self._inputs.write(replace=overwrite or folder.status() is None)
 
-    def _plan(self, say: Callable[[str], None], *, overwrite: bool) -> None:
+    def _plan(self, say: Say, *, overwrite: bool) -> None:
         """Sets trials, steps and finals for the minutes that were asked for; those of a study that is resumed stay."""
         from peft_study.study.plan import plan
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,15 @@ import pytest
 from rich.console import Console
 
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.stats import DataStats, compute_stats, plot_stats, render_stats
+from peft_study.data.stats import (
+    DataStats,
+    compute_stats,
+    plot_stats,
+    render_stats,
+    shortened,
+    stats_json,
+    write_stats_csv,
+)
 from peft_study.data.stream import read_conversations
 from peft_study.errors import ConfigError, OutputError
 from tiny_tokenizer import tiny_tokenizer
@@ -94,6 +104,51 @@ def test_what_is_printed(source: str, model: str) -> None:
     assert f"{result.total.tokens:,}" in text
     console.print(render_stats(stats(source, model, None)))
     assert "lost" not in console.export_text()
+
+
+def test_no_number_is_cut_and_no_two_sources_look_the_same_in_80_columns(tmp_path: Path, model: str) -> None:
+    names = [f"some-owner/some-mixture:the_{part}_part_of_it" for part in ("first", "second", "third")]
+    names += [f"some-owner/a-very-long-mixture:{middle}_of_the_same_ending" for middle in ("one", "two")]
+    path = tmp_path / "rows.jsonl"
+    rows = [row(n, name, "long " * 200, "yes " * 300) for n, name in enumerate(names * 300)]
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    result = stats(str(path), model, MAX_LENGTH)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - not to the screen
+    console.print(render_stats(result))
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(f"{result.total.rows:,} {result.total.tokens:,}" in line for line in lines)
+    assert sum("300 " in line for line in lines) == 5
+    first = [line[:30] for line in lines if " 300 " in line]
+    assert len(set(first)) == 5
+    assert {line[4:] for line in lines if line.startswith("[")} == set(names[3:])
+
+
+def test_names_are_cut_only_where_they_are_too_long() -> None:
+    assert shortened(["ab", "abcdefghij"], 10) == (["ab", "abcdefghij"], [])
+    assert shortened(["ab", "abcdefghijk"], 10) == (["ab", "abcd…ghijk"], [])
+    short, lines = shortened(["abcd-1-ghijk", "abcd-2-ghijk", "b" * 12], 10)
+    assert (short, lines) == (["[1] ab…ijk", "[2] ab…ijk", "bbbb…bbbbb"], ["[1] abcd-1-ghijk", "[2] abcd-2-ghijk"])
+
+
+def test_for_machines(source: str, model: str) -> None:
+    result = stats(source, model, MAX_LENGTH)
+    values = json.loads(stats_json(result))
+    assert (values["total"]["rows"], values["total"]["unsupervised"], values["max_length"]) == (6, 1, MAX_LENGTH)
+    assert values["quantiles"]["0.5"] == result.quantiles[0.5]
+    assert [one["name"] for one in values["sources"]] == ["b", "a"]
+    file = io.StringIO()
+    write_stats_csv(result, file)
+    rows = list(csv.DictReader(io.StringIO(file.getvalue())))
+    assert rows == [{name: str(value) for name, value in one.items()} for one in values["sources"]]
+
+
+def test_rows_that_lose_everything_are_a_warning_with_their_share(source: str, model: str) -> None:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115 - not to the screen
+    console.print(render_stats(stats(source, model, MAX_LENGTH)))
+    assert "WARNING: 1 of 6 rows (16.7%) lose all supervised tokens to max_length" in console.export_text()
+    console.print(render_stats(stats(source, model, 10_000)))
+    assert "WARNING" not in console.export_text()
 
 
 def test_picture(source: str, model: str, tmp_path: Path) -> None:

@@ -187,8 +187,14 @@ def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(parallel, "CHUNK_ROWS", 16)
     data = write(tmp_path / "rows.jsonl", [row(n) for n in range(150)])
     seen: list[int] = []
+    shares: list[float] = []
+
+    def heard(rows: int, share: float) -> None:
+        seen.append(rows)
+        shares.append(share)
+
     encode = encoder(50)
-    pooled = tokenize([data], encode, cache_dir=tmp_path / "a", workers=2, on_progress=seen.append)
+    pooled = tokenize([data], encode, cache_dir=tmp_path / "a", workers=2, on_progress=heard)
     alone = tokenize([data], encode, cache_dir=tmp_path / "b", workers=1)
     assert_same(pooled, alone)
     whole = {conversation.id: conversation for conversation in read_conversations([str(data)])}
@@ -197,6 +203,8 @@ def test_processes_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for conversation, stored in zip(conversations, pooled, strict=True):
         assert stored.tokens_L.tolist() == encode.encode(conversation).tokens_L.tolist()
     assert seen == [*range(16, 150, 16), 150]
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
     assert (pooled.truncated, pooled.dropped) == (alone.truncated, alone.dropped)
 
 

@@ -17,7 +17,7 @@ from peft_study.data.split import make_split
 from peft_study.errors import OutputError, UserError
 from peft_study.methods.reference import NoAdapter
 from peft_study.storage.run_dir import RunFolder
-from peft_study.training.session import Session, describe, open_session, refuse_other_inputs
+from peft_study.training.session import Session, describe, open_session, refuse_other_inputs, unheard
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -47,7 +47,7 @@ def opened(tiny_model_folder: Path, tiny_data: Path) -> Callable[..., Session]:
             ModelConfig(name=str(tiny_model_folder), dtype="float32"),
             DataConfig(**{"train": str(tiny_data), "workers": 1, **data}),
             TrainingConfig(row_tokens=128),
-            lambda line: None,
+            unheard,
             test=with_test,
         )
 

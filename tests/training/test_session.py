@@ -15,7 +15,7 @@ from command_line import conversation
 from peft_study.config import DataConfig, ModelConfig, TrainingConfig
 from peft_study.methods import Material
 from peft_study.storage.cache_dir import cache_root
-from peft_study.training.session import Session, open_session
+from peft_study.training.session import Session, open_session, unheard
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer, with_bos
 
 BOS = 1
@@ -34,7 +34,7 @@ def opened(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Open:
             ModelConfig(name=str(model), device="cpu", dtype="float32"),
             DataConfig(**{"train": str(tiny_data), "held_out": 5, "workers": 1, **data}),
             TrainingConfig(data_seed=seed, row_tokens=128),
-            lambda line: None,
+            unheard,
         )
 
     return open_it

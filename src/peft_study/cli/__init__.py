@@ -11,6 +11,8 @@ import typer
 from typer.exceptions import TyperException
 
 from peft_study.cli import adapters, data, run, study_commands
+from peft_study.cli.loudness import LoudCommand, LoudGroup
+from peft_study.display.terminal import NORMAL, echo, set_loudness
 from peft_study.errors import ConfigError, PeftStudyError, UserError
 
 _PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
@@ -24,9 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=LoudGroup,
 )
 app.add_typer(data.app, name="data")
-app.command()(run.run)
+app.command(cls=LoudCommand)(run.run)
 app.command(
     # its arguments are parsed by `compat`
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
@@ -45,12 +48,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": adapters.generate,
     "chat": adapters.chat,
 }
+LOUD = ("init", "rerun", "merge", "generate")
+"""Those of them that work for a while, and so take -q and -v; the others print what they were asked for."""
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=LoudCommand if name in LOUD else None)(command)
 
 
 def main() -> None:
     """Runs the command line; a user's mistake is one line on stderr and exit code 2."""
+    set_loudness(NORMAL)
     try:
         _refuse_empty(sys.argv[1:])
         code = app(_repeated(sys.argv[1:]), standalone_mode=False)
@@ -80,7 +86,7 @@ def _refuse_empty(words: list[str]) -> None:
     Raises:
         ConfigError: naming the option it belongs to.
     """
-    if words[:1] == ["finetune"]:
+    if next((word for word in words if not word.startswith("-")), None) == "finetune":
         return
     for before, word in zip(["", *words], words, strict=False):
         if not word.strip() or re.fullmatch(r"--?[\w-]+=\s*", word):
@@ -111,5 +117,5 @@ def _repeated(words: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}" if code == 2 else message, file=sys.stderr)
+    echo(f"error: {message}" if code == 2 else message, err=True)
     sys.exit(code)

@@ -48,7 +48,7 @@ def merge(
     Takes the arguments of open-instruct's merge_lora.py too. Of these, --qlora and --save_tokenizer change nothing: a
     base that was 4-bit in training is dequantised, and the tokenizer is written, in any case.
     """
-    from peft_study.display.terminal import quiet_libraries
+    from peft_study.display.terminal import LiveDisplay, echo, quiet_libraries
     from peft_study.errors import ConfigError
     from peft_study.storage.files import refuse_unwritable
     from peft_study.training.merge import merge as merge_adapter
@@ -61,18 +61,19 @@ def merge(
     quiet_libraries()
     refuse_unwritable(output, folder=True)
     found = _folder(adapter or [str(lora)])
-    losses = merge_adapter(found, output, typer.echo, base=base, dtype=dtype, measure=measure, device=device)
+    with LiveDisplay() as display:
+        losses = merge_adapter(found, output, display.say, base=base, dtype=dtype, measure=measure, device=device)
     if losses is not None:
         above = losses.above
-        typer.echo(
+        echo(
             f"held-out loss: base {losses.base:.4f}, adapter {losses.adapter:.4f}, merged {losses.merged:.4f}; "
             f"merged minus adapter {above.value:+.4f} [{above.low:+.4f}, {above.high:+.4f}] "
             f"(95 % over {losses.examples} examples)"
         )
         if losses.lost is not None:
             remedy = "use the adapter on its base" if dtype == "float32" else "merge again with --dtype float32"
-            typer.echo(f"WARNING: the merge lost {losses.lost:.0%} of what the adapter had learned; {remedy}", err=True)
-    typer.echo(f"merged model -> {output}")
+            echo(f"WARNING: the merge lost {losses.lost:.0%} of what the adapter had learned; {remedy}", err=True)
+    echo(f"merged model -> {output}")
 
 
 def generate(

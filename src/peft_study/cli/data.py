@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
+
+from peft_study.cli.loudness import LoudCommand
+from peft_study.display.terminal import console, echo, progress
 
 app = typer.Typer(name="data", help="Convert, sample and measure instruction data.", no_args_is_help=True)
 
@@ -32,12 +32,6 @@ _Map = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
-class _OnProgress(Protocol):
-    """Receives the rows so far, and the share (0..1) that is done where the caller knows it."""
-
-    def __call__(self, rows: int, share: float | None = None, /) -> None: ...
-
-
 _SIZE = re.compile(r"(-?\d[\d_,]*)([kKmM]?)")
 _TIMES = {"": 1, "k": 1000, "m": 1_000_000}
 
@@ -56,7 +50,7 @@ def _size(text: str) -> int:
     return int(re.sub("[_,]", "", found[1])) * _TIMES[found[2].lower()]
 
 
-class _ManyValues(TyperCommand):
+class _ManyValues(LoudCommand):
     """A command whose ``--sizes`` takes several values in a row, as in ``--sizes 9000 90000``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -72,7 +66,7 @@ class _ManyValues(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-@app.command()
+@app.command(cls=LoudCommand)
 def convert(
     sources: _Sources,
     output: Annotated[
@@ -118,10 +112,10 @@ def convert(
             ]
     for report in reports:
         speed = report.rows / max(report.seconds, 1e-9)
-        typer.echo(f"{report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} rows/s) -> {report.output}")
-        typer.echo(f"sha256 {report.sha256}")
+        echo(f"{report.rows:,} rows in {report.seconds:.1f} s ({speed:,.0f} rows/s) -> {report.output}")
+        echo(f"sha256 {report.sha256}")
         if report.rejects is not None:
-            typer.echo(f"{report.rejected:,} rows left out, with their reasons -> {report.rejects}")
+            echo(f"{report.rejected:,} rows left out, with their reasons -> {report.rejects}")
 
 
 @app.command(cls=_ManyValues)
@@ -152,36 +146,44 @@ def sample(
     with progress("sampling") as on_progress:
         manifest = draw(sources, output, spec, overwrite=overwrite, on_progress=on_progress)
     for size, entry in manifest["samples"].items():
-        typer.echo(f"{int(size):,} of {manifest['rows']:,} rows -> {output / entry['file']}")
-    typer.echo(f"seed, counts per source and sha256 -> {output / 'manifest.json'}")
+        echo(f"{int(size):,} of {manifest['rows']:,} rows -> {output / entry['file']}")
+    echo(f"seed, counts per source and sha256 -> {output / 'manifest.json'}")
 
 
-@app.command()
+@app.command(cls=LoudCommand)
 def stats(
     sources: _Sources,
     model: Annotated[str, typer.Option(help="Model folder or name whose tokenizer and chat template to use.")],
     max_length: Annotated[int | None, typer.Option(help="Tokens after which an example is cut.")] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="tulu, another built-in name, or a Jinja file; else the tokenizer's own.")
+        str | None,
+        typer.Option(help="tulu, another built-in name, a Jinja file, or own: the tokenizer's own (if left out)."),
     ] = None,
+    form: Annotated[
+        Literal["text", "json", "csv"], typer.Option("--format", help="csv: a row a source; json: everything.")
+    ] = "text",
+    all_sources: Annotated[
+        bool, typer.Option("--all-sources", help="Show every source, not only the 20 largest.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Picture of the lengths to write, as .png.")] = None,
     split: _Split = None,
     mapping: _Map = None,
 ) -> None:
     """Count rows and tokens per source, lengths, what is cut, what is supervised, duplicates."""
-    from rich.console import Console
+    import sys
 
     from peft_study.data.chat import ChatEncoder
     from peft_study.data.formats import parse_mapping
-    from peft_study.data.stats import compute_stats, plot_stats, render_stats
+    from peft_study.data.stats import compute_stats, plot_stats, render_stats, stats_json, write_stats_csv
     from peft_study.errors import TemplateError
     from peft_study.model.load import load_tokenizer
     from peft_study.storage.files import refuse_unwritable
 
     if plot is not None:
         refuse_unwritable(plot)
+    template = None if chat_template == "own" else chat_template
     try:
-        encoder = ChatEncoder(load_tokenizer(model), template=chat_template)
+        encoder = ChatEncoder(load_tokenizer(model), template=template)
     except TemplateError as error:
         raise error.within("--chat-template") from error
     with progress("counting") as on_progress:
@@ -194,15 +196,36 @@ def stats(
             mapping=parse_mapping(mapping),
             on_progress=on_progress,
         )
-    Console().print(render_stats(measured))
-    if encoder.bos_warning:
-        typer.echo(encoder.bos_warning)
+    if form == "json":
+        print(stats_json(measured))
+    elif form == "csv":
+        write_stats_csv(measured, sys.stdout)
+    else:
+        output = console()
+        output.print(render_stats(measured, width=output.width, all_sources=all_sources))
+    notes = [_seen_by_training(template), *([encoder.bos_warning] if encoder.bos_warning else [])]
     if plot is not None:
         plot_stats(measured, plot)
-        typer.echo(f"histogram -> {plot}")
+        notes.append(f"histogram -> {plot}")
+    for note in notes:
+        echo(note, err=form != "text")
 
 
-@app.command()
+def _seen_by_training(template: str | None) -> str:
+    """Returns which commands train with this chat template, since their defaults differ."""
+    from peft_study.compat.arguments import FinetuneArguments
+
+    default = FinetuneArguments.chat_template_name
+    if template is None:
+        return (
+            f"`run` trains with this template, too; `finetune` with {default}, unless it has --chat_template own "
+            f"(to count as it does: --chat-template {default})"
+        )
+    finetune = "" if template == default else f" with --chat_template {template}"
+    return f"`finetune`{finetune} trains with this template, and `run` with data.chat_template: {template}"
+
+
+@app.command(cls=LoudCommand)
 def skills(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
     count: Annotated[int, typer.Option(help="Conversations.")] = 2000,
@@ -211,32 +234,4 @@ def skills(
     """Write the embedded data set: short instructions in twelve skills with checkable answers."""
     from peft_study.data.skills import write
 
-    typer.echo(f"{count:,} conversations -> {write(output, count, seed)}")
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[_OnProgress]:
-    """Shows rows and rows per second while the block runs, with a bar once a share is known.
-
-    Shows nothing where stderr is no terminal.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %  {task.fields[rows]:,} rows, {task.fields[speed]:,.0f} rows/s"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None, rows=0, speed=0.0)
-
-        def on_progress(rows: int, share: float | None = None) -> None:
-            elapsed = bar.tasks[0].elapsed or 1e-9
-            total = None if share is None else 1.0
-            bar.update(task, completed=share or 0.0, total=total, rows=rows, speed=rows / elapsed)
-
-        yield on_progress
+    echo(f"{count:,} conversations -> {write(output, count, seed)}")

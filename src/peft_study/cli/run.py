@@ -85,7 +85,7 @@ def run(
 
     from peft_study.api import Study
     from peft_study.display.study import show_estimate
-    from peft_study.display.terminal import quiet_libraries
+    from peft_study.display.terminal import LiveDisplay, quiet_libraries
     from peft_study.engine.processes import refuse_several_processes
     from peft_study.errors import ConfigError
     from peft_study.study.without_file import Request, study_file
@@ -100,7 +100,8 @@ def run(
             what, remedy = "no study", "give STUDY.yaml, or --model and --data"
             raise ConfigError(what, remedy=remedy)
         request = Request(model, tuple(data), split, tuple(methods or ()), trials, steps, minutes, output)
-        file = study_file(request, typer.echo, overwrite=overwrite, write=not dry_run)
+        with LiveDisplay() as display:
+            file = study_file(request, display.say, overwrite=overwrite, write=not dry_run)
     else:
         for name, value in {"model": model, "data": data, "methods": methods, "minutes": minutes}.items():
             if value:
@@ -133,7 +134,7 @@ def finetune(context: typer.Context) -> None:
 
     from peft_study.compat.command_line import parse, usage
     from peft_study.compat.finetune import given_arguments, pointed, to_run
-    from peft_study.display.terminal import RunDisplay, quiet_libraries
+    from peft_study.display.terminal import QUIET, VERBOSE, RunDisplay, quiet_libraries, set_loudness
     from peft_study.engine.processes import joined
     from peft_study.errors import UserError
     from peft_study.training.finetune import train
@@ -143,11 +144,14 @@ def finetune(context: typer.Context) -> None:
     if not arguments or {"--help", "-h"} & set(arguments):
         typer.echo(usage())
         return
-    quiet_libraries()
     if Path(arguments[0]).suffix in (".yaml", ".yml"):
+        quiet_libraries()
         _finetune_file(arguments)
         return
     command = parse(arguments, os.environ)
+    if (quiet := bool(command.launch.get("quiet"))) or command.extra.verbose:
+        set_loudness(QUIET if quiet else VERBOSE)
+    quiet_libraries()
     planned = to_run(command)
     with (
         joined(os.environ) as processes,
@@ -155,7 +159,7 @@ def finetune(context: typer.Context) -> None:
         RunDisplay(silent=not processes.writes) as display,
     ):
         for warning in planned.warnings:
-            display.warn(warning)
+            display.say(f"WARNING: {warning}")
         for note in planned.notes:
             display.say(note)
         try:

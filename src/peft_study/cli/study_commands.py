@@ -41,8 +41,7 @@ def init(
     """Write a commented study file for a model and data, with every setting in it."""
     import shlex
 
-    from peft_study.cli.data import progress
-    from peft_study.display.terminal import quiet_libraries
+    from peft_study.display.terminal import echo, progress, quiet_libraries
     from peft_study.storage.files import refuse_existing, refuse_unwritable
     from peft_study.study.template import WHY_BOS, look, write_study_file
 
@@ -52,10 +51,10 @@ def init(
     with progress("reading") as on_progress:
         start = look(model, data, split=split, on_progress=on_progress)
     write_study_file(output, start)
-    typer.echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
+    echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
     if start.add_bos:
-        typer.echo(f"add_bos: true, since {WHY_BOS}")
-    typer.echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
+        echo(f"add_bos: true, since {WHY_BOS}")
+    echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
 
 
 def schema(

@@ -17,9 +17,11 @@ NO_EFFECT = "no effect: "
 """The help of an argument that is accepted and ignored begins with this; the reason follows."""
 
 
-def _arg(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+def _arg(default: Any, text: str, choices: tuple[str, ...] = (), short: str | None = None) -> Any:
     """Declares one argument; ``text`` is its help, in which argparse reads ``%`` as a format."""
     metadata = {"help": text.replace("%", "%%"), **({"choices": choices} if choices else {})}
+    if short is not None:
+        metadata["aliases"] = [short]
     return field(default=default, metadata=metadata)
 
 
@@ -131,3 +133,8 @@ class ExtraArguments:
         None, "instead of --chat_template_name: a name, a file, or own (the tokenizer's own)"
     )
     map: str | None = _arg(None, "other column names: messages=COL or prompt=COL,response=COL")
+    verbose: bool = _arg(
+        False,
+        "print every step and library warnings; -q, --quiet: only warnings, errors and result",
+        short="-v",
+    )

@@ -35,7 +35,7 @@ DEEPSPEED_CLIPPING = 1.0
 
 # The original always loads in bf16; "auto" does where the device computes in it (a CPU may be 100 times slower).
 _DTYPES = {"bf16": "auto", "fp16": "float16", "no": "auto"}
-_USED = frozenset({"num_processes", "mixed_precision", "gradient_clipping", "cpu", "config_file"})
+_USED = frozenset({"num_processes", "mixed_precision", "gradient_clipping", "cpu", "config_file", "quiet"})
 _TRUE = frozenset({"yes", "true", "t", "y", "1"})
 _FALSE = frozenset({"no", "false", "f", "n", "0"})
 _NEGATIVE = re.compile(r"-(?:\d|\.\d|inf|nan)", re.IGNORECASE)

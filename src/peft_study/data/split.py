@@ -22,8 +22,9 @@ from peft_study.config import DataConfig, SourceConfig
 from peft_study.data import skills
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Pool, Rows
-from peft_study.data.stream import check_heads
-from peft_study.data.tokens import TokenizedData, tokenize
+from peft_study.data.sources import open_sources
+from peft_study.data.stream import OnProgress, check_heads
+from peft_study.data.tokens import TokenizedData, lost_rows, tokenize
 from peft_study.errors import ConfigError, UserError
 from peft_study.seeds import key
 from peft_study.storage.cache_dir import cache_root
@@ -51,7 +52,9 @@ class Split:
     notes: tuple[str, ...]
 
 
-def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool = False) -> Split:
+def make_split(
+    data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool = False, on_progress: OnProgress | None = None
+) -> Split:
     """Tokenises the data and divides it. Asking for test rows does not change the held-out rows.
 
     Args:
@@ -59,14 +62,16 @@ def make_split(data: DataConfig, encoder: ChatEncoder, seed: int, *, test: bool 
         encoder: makes the tokens.
         seed: of all draws.
         test: whether there are test rows.
+        on_progress: as `OnProgress`, of what is tokenised.
 
     Raises:
         UserError: a source cannot be read.
         ConfigError: a part would be empty, or more rows are asked for than there are.
     """
-    notes: list[str] = []
-    pool, limited = _training_rows(data, encoder, seed, notes)
-    held_out, opened = _files(data, encoder, seed, notes, test=test)
+    reader = _Reader(data, encoder, test, on_progress)
+    notes = reader.notes
+    pool, limited = _training_rows(reader, seed)
+    held_out, opened = _files(reader, seed, test=test)
     rest = _beside_files(pool, data, held_out, opened).grouped(data.stratify)
     shares = Counter(rest.strata)
     first, second = _counts(data, len(rest), held_out=held_out is None, test=test and opened is None)
@@ -104,11 +109,64 @@ def check_files(data: DataConfig, encoder: ChatEncoder, *, test: bool) -> None:
                 raise _in_file(error, field, path) from error
 
 
-def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str]) -> tuple[Pool, int]:
+class _Reader:
+    """Tokenises the files of the data one after the other.
+
+    Attributes:
+        data: as configured.
+        notes: lines for the user so far.
+    """
+
+    def __init__(self, data: DataConfig, encoder: ChatEncoder, test: bool, on_progress: OnProgress | None) -> None:
+        self.data, self._encoder, self._on_progress = data, encoder, on_progress
+        self.notes: list[str] = []
+        paths = [source.path for source in data.train]
+        paths += [path for path in (data.held_out, data.test if test else None) if isinstance(path, str)]
+        # without a listener no size is looked up
+        self._sizes = {path: _size(path, data.split) for path in paths} if on_progress is not None else {}
+        self._rows, self._read = 0, 0
+
+    def tokens(self, path: str) -> TokenizedData:
+        """Returns the tokens of a file, and notes what they lack."""
+        data, file = self.data, path
+        if path == skills.EMBEDDED_NAME:
+            # written each time: it is quick, and a file of an older version must not be used
+            written = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
+            skills.write(written)
+            file = str(written)
+        found = tokenize(
+            [file],
+            self._encoder,
+            split=data.split,
+            mapping=data.mapping,
+            workers=data.workers,
+            on_progress=lambda rows, share: self._tell(path, rows, share),
+        )
+        self._rows, self._read = self._rows + len(found) + found.dropped, self._read + self._sizes.get(path, 0)
+        if found.dropped:
+            self.notes.append(f"WARNING: {path}: {lost_rows(found.dropped, len(found) + found.dropped)}; left out")
+        if found.truncated:
+            self.notes.append(f"{path}: {found.truncated} rows are longer than max_length and were cut")
+        return found
+
+    def _tell(self, path: str, rows: int, share: float) -> None:
+        if self._on_progress is not None:
+            done = self._read + share * self._sizes[path]
+            self._on_progress(self._rows + rows, done / sum(self._sizes.values()))
+
+
+def _size(path: str, split: str | None) -> int:
+    """Returns the bytes of a source, at least 1."""
+    if path == skills.EMBEDDED_NAME:
+        return 1
+    return max(1, sum(source.size for source in open_sources([path], split)))
+
+
+def _training_rows(reader: _Reader, seed: int) -> tuple[Pool, int]:
     """Returns the rows of all sources that are used, and how many ``data.limit`` leaves out."""
-    pool = Pool([], [], [])
+    pool, data = Pool([], [], []), reader.data
     for source in data.train:
-        tokens = _tokenized(source.path, data, encoder, notes)
+        tokens = reader.tokens(source.path)
         pool += Pool.of(source.path, tokens, _taken(source, len(tokens), seed))
     whole = len(pool)
     if data.limit is not None and data.limit < whole:
@@ -116,15 +174,14 @@ def _training_rows(data: DataConfig, encoder: ChatEncoder, seed: int, notes: lis
     return pool, whole - len(pool)
 
 
-def _files(
-    data: DataConfig, encoder: ChatEncoder, seed: int, notes: list[str], *, test: bool
-) -> tuple[Pool | None, Pool | None]:
+def _files(reader: _Reader, seed: int, *, test: bool) -> tuple[Pool | None, Pool | None]:
     """Returns the held-out and the test rows that come from files, with no text in common."""
+    data, notes = reader.data, reader.notes
     held_out = opened = None
     if isinstance(data.held_out, str):
-        held_out = _file("held_out", data.held_out, data, encoder, notes)
+        held_out = _file("held_out", data.held_out, reader)
     if test and isinstance(data.test, str):
-        opened = _file("test", data.test, data, encoder, notes)
+        opened = _file("test", data.test, reader)
     if held_out is None or not test:
         return held_out, opened
     if data.test is None:
@@ -184,9 +241,9 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return order
 
 
-def _file(field: str, path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> Pool:
+def _file(field: str, path: str, reader: _Reader) -> Pool:
     try:
-        tokens = _tokenized(path, data, encoder, notes)
+        tokens = reader.tokens(path)
     except UserError as error:
         raise _in_file(error, field, path) from error
     return Pool.of(path, tokens, range(len(tokens)))
@@ -195,21 +252,6 @@ def _file(field: str, path: str, data: DataConfig, encoder: ChatEncoder, notes: 
 def _in_file(error: UserError, field: str, path: str) -> UserError:
     """Returns an error of a held-out or test file with the setting that names it."""
     return (error if path in (error.where or "") else error.within(path)).within(f"data.{field}")
-
-
-def _tokenized(path: str, data: DataConfig, encoder: ChatEncoder, notes: list[str]) -> TokenizedData:
-    file = path
-    if path == skills.EMBEDDED_NAME:
-        # written each time: it is quick, and a file of an older version must not be used
-        written = cache_root() / "data" / f"{skills.EMBEDDED_NAME}.jsonl"
-        skills.write(written)
-        file = str(written)
-    tokens = tokenize([file], encoder, split=data.split, mapping=data.mapping, workers=data.workers)
-    if tokens.dropped:
-        notes.append(f"{path}: {tokens.dropped} rows lose all supervised tokens to max_length; left out")
-    if tokens.truncated:
-        notes.append(f"{path}: {tokens.truncated} rows are longer than max_length and were cut")
-    return tokens
 
 
 def _taken(source: SourceConfig, available: int, seed: int) -> Sequence[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import csv
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.tokens import TokenizedData, tokenize
+from peft_study.data.stream import OnProgress
+from peft_study.data.tokens import TokenizedData, lost_rows, tokenize
 from peft_study.errors import ConfigError
 from peft_study.storage.files import AtomicFiles, made_folder
 
@@ -80,7 +84,7 @@ def compute_stats(
     max_length: int | None,
     split: str | None = None,
     mapping: Mapping[str, str] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> DataStats:
     """Tokenises the sources at full length (from the cache where they are there) and counts.
 
@@ -91,7 +95,7 @@ def compute_stats(
         max_length: the cut to report on, in tokens; None for no cut.
         split: the split to take of each source.
         mapping: what ``parse_mapping`` returned.
-        on_progress: receives the number of rows tokenised so far.
+        on_progress: as `OnProgress`, of the rows tokenised.
 
     Raises:
         UserError: of the data, the template or the cache.
@@ -154,31 +158,85 @@ def _duplicates(data: TokenizedData) -> npt.NDArray[np.bool_]:
     return duplicate_N
 
 
-def render_stats(stats: DataStats) -> Group:
-    """Returns what ``data stats`` prints in 80 columns: the largest sources, the quantiles, and what to know."""
+def render_stats(stats: DataStats, *, width: int = 80, all_sources: bool = False) -> Group:
+    """Returns what ``data stats`` prints: sources, largest first, the quantiles, and what to know.
+
+    Args:
+        stats: the numbers; none of them is cut.
+        width: columns there are; names of sources that are too long lose their middle.
+        all_sources: show more than the SHOWN_SOURCES largest.
+    """
     cut = stats.max_length is not None
+    shown = stats.by_source if all_sources else stats.by_source[:SHOWN_SOURCES]
+    headings = ["rows", "tokens", "mean", "superv.", *(("cut", "lost") if cut else ()), "dupl."]
+    cells = [_cells(source, cut) for source in (*shown, stats.total)]
+    numbers = sum(max(map(len, column)) + 1 for column in zip(headings, *cells, strict=True))
+    names, keyed = shortened([source.name for source in shown], max(width - numbers - 2, 12))
     title = f"tokens of {stats.model}, chat template {stats.template}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("source", no_wrap=True, overflow="ellipsis", max_width=26)
-    for heading in ("rows", "tokens", "mean", "superv.", *(("cut", "lost") if cut else ()), "dupl."):
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=0
+    )  # a column between two, two at the edges
+    table.add_column("source", no_wrap=True)
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for source in stats.by_source[:SHOWN_SOURCES]:
-        table.add_row(*_cells(source, cut))
-    if (left_out := len(stats.by_source) - SHOWN_SOURCES) > 0:
-        table.add_row(f"... and {left_out} smaller sources")
-    table.add_section()
-    table.add_row(*_cells(stats.total, cut))
+    for name, row in zip([*names, stats.total.name], cells, strict=True):
+        if row is cells[-1]:
+            table.add_section()
+        table.add_row(name, *row)
     lengths = Table(title="tokens of a row", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for q in stats.quantiles:
-        lengths.add_column(_quantile_name(q), justify="right")
+        lengths.add_column(_quantile_name(q), justify="right", no_wrap=True)
     lengths.add_row(*(f"{length:,}" for length in stats.quantiles.values()))
-    return Group(table, lengths, *(Text(sentence) for sentence in _sentences(stats)))
+    left_out = len(stats.by_source) - len(shown)
+    more = [Text(f"{left_out} smaller sources are not shown (--all-sources shows them)")] if left_out else []
+    return Group(table, *(Text(line) for line in keyed), *more, lengths, *_sentences(stats))
+
+
+def shortened(names: Sequence[str], width: int) -> tuple[list[str], list[str]]:
+    """Returns names of at most `width` characters, no two of which look the same, and lines that explain some of them.
+
+    A long name loses its middle. Where two would then look the same, each begins with a number, which a line explains.
+    """
+    cut = [name if len(name) <= width else _without_middle(name, width) for name in names]
+    looks, found, lines = Counter(cut), list[str](), list[str]()
+    for name, short in zip(names, cut, strict=True):
+        if looks[short] > 1:
+            number = f"[{len(lines) + 1}]"
+            lines.append(f"{number} {name}")
+            short = f"{number} {_without_middle(name, width - len(number) - 1)}"
+        found.append(short)
+    return found, lines
+
+
+def _without_middle(name: str, width: int) -> str:
+    """Returns a name that is cut in its middle; most of the end stays, since names of a mixture often begin alike."""
+    tail = (width - 1) * 3 // 5
+    return f"{name[: width - 1 - tail]}…{name[len(name) - tail :]}"
+
+
+def stats_json(stats: DataStats) -> str:
+    """Returns everything but the single lengths as JSON."""
+    values = {
+        "model": stats.model,
+        "template": stats.template,
+        "max_length": stats.max_length,
+        "total": asdict(stats.total),
+        "sources": [asdict(source) for source in stats.by_source],
+        "quantiles": {f"{q:g}": length for q, length in stats.quantiles.items()},
+    }
+    return json.dumps(values, indent=1, ensure_ascii=False)
+
+
+def write_stats_csv(stats: DataStats, file: TextIO) -> None:
+    """Writes a row a source, with the fields of `SourceStats`."""
+    writer = csv.DictWriter(file, [field.name for field in fields(SourceStats)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(source) for source in stats.by_source)
 
 
 def _cells(source: SourceStats, cut: bool) -> list[str]:
     losses = [_share(source.truncated, source.rows), f"{source.unsupervised:,}"] if cut else []
     return [
-        source.name,
         f"{source.rows:,}",
         f"{source.tokens:,}",
         f"{source.tokens / source.rows:.0f}",
@@ -188,7 +246,7 @@ def _cells(source: SourceStats, cut: bool) -> list[str]:
     ]
 
 
-def _sentences(stats: DataStats) -> list[str]:
+def _sentences(stats: DataStats) -> list[Text]:
     total = stats.total
     sentences = [
         f"{_share(total.supervised, total.kept_tokens)} of the tokens are supervised; the rest is read, not learned."
@@ -198,11 +256,16 @@ def _sentences(stats: DataStats) -> list[str]:
         sentences.append(
             f"max_length {stats.max_length} cuts {total.truncated:,} of {_rows(total.rows)} "
             f"({_share(total.truncated, total.rows)}) and {_share(lost, total.tokens)} of the tokens; "
-            f"{_rows(total.unsupervised)} left with nothing supervised, to be dropped."
+            f"{_rows(total.unsupervised)} left with nothing supervised."
         )
     if total.duplicates:
         sentences.append(f"{_rows(total.duplicates)} saying the same as an earlier one.")
-    return sentences
+    found = [Text(sentence) for sentence in sentences]
+    if total.unsupervised:
+        found.append(
+            Text(f"WARNING: {lost_rows(total.unsupervised, total.rows)}; training leaves them out", "bold yellow")
+        )
+    return found
 
 
 def _rows(count: int) -> str:

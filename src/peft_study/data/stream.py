@@ -92,13 +92,16 @@ def read_conversations(
     *,
     split: str | None = None,
     mapping: Mapping[str, str] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Iterator[Conversation]:
     """Yields the conversations of files, folders or hub ids, in order; stops at the first unusable row.
+
+    Reports its progress as `OnProgress`.
 
     Raises:
         DataError: a source or a row cannot be used (what, file and row, remedy).
     """
-    for row in parsed_rows(open_sources(sources, split), mapping):
+    for row in parsed_rows(open_sources(sources, split), mapping, on_progress):
         yield row.conversation()
 
 

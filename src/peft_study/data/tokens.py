@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +29,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Example
 from peft_study.data.parallel import DIGEST_BYTES, EncodedChunk, encode_rows
 from peft_study.data.sources import open_sources
-from peft_study.data.stream import read_conversations
+from peft_study.data.stream import OnProgress, read_conversations
 from peft_study.errors import DataError
 from peft_study.model.digest import file_digest
 from peft_study.storage.cache_dir import cache_root
@@ -135,6 +135,12 @@ class TokenizedData:
         return self._values("digest")
 
 
+def lost_rows(lost: int, rows: int) -> str:
+    """Returns in words how many rows the cut to ``max_length`` leaves nothing to learn, and which share that is."""
+    share = f"{lost / rows:.1%}" if lost * 1000 >= rows else "less than 0.1%"
+    return f"{lost:,} of {rows:,} rows ({share}) lose all supervised tokens to max_length"
+
+
 def tokenize(
     sources: Sequence[str | Path],
     encoder: ChatEncoder,
@@ -143,7 +149,7 @@ def tokenize(
     mapping: Mapping[str, str] | None = None,
     cache_dir: Path | None = None,
     workers: int | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> TokenizedData:
     """Returns the tokens of the conversations in ``sources``, from the cache if they are there.
 
@@ -154,7 +160,7 @@ def tokenize(
         mapping: what ``parse_mapping`` returned.
         cache_dir: instead of ``cache_root() / "tokens"``.
         workers: processes; None for one a core.
-        on_progress: receives the number of rows encoded so far; not called when the cache serves.
+        on_progress: as `OnProgress`, of the rows encoded; not called when the cache serves.
 
     Raises:
         DataError: a source or row cannot be used, or ``max_length`` leaves no row anything to learn.
@@ -170,14 +176,20 @@ def tokenize(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(error, path.parent) from error
-    counts = _Counts()
+    counts, share_of_row = _Counts(), 0.0
+
+    def reading(rows: int, share: float) -> None:
+        nonlocal share_of_row
+        share_of_row = share / max(rows, 1)
+
+    conversations = read_conversations(specs, split=split, mapping=mapping, on_progress=reading)
     with AtomicFiles() as files:
         file = _Checked(files.open(path))
         with pa.ipc.new_stream(file, _SCHEMA) as writer:
-            for chunk in encode_rows(read_conversations(specs, split=split, mapping=mapping), encoder, workers):
+            for chunk in encode_rows(conversations, encoder, workers):
                 writer.write_batch(_batch(chunk, counts))
                 if on_progress is not None:
-                    on_progress(counts.seen)
+                    on_progress(counts.seen, min(share_of_row * counts.seen, 1.0))  # reading is ahead of encoding
             if counts.kept == 0:
                 raise _nothing_supervised(counts, encoder)
             description = {"key": key, "from": specs, "split": split, "template": encoder.template_name}

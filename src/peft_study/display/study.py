@@ -7,11 +7,12 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from rich.console import Group
-from rich.live import Live
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from peft_study.display.terminal import LiveDisplay, console, table
+from peft_study.display.progress import Work
+from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, table
+from peft_study.search.progress import StudySteps, study_steps
 from peft_study.statistics import short
 
 if TYPE_CHECKING:
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
 
 SPEED_SECONDS = 60.0
 """Tokens a second are counted over about so long."""
+DRAWN_SECONDS = 0.1
+"""The progress is computed anew at most this often: a row of a small model takes less."""
+STARTING_SECONDS = 5.0
+"""Before that, the speed says nothing about the time left."""
 STATES = ("running", "finished", "pruned", "diverged", "failed")
+RARE = ("diverged", "failed")
+"""They have a column only where there is one."""
 
 
 class StudyDisplay(LiveDisplay):
     """Shows a study."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        output = console(quiet=silent)
-        super().__init__(output, Live(console=output, transient=True, refresh_per_second=4))
+        super().__init__(silent=silent)
         self._config: StudyConfig | None = None
         self._state: StudyState | None = None
         self._due: dict[str, int] = {}
@@ -45,22 +51,24 @@ class StudyDisplay(LiveDisplay):
         self._tokens: list[tuple[float, int]] = []
         self._best: dict[str, float] = {}
         self._methods: set[str] = set()
-        self._started = time.monotonic()
-        self._done_before = 0
+        self._bar = Work("study")
+        self._steps_before = 0.0
+        self._drawn = 0.0
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """Prints the plan, or the rest of it."""
         self._config, self._state, self._slots = config, state, slots
-        self._started = time.monotonic()
         self._due = {method: state.due(method, config) for method in config.searched}
+        steps = study_steps(state, config, self._due, {})
+        self._steps_before = steps.done
+        self._bar = Work("study", first=steps.done / max(sum(steps), 1))
         trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in self._due.items())
         finals = config.finals.best * config.finals.seeds * len(self._due)
         self.say(f"{trials or 'no'} trials ({config.search.sampler}), then up to {finals} finals, on {slots} slots")
         if unequal := state.unequal(config):
             self.say(unequal)
-        self._done_before = sum(t.status != "running" for t in state.trials.values())
         if state.trials:
-            self.say(f"resumes: {self._done_before} trials have ended")
+            self.say(f"resumes: {sum(t.status != 'running' for t in state.trials.values())} trials have ended")
 
     def reported(self, report: Report, state: StudyState) -> None:
         """Moves the display; without a terminal, prints a line now and then."""
@@ -76,10 +84,21 @@ class StudyDisplay(LiveDisplay):
         self._paces = {n: p for n, p in {**self._paces, **report.paces}.items() if n in running}
         now, new = time.monotonic(), sum(p.tokens for p in report.paces.values())
         self._tokens = [(t, n) for t, n in self._tokens if now - t < SPEED_SECONDS] + [(now, new)]
-        if self.console.is_terminal:
-            self._live.update(self._view())
-        else:
-            self.tell(self._line())
+        if self.loudness == VERBOSE:
+            for name, pace in report.paces.items():
+                self.say(f"  {name}: step {pace.step}/{pace.total}, loss {pace.loss:.3f}")
+        if now - self._drawn > DRAWN_SECONDS:
+            self._drawn = now
+            self._measure()
+            self.refresh()
+
+    def moving(self) -> RenderableType:
+        """Returns the bar of the study over the live table; before it begins and at its end, the work under way."""
+        return super().moving() if self._state is None or self._work is not None else self._view()
+
+    def progress_line(self) -> str:
+        """Returns the study in one line."""
+        return super().progress_line() if self._state is None or self._work is not None else self._line()
 
     def ended(self, trial: TrialRecord, facts: Facts) -> None:
         """Prints a line for a trial that ended."""
@@ -100,6 +119,7 @@ class StudyDisplay(LiveDisplay):
         """Prints the tables, what they say, and what to do next; `best` is the winner."""
         from peft_study.report.findings import cost
 
+        self.loudness = max(self.loudness, NORMAL)  # these are the results
         self.console.print(search_table(study.results))
         for sentence in study.sentences:
             self.say(f"- {sentence}")
@@ -116,6 +136,26 @@ class StudyDisplay(LiveDisplay):
             return 0.0
         return sum(n for _, n in self._tokens[1:]) / max(self._tokens[-1][0] - self._tokens[0][0], 1e-9)
 
+    def _measure(self) -> None:
+        """Brings the bar up to date."""
+        config, state = self._config, self._state
+        assert config is not None
+        assert state is not None
+        steps = study_steps(state, config, self._due, {name: pace.step for name, pace in self._paces.items()})
+        self._bar.share = steps.done / max(sum(steps), 1)
+        self._bar.count = f"{steps.done:,.0f} of {sum(steps):,.0f} steps"
+        self._bar.left = self._left(steps, config.budget.minutes)
+
+    def _left(self, steps: StudySteps, minutes: float | None) -> float | None:
+        """Returns the seconds left at the speed of this start, finals included; None where there is none yet."""
+        speed = (steps.done - self._steps_before) / max(self._bar.elapsed, 1e-9)
+        if speed <= 0 or self._bar.elapsed < STARTING_SECONDS:
+            return None
+        search = steps.search / speed
+        if minutes is not None:
+            search = min(search, max(0.0, 60 * minutes - self._bar.elapsed))
+        return search + steps.finals / speed
+
     def _line(self) -> str:
         state = self._state
         assert state is not None
@@ -124,22 +164,7 @@ class StudyDisplay(LiveDisplay):
         ended = sum(t.status != "running" for t in state.trials.values())
         slots = f"{', '.join(running) or 'between trials'}{more}"
         trials = "1 trial" if ended == 1 else f"{ended} trials"
-        return f"{trials} ended; {slots}; {self._speed():,.0f} tokens/s{self._left()}"
-
-    def _left(self) -> str:
-        """Estimates the time left from the trials that ended in this start."""
-        config, state = self._config, self._state
-        assert config is not None
-        assert state is not None
-        here = sum(t.status != "running" for t in state.trials.values()) - self._done_before
-        left = sum(1 for _ in state.running())
-        for method in config.searched:
-            begun, planned = state.finals(method, config)
-            left += self._to_come(method) + planned - len(begun)
-        if here < 2 or left == 0:
-            return ""
-        seconds = (time.monotonic() - self._started) / here * left
-        return f"; about {seconds / 60:.0f} min left"
+        return f"{self._bar.line()}; {trials} ended; {slots}; {self._speed():,.0f} tokens/s"
 
     def _to_come(self, method: str) -> int:
         assert self._config is not None
@@ -147,22 +172,26 @@ class StudyDisplay(LiveDisplay):
         return self._state.to_come(method, self._config, self._due[method])
 
     def _view(self) -> Group:
-        """Returns methods x trials, what is in the slots, speed and time left."""
+        """Returns the bar, methods x trials, what is in the slots, and the speed."""
         config, state = self._config, self._state
         assert config is not None
         assert state is not None
-        methods = table(["method", "to come", *STATES, "finals", "best dev loss"], left=["method"])
+        counts: dict[str, Counter[str]] = {m: Counter(t.status for t in state.of(m, "search")) for m in config.searched}
+        shown = [s for s in STATES if s not in RARE or any(found[s] for found in counts.values())]
+        methods = table(["method", "to come", *shown, "finals", "best"], left=["method"])
         for method in config.searched:
-            states: Counter[str] = Counter(t.status for t in state.of(method, "search"))
-            counts = [str(states[state]) for state in STATES]
             begun, planned = state.finals(method, config)
             finals = f"{sum(t.status == 'finished' for t in begun)}/{planned}"
             best = f"{self._best[method]:.4f}" if method in self._best else "-"
-            methods.add_row(method.replace("_", " "), str(self._to_come(method)), *counts, finals, best)
+            numbers = [str(counts[method][status]) for status in shown]
+            methods.add_row(method.replace("_", " "), str(self._to_come(method)), *numbers, finals, best)
+        for column in methods.columns:
+            column.no_wrap = True
         slots = [f"{n} {p.step}/{p.total} loss {p.loss:.3f}" for n, p in self._paces.items()]
-        shown = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
-        foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s{self._left()}"
-        return Group(methods, Text("\n".join(f"  {s}" for s in shown)), Text(foot))
+        rows = slots[:8] + ([f"and {len(slots) - 8} more"] if len(slots) > 8 else [])
+        foot = f"{len(slots)} of {self._slots} slots; {self._speed():,.0f} tokens/s; best: dev loss so far"
+        lines = "\n".join([*(f"  {row}" for row in rows), foot])
+        return Group(self._bar, methods, Text(lines, no_wrap=True, overflow="ellipsis"))
 
 
 def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[str, str]]:

@@ -1,4 +1,9 @@
-"""Shows one run, live on a terminal and in quiet lines elsewhere; and what all displays share."""
+"""Shows one run, live on a terminal and in quiet lines elsewhere; and what all displays share.
+
+a terminal    lines that stay, and below them a part that moves (rich's Live)
+a notebook    lines by print, and one line of progress that is replaced
+a file        lines; one of progress every 10 s
+"""
 
 from __future__ import annotations
 
@@ -8,15 +13,18 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from peft_study.display.progress import Work, clock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,18 +36,35 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, progress is printed at most this often."""
+NOTEBOOK_SECONDS = 0.5
+"""A notebook's line of progress is replaced at most this often."""
 WIDE = 240
 """Columns where there is no terminal: a file or a pipe cuts nothing off."""
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+
+_loudness = NORMAL
+
+
+def set_loudness(level: int) -> None:
+    """Sets what all displays of this process show.
+
+    Args:
+        level: QUIET: warnings, errors and results; NORMAL: also progress and notes; VERBOSE: also every step, and the
+            libraries' own warnings.
+    """
+    global _loudness
+    _loudness = level
 
 
 def quiet_libraries() -> None:
     """Keeps the libraries' own bars and notices out of the display; errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "warning" if _loudness == VERBOSE else "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.showwarning = _plain_warning
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import which kernels it could not load
+    if _loudness < VERBOSE:
+        warnings.showwarning = _plain_warning
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells at import which kernels it could not load
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -48,15 +73,38 @@ def quiet_libraries() -> None:
 def _plain_warning(message: Warning | str, category: type[Warning], *_place: object, **_more: object) -> None:
     """Shows this program's own warnings in one line; notices of libraries about themselves are not the user's."""
     if category is UserWarning and "peft_study" in str(_place[0]):
-        print(f"warning: {message}", file=sys.stderr)
+        echo(f"warning: {message}", err=True)
 
 
-def console(*, quiet: bool = False) -> Console:
-    """Returns a console on stdout."""
-    found = Console(highlight=False, soft_wrap=True, quiet=quiet)
+def console(*, err: bool = False) -> Console:
+    """Returns a console on stdout or stderr: as wide as the terminal, and `WIDE` where there is none."""
+    # in a notebook rich would print HTML; there as in a file, plain text is printed
+    found = Console(highlight=False, markup=False, emoji=False, stderr=err, force_jupyter=False)
     if not found.is_terminal:
-        found.width = WIDE
+        found.width, found.soft_wrap = WIDE, True
     return found
+
+
+def write(output: Console, line: str, style: str | None = None) -> None:
+    """Prints a line. On a terminal it wraps at spaces; a longer word (a path) is left to the terminal, to be copied."""
+    output.print(wrapped(line, output.width) if output.is_terminal else line, style=style, soft_wrap=True)
+
+
+def wrapped(line: str, width: int) -> str:
+    """Returns a line with line feeds in place of spaces, so that no word that fits into `width` columns is broken."""
+    rows = [""]
+    for place, word in enumerate(line.split(" ")):
+        longer = f"{rows[-1]} {word}" if place else word
+        if cell_len(longer) <= width or not rows[-1].strip():
+            rows[-1] = longer
+        else:
+            rows.append(word)
+    return "\n".join(rows)
+
+
+def echo(line: str, *, err: bool = False) -> None:
+    """Prints a line on stdout or stderr, as `write` does."""
+    write(console(err=err), line)
 
 
 def table(names: Sequence[str], *, left: Sequence[str], title: str | None = None, caption: str | None = None) -> Table:
@@ -69,73 +117,173 @@ def table(names: Sequence[str], *, left: Sequence[str], title: str | None = None
 
 
 class LiveDisplay:
-    """Lines that stay and, on a terminal, a part below them that moves.
+    """Lines that stay, and progress: below them on a terminal, a line now and then elsewhere.
 
     Args:
-        console: where to.
-        live: the moving part.
+        err: print on stderr.
+        silent: print nothing.
     """
 
-    def __init__(self, console: Console, live: Live) -> None:
-        self.console, self._live = console, live
-        self._told = 0.0
+    def __init__(self, *, err: bool = False, silent: bool = False) -> None:
+        self.console = console(err=err)
+        self.console.quiet = silent
+        self.loudness = _loudness
+        self._work: Work | None = None
+        self._unnamed = Work("working")
+        self._notebook = _NotebookLine() if _in_notebook() and not err else None
+        self._told = time.monotonic()
+        self._live: Live | None = None
+        if self.console.is_interactive and not silent and self.loudness > QUIET:
+            self._live = Live(
+                console=self.console,
+                transient=True,
+                vertical_overflow="crop",
+                # what is redirected to a file must get there
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal:
+        if self._live is not None:
+            self._live.update(self.moving())
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.console.is_terminal:
+        if self._live is not None:
+            self._live.update(Group())  # the last drawing is not cropped, and could not be removed from a low terminal
             self._live.stop()
+        if self._notebook is not None:
+            self._notebook.show("")
 
-    def say(self, line: str) -> None:
-        """Prints a line that stays."""
-        self.console.print(line, markup=False)
+    def say(self, line: str, share: float | None = None) -> None:
+        """Prints a line that stays, or shows work under way, as `peft_study.training.session.Say`."""
+        if share is None:
+            warning = line[:8].lower() == "warning:"
+            if warning or self.loudness > QUIET:
+                write(self.console, line, "bold yellow" if warning else None)
+            self._unnamed = Work("working")
+        elif share < 1:
+            if self._work is None or self._work.what != line:
+                self._work = Work(line)
+                if self._live is None and self._notebook is None:
+                    self._told = time.monotonic()
+                    self.say(line)
+            self.working(line, share)
+        else:
+            work, self._work = self._work, None
+            if self._live is not None or self._notebook is not None:
+                self.say(line)
+            elif work is not None and work.what == line and work.elapsed > LINE_SECONDS:
+                self.say(f"{line}: done after {clock(work.elapsed)}")
+            self.refresh()
 
-    def tell(self, line: str, *, now: bool = False) -> None:
-        """Prints a line of progress where there is no terminal, `LINE_SECONDS` after the last one or `now`."""
+    def working(self, what: str, share: float, detail: str = "") -> None:
+        """Moves the line of the work under way.
+
+        Args:
+            what: names it; another name begins another work.
+            share: 0 to 1; 0: unknown.
+            detail: numbers.
+        """
+        if self._work is None or self._work.what != what:
+            self._work = Work(what)
+        self._work.share, self._work.detail = share, detail
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Shows the progress as it is now."""
+        if self._live is not None:
+            self._live.update(self.moving())
+        elif self._notebook is not None:
+            self._notebook.show_now_and_then(self.progress_line)
+        else:
+            self.tell(self.progress_line)
+
+    def moving(self) -> RenderableType:
+        """Returns what a terminal shows below the lines that stay: the work under way, if only that there is some."""
+        return self._work or self._unnamed
+
+    def progress_line(self) -> str:
+        """Returns the progress in one line; empty: there is none."""
+        return "" if self._work is None else self._work.line()
+
+    def tell(self, line: Callable[[], str], *, now: bool = False) -> None:
+        """Prints a line of progress in a log, `LINE_SECONDS` after the last one or `now`."""
         if now or time.monotonic() - self._told > LINE_SECONDS:
             self._told = time.monotonic()
-            self.say(line)
+            if text := line():
+                self.say(text)
+
+
+class _NotebookLine:
+    """One line of a notebook that is replaced. IPython is there where this is made."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._shown = 0.0
+
+    def show_now_and_then(self, line: Callable[[], str]) -> None:
+        """Replaces the line, `NOTEBOOK_SECONDS` after the last time."""
+        if time.monotonic() - self._shown > NOTEBOOK_SECONDS:
+            self.show(line())
+
+    def show(self, text: str) -> None:
+        """Replaces the line."""
+        from IPython.display import display
+
+        self._shown, data = time.monotonic(), {"text/plain": text}
+        if self._handle is not None:
+            self._handle.update(data, raw=True)
+        elif text:
+            self._handle = display(data, raw=True, display_id=True)
+
+
+def _in_notebook() -> bool:
+    return Console().is_jupyter
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[..., None]]:
+    """Shows rows, rows a second and time on stderr while the block runs; yields what receives rows and share (0..1)."""
+    with LiveDisplay(err=True) as display:
+        started = time.monotonic()
+        display.working(what, 0.0)
+
+        def on_progress(rows: int, share: float = 0.0) -> None:
+            speed = rows / max(time.monotonic() - started, 1e-9)
+            display.working(what, share, f"{rows:,} rows, {speed:,.0f} rows/s")
+
+        yield on_progress
 
 
 class RunDisplay(LiveDisplay):
     """Shows one run: a bar below lines that stay."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        output = console(quiet=silent)
+        super().__init__(silent=silent)
         if silent:
             warnings.simplefilter("ignore")  # the process that speaks has the same ones
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=output,
-        )
-        super().__init__(output, Live(self._progress, console=output, transient=True, refresh_per_second=4))
-        self._task: TaskID | None = None
-
-    def warn(self, line: str) -> None:
-        """Prints a warning that stays."""
-        self.console.print(f"WARNING: {line}", style="bold yellow", markup=False)
 
     def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
         """Moves the bar; without a terminal, prints a line now and then."""
-        numbers = f"loss {report.loss:.3f}"
+        if self._work is None or self._work.what != trial.name:
+            self._work = Work(trial.name, first=report.step / trial.total_steps)
+        work = self._work
+        work.detail = f"loss {report.loss:.3f}"
         if base_loss is not None:
-            numbers += f" (base {report.loss - base_loss:+.3f})"
-        numbers += f"  lr {report.learning_rate:.2g}  {report.tokens / report.seconds:,.0f} tokens/s"
-        if self.console.is_terminal:
-            if self._task is None:
-                self._task = self._progress.add_task(trial.name, total=trial.total_steps, numbers="")
-            self._progress.update(self._task, completed=report.step, numbers=numbers)
-        else:
-            self.tell(f"{trial.name}  step {report.step}/{trial.total_steps}  {numbers}", now=trial.finished)
+            work.detail += f" (base {report.loss - base_loss:+.3f})"
+        work.detail += f"  lr {report.learning_rate:.2g}  {report.tokens / report.seconds:,.0f} tokens/s"
+        work.share, work.count = report.step / trial.total_steps, f"step {report.step}/{trial.total_steps}"
+        if self.loudness == VERBOSE:
+            self.say(work.line())
+        elif trial.finished and self._live is None and self._notebook is None:
+            self.tell(work.line, now=True)
+        self.refresh()
+        if trial.finished:
+            self._work = None
 
     def counted(self, trial: Trial, trainable: Trainable) -> None:
         """Prints what trains."""
@@ -149,11 +297,12 @@ class RunDisplay(LiveDisplay):
         """Prints how the run ended and what to do next."""
         from peft_study.statistics import duration, few_examples
 
+        self.loudness = max(self.loudness, NORMAL)  # these are the results
         folder, best = finished.folder, finished.best_step
         begun = f" (resumed at step {finished.resumed_at})" if finished.resumed_at else ""
         where = f"total time {duration(finished.seconds)}{begun}; losses by step: {folder / 'metrics.jsonl'}"
         if finished.diverged or finished.after is None:
-            self.warn(f"the run diverged: {finished.diverged}; try a lower learning rate")
+            self.say(f"WARNING: the run diverged: {finished.diverged}; try a lower learning rate")
             if best is not None:
                 self.say(f"the adapter of step {best}, whose held-out loss was the lowest: {folder / 'best'}")
             self.say(where)
@@ -172,7 +321,7 @@ class RunDisplay(LiveDisplay):
         for what, command in next_commands(finished.config, folder):
             self.say(f"{what}: {command}")
         if finished.worse:
-            self.warn(f"the run {finished.worse}")
+            self.say(f"WARNING: the run {finished.worse}")
 
 
 def next_commands(config: TrainConfig, folder: Path) -> list[tuple[str, str]]:

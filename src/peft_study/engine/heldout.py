@@ -86,6 +86,11 @@ class BaseLosses:
                 self._losses_N = found
         self._losses_N = np.array(processes.of_first(self._losses_N.tolist()))
 
+    @property
+    def missing(self) -> int:
+        """Number of examples that were not measured yet."""
+        return int(np.isnan(self._losses_N).sum())
+
     def of(self, indices: Sequence[int]) -> Losses:
         """Returns the base's summed loss of each of these examples, computing the missing ones."""
         missing = sorted({i for i in indices if np.isnan(self._losses_N[i])})

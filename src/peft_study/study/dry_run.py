@@ -16,7 +16,7 @@ from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
 from peft_study.search.space_check import check_spaces, largest, tried
 from peft_study.search.trials import StudyState
-from peft_study.training.session import Say, Session, check_methods, open_session
+from peft_study.training.session import Say, Session, check_methods, open_session, timed
 
 MEASURED_STEPS = 2
 """Optimizer steps that are timed, after one that is not."""
@@ -77,7 +77,7 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
 
     Args:
         config: as the user wrote it.
-        say: receives a line before each step that takes time.
+        say: receives each step that takes time.
         in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:
@@ -120,10 +120,10 @@ def _method(
     training = space.at(lr_range_test.central(space), config.training).training
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
-    say(f"timing {MEASURED_STEPS} steps of {name}")
     adapter = create(setting, session.base, session.material, training.seed)
     trial = Trial(name, adapter, training.model_copy(update={"steps": MEASURED_STEPS + 1}), session.train)
-    seconds_a_token = _seconds_a_token(session, trial)
+    with timed(say, f"timing {MEASURED_STEPS} steps of {name}"):
+        seconds_a_token = _seconds_a_token(session, trial)
     tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
     trials, finals = config.trials(name), config.finals.best * config.finals.seeds
     finals = min(finals, trials * config.finals.seeds)

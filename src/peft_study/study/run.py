@@ -31,7 +31,7 @@ from peft_study.study.clock import StudyClock
 from peft_study.study.recommend import Recommended, Scale, write_recommended
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
-from peft_study.training.session import Say, refuse_other_inputs
+from peft_study.training.session import Say, refuse_other_inputs, timed
 from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.backend import Backend
 from peft_study.workers.local import LocalBackend
@@ -53,8 +53,8 @@ class FinishedStudy:
 class StudyWatcher(Protocol):
     """Receives the progress of a study."""
 
-    def say(self, line: str) -> None:
-        """Shows a line to the user."""
+    def say(self, line: str, share: float | None = None, /) -> None:
+        """Shows a line to the user, or work that takes time, as `Say`."""
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
         """Shows the plan, and what earlier starts have done of it."""
@@ -325,5 +325,5 @@ class _Study:
         finals = [t for m in self._scheduler.methods for t in state.of(m, "final") if t.last is not None]
         trained = [(t.name, t.settings.method, self._folder.trial(t.name).adapter) for t in finals]
         if trained:
-            self._watcher.say(f"opening the test part for {len(trained)} finalists")
-            self._scheduler.opened(self._backend.test(trained))
+            with timed(self._watcher.say, f"opening the test part for {len(trained)} finalists"):
+                self._scheduler.opened(self._backend.test(trained))

@@ -7,7 +7,6 @@ model + data ── look ──┐
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from peft_study.storage.run_dir import RunFolder
 from peft_study.study.plan import plan
 from peft_study.study.template import look, study_text
 from peft_study.study.yaml_file import SettingsFile, load_yaml, parse_yaml
-from peft_study.training.session import Say
+from peft_study.training.session import Say, timed
 
 FILE = "study.yaml"
 
@@ -79,17 +78,14 @@ class Request:
             raise ConfigError(f"{self.minutes:g} is not above 0", where="--minutes", remedy="give e.g. 60")
 
 
-def study_file(
-    request: Request, say: Say, *, overwrite: bool, write: bool, on_progress: Callable[[int], None] | None = None
-) -> SettingsFile:
+def study_file(request: Request, say: Say, *, overwrite: bool, write: bool) -> SettingsFile:
     """Returns the settings of the study that was asked for; the same request finds the file of its first start.
 
     Args:
         request: what was asked for.
-        say: receives a line before each step that takes time, and the plan.
+        say: receives each step that takes time, and the plan.
         overwrite: another study in the folder may be replaced.
         write: put the file into the study's folder.
-        on_progress: receives the rows read so far.
 
     Raises:
         UserError: as `look` and the study itself.
@@ -107,7 +103,8 @@ def study_file(
         return load_yaml(path)
     if RunFolder(request.folder).status() is not None and not overwrite:
         raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
-    start = look(request.model, request.data, split=request.split, on_progress=on_progress)
+    with timed(say, "reading the data"):
+        start = look(request.model, request.data, split=request.split)
     given: dict[str, Any] = {"budget.trials": request.trials, "budget.steps": request.steps}
     given = {key: value for key, value in given.items() if value is not None}
 

@@ -25,6 +25,7 @@ from peft_study.training.session import (
     bos_losses,
     check_methods,
     describe,
+    measure_base,
     open_session,
     past_context,
     refuse_other_inputs,
@@ -220,6 +221,7 @@ def _run(
     settings = TrialSettings(method=config.method, training=config.training)
     plan = TrialPlan(config.method.method, settings, folder, every, patience=config.early_stopping)
     settle(session, folder, [settings], trials=1, wanted=1)
+    measure_base(session, watcher.say)
     slots = Slots(
         session, logging, watcher, checkpoints=folder.checkpoints, identity=identity(config.model_dump(mode="json"))
     )

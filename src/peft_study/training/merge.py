@@ -30,7 +30,7 @@ from peft_study.model.precision import Placement, choose
 from peft_study.statistics import Estimate, Losses, difference, loss_value
 from peft_study.storage.files import atomic_folder, follow_umask
 from peft_study.storage.run_dir import RunFolder
-from peft_study.training.session import Say, describe, open_session
+from peft_study.training.session import Say, describe, open_session, timed
 
 SOFT = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CARTRIDGE")
 ROUNDING = 1e-4
@@ -119,7 +119,7 @@ def merge(
     Args:
         adapter: folder of the adapter.
         output: of the merged model; empty or not there.
-        say: receives a line before each step that takes time, and one where nothing is measured.
+        say: receives each step that takes time, and a line where nothing is measured.
         base: model to merge into instead of the one that the adapter names.
         dtype: of the weights that are written: float32, bfloat16 or float16.
         measure: measure the losses of the run's held-out rows before and after.
@@ -138,8 +138,8 @@ def merge(
     place, precision = choose(device).device, choose("cpu", dtype).dtype
     held_out = _before(adapter, base, device, say) if measure else None
     gc.collect()  # the engine refers to itself: without this, its model would stay beside the next one
-    say(f"merging in float32, writing {dtype}")
-    _write(adapter, output, base, precision, say)
+    with timed(say, f"merging in float32, writing {dtype}"):
+        _write(adapter, output, base, precision, say)
     return None if held_out is None else _after(output, held_out, Placement(place, precision), say)
 
 
@@ -190,9 +190,9 @@ def _before(adapter: Path, base: str | None, device: str, say: Say) -> _HeldOut 
         if record["data"].get("held_out_digest") not in (None, describe(session)["data"]["held_out_digest"]):
             raise ConfigError("the held-out rows are no longer those of the run")
         everything = range(len(session.held_out))
-        say(f"measuring {len(everything)} held-out rows")
-        (adapter_N,) = session.engine.losses([load_adapter(adapter, session.base)], session.held_out, everything)
-        base_N = session.base_held_out.of(everything)
+        with timed(say, f"measuring {len(everything)} held-out rows"):
+            (adapter_N,) = session.engine.losses([load_adapter(adapter, session.base)], session.held_out, everything)
+            base_N = session.base_held_out.of(everything)
     except UserError as error:
         say(f"not measured: {error}")
         return None
@@ -203,8 +203,9 @@ def _after(output: Path, held_out: _HeldOut, placement: Placement, say: Say) -> 
     """Returns the losses with the merged model's beside them."""
     rows, base_N, adapter_N, row_tokens = held_out
     try:
-        engine = Engine(load_base(str(output), placement=placement), row_tokens=row_tokens)
-        (merged_N,) = engine.losses([NoAdapter()], rows, range(len(rows)))
+        with timed(say, "measuring the merged model"):
+            engine = Engine(load_base(str(output), placement=placement), row_tokens=row_tokens)
+            (merged_N,) = engine.losses([NoAdapter()], rows, range(len(rows)))
     except UserError as error:
         say(f"not measured: {error}")
         return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from peft_study.config import DataConfig, MethodConfig, ModelConfig, TrainingCon
 from peft_study.data.chat import ChatEncoder, behind_bos
 from peft_study.data.conversation import Example
 from peft_study.data.dataset import Rows
-from peft_study.data.split import check_files, make_split
+from peft_study.data.split import Split, check_files, make_split
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses
 from peft_study.engine.memory import Room
@@ -31,8 +31,33 @@ from peft_study.statistics import Losses
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.run_dir import RunFolder
 
-Say = Callable[[str], None]
 _MATERIAL_ROWS = 2000
+
+
+class Say(Protocol):
+    """Shows the user a line, or work that takes time.
+
+    ``say(line)`` shows a line that stays; one that begins with ``WARNING:`` also where the user asked for quiet.
+    ``say(line, share)`` says that `share` (0..1) of the work in `line` is done: 0 at its beginning, or for as long as
+    nobody knows; 1 at its end.
+    """
+
+    def __call__(self, line: str, share: float | None = None, /) -> None:
+        """Shows it."""
+
+
+def unheard(_line: str, _share: float | None = None, /) -> None:
+    """Is a `Say` that shows nothing."""
+
+
+@contextmanager
+def timed(say: Say, line: str) -> Iterator[None]:
+    """Shows the block as work that takes time."""
+    say(line, 0.0)
+    try:
+        yield
+    finally:
+        say(line, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +112,7 @@ def open_session(
     Args:
         model, data: as configured.
         training: gives seeds, row size and gradient checkpointing.
-        say: receives a line before each step that takes time.
+        say: receives each step that takes time.
         test: whether rows are put aside for the final test.
         processes: that run the same trials; the one that writes comes first and fills the caches for the others.
         in_memory: the base and its tokenizer, where nothing is loaded.
@@ -103,8 +128,7 @@ def open_session(
         notes.append(encoder.bos_warning)
     base = _load(model, tokenizer, say, notes) if in_memory is None else borrow(in_memory)
     _note_packing(base, notes)
-    say("reading and tokenising the data")
-    rows = make_split(data, encoder, training.data_seed, test=test)
+    rows = _read(data, encoder, training.data_seed, say, test=test)
     notes += rows.notes
     if processes.writes:
         processes.wait()
@@ -160,15 +184,15 @@ def _load(model: ModelConfig, tokenizer: Any, say: Say, notes: list[str]) -> Bas
     placement = choose(model.device, model.dtype)
     notes += [placement.note] if placement.note else []
     precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
-    say(f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}")
-    base = load_base(
-        model.name,
-        tokenizer=tokenizer,
-        revision=model.revision,
-        placement=placement,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-    )
+    with timed(say, f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}"):
+        base = load_base(
+            model.name,
+            tokenizer=tokenizer,
+            revision=model.revision,
+            placement=placement,
+            quantization=model.quantization,
+            trust_remote_code=model.trust_remote_code,
+        )
     base.tokenizer_name = model.tokenizer
     return base
 
@@ -179,6 +203,17 @@ def _note_packing(base: Base, notes: list[str]) -> None:
         notes.append(f"{base.name}: its attention is not known here; it is run as it is, one example a row")
     elif not base.proof.packs:
         notes.append(f"{base.name}: positions of a row meet outside attention; it is run one example a row")
+
+
+def _read(data: DataConfig, encoder: ChatEncoder, seed: int, say: Say, *, test: bool) -> Split:
+    """Tokenises the data, or finds it in the cache, and divides it."""
+    reading = "reading and tokenising the data"
+
+    def on_progress(_rows: int, share: float) -> None:
+        say(reading, min(share, 0.99))  # dividing the rows is still to come
+
+    with timed(say, reading):
+        return make_split(data, encoder, seed, test=test, on_progress=on_progress)
 
 
 def _room(engine: Engine, processes: ProcessGroup) -> Room:
@@ -300,6 +335,14 @@ def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
         return engine.losses([NoAdapter()], rows, indices)[0]
 
     return BaseLosses(measure, len(rows), path, processes=engine.processes)
+
+
+def measure_base(session: Session, say: Say) -> None:
+    """Measures the untouched base on the held-out rows where that was not done yet."""
+    losses = session.base_held_out
+    if losses.missing:
+        with timed(say, f"measuring the untouched base on {losses.missing} held-out rows"):
+            losses.of(range(len(session.held_out)))
 
 
 def bos_losses(session: Session) -> str:

@@ -28,8 +28,8 @@ BASE_LOSS_STEPS = 50
 class Watcher(Protocol):
     """Receives the progress of trials."""
 
-    def say(self, line: str) -> None:
-        """Receives a line for the user."""
+    def say(self, line: str, share: float | None = None, /) -> None:
+        """Receives lines for the user and work that takes time, as `Say`."""
 
     def counted(self, trial: Trial, trainable: Trainable) -> None:
         """Receives the parameter counts, before step 1."""

@@ -16,7 +16,7 @@ from peft_study.search.space_check import check_spaces, largest
 from peft_study.statistics import Losses
 from peft_study.storage.study_dir import StudyFolder, basis
 from peft_study.training.loop import Commands
-from peft_study.training.session import Say, open_session
+from peft_study.training.session import Say, measure_base, open_session
 from peft_study.training.slot_count import settle
 from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.backend import Trained
@@ -42,6 +42,7 @@ class LocalBackend:
         self._worker = Worker(
             self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
         )
+        measure_base(self._session, self._say)
         self.facts = facts(self._session)
         return self
 

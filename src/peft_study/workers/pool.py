@@ -25,7 +25,7 @@ from peft_study.statistics import Losses
 from peft_study.storage.study_dir import StudyFolder, basis
 from peft_study.training import slot_count
 from peft_study.training.loop import Commands
-from peft_study.training.session import Say, refuse_other_inputs
+from peft_study.training.session import Say, refuse_other_inputs, timed
 from peft_study.training.slot_count import Capacity
 from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.backend import Launcher, Link, Trained, WorkerDied
@@ -83,9 +83,9 @@ class WorkerPool:
         self._launcher.__enter__()
         try:
             workers, threads = _counted(self._launcher.count, "worker"), _counted(self._launcher.threads, "thread")
-            self._say(f"{workers}, each with {threads}; the first one loads {self._config.model.name}")
-            self._open(0)
-            opened: Opened = self._first_answer()
+            with timed(self._say, f"{workers}, each with {threads}; the first one loads {self._config.model.name}"):
+                self._open(0)
+                opened: Opened = self._first_answer()
             self._first_opened = replace(opened, facts=None)
             assert opened.facts is not None
             self.facts: Facts = opened.facts

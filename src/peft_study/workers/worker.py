@@ -94,8 +94,9 @@ class _Collector:
         self.lines: list[str] = []
         self.trainable: dict[str, Trainable] = {}
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def say(self, line: str, share: float | None = None, /) -> None:
+        if share is None:
+            self.lines.append(line)
 
     def counted(self, trial: Trial, trainable: Trainable) -> None:
         self.trainable[trial.name] = trainable

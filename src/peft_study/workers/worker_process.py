@@ -28,7 +28,7 @@ from peft_study.errors import OutputError, UserError
 from peft_study.search.space_check import check_spaces, largest
 from peft_study.storage.study_dir import basis
 from peft_study.training import slot_count
-from peft_study.training.session import Session, describe, open_session
+from peft_study.training.session import Session, describe, open_session, unheard
 from peft_study.training.slot_count import Capacity
 from peft_study.workers.worker import Facts, Worker, facts
 
@@ -93,7 +93,7 @@ class WorkerProcess:
         if Path(folder).is_dir():
             os.chdir(folder)
         self._config = config = StudyConfig.model_validate_json(settings)
-        session = open_session(config.model, config.data, config.training, lambda _line: None, test=True)
+        session = open_session(config.model, config.data, config.training, unheard, test=True)
         # the first worker measures the free memory before the others load
         room = Room(session.engine, free=None if first is None else first.free, sharing=sharing)
         self._session = session = replace(session, room=room)
