@@ -78,12 +78,12 @@ def status(study: _Folder = None) -> None:
     from peft_study.cli.study_views import show_status
     from peft_study.report.run_reader import is_run, read_run
     from peft_study.report.status import study_status
-    from peft_study.report.study_reader import open_study
+    from peft_study.report.study_reader import read_study
 
     if is_run(study or Path()):
         show_run(read_run(study or Path()), everything=False)
         return
-    found = open_study(study)
+    found = read_study(study)
     show_status(found, study_status(found))
 
 
@@ -104,7 +104,7 @@ def list_trials(
     from peft_study.cli.study_views import print_csv, print_json, show_rows
     from peft_study.errors import ConfigError
     from peft_study.report.run_reader import list_folder
-    from peft_study.report.study_reader import open_study, rows
+    from peft_study.report.study_reader import read_study, rows
 
     if as_json and as_csv:
         raise ConfigError("--json and --csv exclude each other", remedy="give one of them")
@@ -116,7 +116,7 @@ def list_trials(
         else:
             show_entries(entries)
         return
-    found = open_study(study)
+    found = read_study(study)
     chosen = rows(found, method=method, status=status, sort=sort)
     if as_json:
         print_json(chosen)
@@ -181,9 +181,9 @@ def clean(
 ) -> None:
     """Free disk space: checkpoints, event files, and adapters of trials that are no finalists."""
     from peft_study.cli.study_views import show_spare
-    from peft_study.report.study_reader import open_study
+    from peft_study.report.study_reader import read_study
     from peft_study.study.cleanup import clean as delete
     from peft_study.study.cleanup import spare
 
-    found = open_study(study)
+    found = read_study(study)
     show_spare(spare(found) if dry_run else delete(found, force=force), dry_run=dry_run)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peft_study.report.compare import Comparison
     from peft_study.report.results import Row
     from peft_study.report.status import MethodStatus, StudyStatus
-    from peft_study.report.study_reader import Details, Study
+    from peft_study.report.study_reader import Details, StudyRecord
     from peft_study.statistics import Estimate
     from peft_study.storage.study_dir import Owner
     from peft_study.study.cleanup import Spare
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed")
 
 
-def show_status(study: Study, found: StudyStatus) -> None:
+def show_status(study: StudyRecord, found: StudyStatus) -> None:
     """Prints the state of a study."""
     from peft_study.report.findings import recommendation
 
@@ -89,7 +89,7 @@ def _methods_table(methods: Sequence[MethodStatus]) -> Table:
     return rows
 
 
-def show_rows(study: Study, rows: Sequence[Row]) -> None:
+def show_rows(study: StudyRecord, rows: Sequence[Row]) -> None:
     """Prints a row a trial."""
     from peft_study.report.study_reader import progress
 
@@ -131,7 +131,7 @@ def print_csv(rows: Iterable[Row]) -> None:
     write_csv(rows, sys.stdout)
 
 
-def show_details(study: Study, found: Details) -> None:
+def show_details(study: StudyRecord, found: Details) -> None:
     """Prints everything about a trial."""
     output, row = console(), found.row
     trial = row.trial

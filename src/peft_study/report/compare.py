@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from peft_study.errors import ConfigError
 from peft_study.report.results import settings_of
-from peft_study.report.study_reader import Study
+from peft_study.report.study_reader import StudyRecord
 from peft_study.search.trials import TrialRecord
 from peft_study.statistics import Estimate, Losses, mean_over_seeds, seeds_difference
 
@@ -50,7 +50,7 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def compare(study: Study, first: TrialRecord, second: TrialRecord) -> Comparison:
+def compare(study: StudyRecord, first: TrialRecord, second: TrialRecord) -> Comparison:
     """Compares two trials.
 
     Settings of the search that were both retrained are compared as means over the finals' seeds; else the two trials
@@ -110,7 +110,7 @@ def _verdict(found: Comparison, above: Estimate, part: str) -> str:
     return f"on the {part} part {better} is better than {worse} by {by}"
 
 
-def _retrained(study: Study, trial: TrialRecord) -> list[TrialRecord]:
+def _retrained(study: StudyRecord, trial: TrialRecord) -> list[TrialRecord]:
     """Returns a searched setting's finals where all of them have ended; else nothing.
 
     Raises:
@@ -130,7 +130,7 @@ def _retrained(study: Study, trial: TrialRecord) -> list[TrialRecord]:
     return finals
 
 
-def _value(study: Study, trial: TrialRecord) -> Losses:
+def _value(study: StudyRecord, trial: TrialRecord) -> Losses:
     if trial.kind == "reference":
         assert study.examples is not None
         return study.examples.base_N
@@ -142,7 +142,7 @@ def _value(study: Study, trial: TrialRecord) -> Losses:
     return trial.last
 
 
-def _test(study: Study, trials: list[TrialRecord]) -> npt.NDArray[np.float64] | None:
+def _test(study: StudyRecord, trials: list[TrialRecord]) -> npt.NDArray[np.float64] | None:
     sums = [study.state.test[t.name] for t in trials if t.name in study.state.test]
     return np.stack(sums) if len(sums) == len(trials) else None
 

@@ -15,7 +15,7 @@ from typing import Any
 from peft_study.config import TrainConfig, validate
 from peft_study.errors import UserError
 from peft_study.report.status import RunState, disk, state_of
-from peft_study.report.study_reader import RUNS, estimate, is_study, open_study, sizes
+from peft_study.report.study_reader import RUNS, estimate, is_study, read_study, sizes
 from peft_study.statistics import Estimate
 from peft_study.storage import metrics
 from peft_study.storage.run_dir import RunFolder
@@ -177,7 +177,7 @@ def _entry(path: Path) -> Entry:
         run = read_run(path)
         progress = str(run.step) if run.total is None else f"{run.step}/{run.total}"
         return Entry(path, run.config.method.method, run.state, progress, run)
-    study = open_study(path)
+    study = read_study(path)
     ended = sum(trial.status not in ("running", "interrupted") for trial in study.state.trials.values())
     state, _ = state_of(study.folder.run, study.owner)
     return Entry(path, f"study of {', '.join(study.config.methods)}", state, f"{ended} trials", None)

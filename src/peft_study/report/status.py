@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from peft_study.report.results import Row, row_of
-from peft_study.report.study_reader import Study, progress, sizes
+from peft_study.report.study_reader import StudyRecord, progress, sizes
 from peft_study.search.trials import best_first
 from peft_study.statistics import Estimate, mean_loss
 from peft_study.storage.run_dir import RunFolder
@@ -67,7 +67,7 @@ class StudyStatus:
     disk: dict[str, int]
 
 
-def study_status(study: Study) -> StudyStatus:
+def study_status(study: StudyRecord) -> StudyStatus:
     """Returns the state of a study."""
     state, reason = state_of(study.folder.run, study.owner)
     path = study.folder.path
@@ -99,7 +99,7 @@ def state_of(folder: RunFolder, writer: Owner | None) -> tuple[RunState, str | N
     return status, reason
 
 
-def _elapsed(study: Study, state: str) -> timedelta | None:
+def _elapsed(study: StudyRecord, state: str) -> timedelta | None:
     if study.began is None:
         return None
     end = datetime.now(UTC)
@@ -110,7 +110,7 @@ def _elapsed(study: Study, state: str) -> timedelta | None:
     return max(end - study.began, timedelta())
 
 
-def _method(study: Study, method: str) -> MethodStatus:
+def _method(study: StudyRecord, method: str) -> MethodStatus:
     state, config = study.state, study.config
     searched, tests = state.of(method, "search"), state.of(method, "range_test")
     finals, all_finals = state.finals(method, config)

@@ -26,7 +26,7 @@ STATES: tuple[str, ...] = get_args(State)
 
 
 @dataclass(frozen=True, slots=True)
-class Study:
+class StudyRecord:
     """A study as its folder tells it.
 
     Attributes:
@@ -86,7 +86,7 @@ def find_study(path: Path | None) -> StudyFolder:
     raise OutputError("there is no study here or under runs/", remedy="give the output folder of a study")
 
 
-def open_study(path: Path | None) -> Study:
+def read_study(path: Path | None) -> StudyRecord:
     """Reads a study.
 
     Raises:
@@ -105,10 +105,10 @@ def open_study(path: Path | None) -> Study:
     if writer is None:
         for trial in state.running():
             trial.status = "interrupted"
-    return Study(folder, config, state, kept[0] if kept else None, kept[1] if kept else None, writer)
+    return StudyRecord(folder, config, state, kept[0] if kept else None, kept[1] if kept else None, writer)
 
 
-def find_trials(names: Sequence[str], study: Path | None) -> tuple[Study, tuple[TrialRecord, ...]]:
+def find_trials(names: Sequence[str], study: Path | None) -> tuple[StudyRecord, tuple[TrialRecord, ...]]:
     """Returns a study and some of its trials.
 
     Args:
@@ -116,7 +116,7 @@ def find_trials(names: Sequence[str], study: Path | None) -> tuple[Study, tuple[
         study: the study's folder, or None as in `find_study`.
 
     Raises:
-        OutputError: as in `open_study`.
+        OutputError: as in `read_study`.
         ConfigError: when there is no such trial, or they are of two studies: their examples may differ.
     """
     found: list[Path] = []
@@ -130,11 +130,11 @@ def find_trials(names: Sequence[str], study: Path | None) -> tuple[Study, tuple[
                 raise ConfigError("trials of two studies are not compared", where=name, remedy="give two of one study")
         elif len(path.parts) != 1:
             raise ConfigError("is no path of a trial", where=name, remedy="give its name, or STUDY/trials/NAME")
-    opened = open_study(found[0] if found else study)
+    opened = read_study(found[0] if found else study)
     return opened, tuple(_trial(opened, Path(name).name) for name in names)
 
 
-def _trial(study: Study, name: str) -> TrialRecord:
+def _trial(study: StudyRecord, name: str) -> TrialRecord:
     """Returns a trial by its name."""
     trials = study.state.trials
     if name in trials:
@@ -149,7 +149,7 @@ def _trial(study: Study, name: str) -> TrialRecord:
 
 
 def rows(
-    study: Study, *, method: str | None = None, status: str | None = None, sort: str | None = None
+    study: StudyRecord, *, method: str | None = None, status: str | None = None, sort: str | None = None
 ) -> tuple[Row, ...]:
     """Returns trials with their numbers.
 
@@ -189,7 +189,7 @@ def _key(row: Row, sort: str) -> tuple[bool, Any]:
     return value is None, value or 0
 
 
-def details(study: Study, trial: TrialRecord) -> Details:
+def details(study: StudyRecord, trial: TrialRecord) -> Details:
     """Returns everything about one trial."""
     assert study.examples is not None
     folder = study.folder.trial(trial.name)
@@ -208,7 +208,7 @@ def estimate(value: float | None, low: float | None, high: float | None) -> Esti
     )
 
 
-def progress(study: Study, trial: TrialRecord) -> int:
+def progress(study: StudyRecord, trial: TrialRecord) -> int:
     """Returns the optimizer steps that a trial under way has written down."""
     records = metrics.read(study.folder.trial(trial.name).metrics)
     return max((record["step"] for record in records), default=0)

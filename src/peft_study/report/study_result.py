@@ -13,8 +13,7 @@ from peft_study.errors import ModelError
 from peft_study.report.findings import sentences
 from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
-from peft_study.report.study_reader import Study as StudyRecord
-from peft_study.report.study_reader import open_study as read_study
+from peft_study.report.study_reader import StudyRecord, read_study
 from peft_study.search.trials import value_of
 from peft_study.statistics import Estimate, seeds_difference, short
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError
-from peft_study.report.study_reader import Study, sizes
+from peft_study.report.study_reader import StudyRecord, sizes
 from peft_study.search.trials import best_first
 from peft_study.storage.files import output_error
 
@@ -22,7 +22,7 @@ class Spare:
     size: int
 
 
-def spare(study: Study) -> tuple[Spare, ...]:
+def spare(study: StudyRecord) -> tuple[Spare, ...]:
     """Returns what can be freed: checkpoints, adapters of trials that are no finalists, TensorBoard events.
 
     The last checkpoint of a finished study stays. It holds no tensors and marks the study as done: without it the same
@@ -38,7 +38,7 @@ def spare(study: Study) -> tuple[Spare, ...]:
     return tuple(Spare(what, path, sum(sizes(path).values())) for what, path in found if path.is_dir())
 
 
-def clean(study: Study, *, force: bool) -> tuple[Spare, ...]:
+def clean(study: StudyRecord, *, force: bool) -> tuple[Spare, ...]:
     """Deletes what `spare` names, and returns it.
 
     Args:
@@ -65,12 +65,12 @@ def clean(study: Study, *, force: bool) -> tuple[Spare, ...]:
     return found
 
 
-def _finished(study: Study) -> bool:
+def _finished(study: StudyRecord) -> bool:
     status = study.folder.run.status()
     return status is not None and status[0] == "finished"
 
 
-def _checkpoints(study: Study) -> list[Path]:
+def _checkpoints(study: StudyRecord) -> list[Path]:
     top = study.folder.checkpoints
     if not _finished(study):
         return [top]
@@ -79,7 +79,7 @@ def _checkpoints(study: Study) -> list[Path]:
     return [found.folder for found in whole]
 
 
-def _kept(study: Study) -> set[str]:
+def _kept(study: StudyRecord) -> set[str]:
     """Returns the trials whose adapters stay: finalists and their seeds, or a method's best where it has none."""
     state = study.state
     kept = {trial.name for trial in state.trials.values() if trial.kind == "final"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.errors import ConfigError, Interrupted
-from peft_study.report.study_reader import Study
+from peft_study.report.study_reader import StudyRecord
 from peft_study.search.trials import TrialRecord
 from peft_study.statistics import Estimate, Losses, mean_loss
 from peft_study.storage.environment import environment
@@ -54,7 +54,7 @@ class Rerun:
     notes: tuple[str, ...]
 
 
-def rerun(study: Study, trial: TrialRecord, watcher: Watcher, stop: StopRequest) -> Rerun:
+def rerun(study: StudyRecord, trial: TrialRecord, watcher: Watcher, stop: StopRequest) -> Rerun:
     """Trains a trial again into STUDY/reruns/NAME, with the study's data, row budget and threads.
 
     A pruned trial is trained up to where it was stopped.
@@ -130,7 +130,7 @@ def tolerance(dev: Estimate, *, steps: int, exact: bool) -> float:
     return max(fine, min(coarse, NOISE_SHARE * (dev.high - dev.low) / 2))
 
 
-def _new_folder(study: Study, trial: TrialRecord) -> RunFolder:
+def _new_folder(study: StudyRecord, trial: TrialRecord) -> RunFolder:
     """Returns reruns/NAME, or NAME-2, ...: the first that does not exist yet."""
     reruns, number = study.folder.path / "reruns", 1
     while (path := reruns / (trial.name if number == 1 else f"{trial.name}-{number}")).exists():
@@ -139,7 +139,7 @@ def _new_folder(study: Study, trial: TrialRecord) -> RunFolder:
 
 
 def _train(
-    study: Study, trial: TrialRecord, session: Session, folder: RunFolder, watcher: Watcher, stop: StopRequest
+    study: StudyRecord, trial: TrialRecord, session: Session, folder: RunFolder, watcher: Watcher, stop: StopRequest
 ) -> tuple[dict[int, Losses], Outcome]:
     settings = trial.settings.model_copy(update={"rungs": tuple(trial.sums)})
     plan = TrialPlan(trial.name, settings, folder)
@@ -167,7 +167,7 @@ def _train(
 
 
 def _judged(
-    study: Study, trial: TrialRecord, sums: Mapping[int, Losses], outcome: Outcome, dtype: str
+    study: StudyRecord, trial: TrialRecord, sums: Mapping[int, Losses], outcome: Outcome, dtype: str
 ) -> tuple[tuple[tuple[int, float, float], ...], float | None, bool]:
     """Returns `curve`, `tolerance` and `same` of a `Rerun`."""
     assert study.examples is not None
