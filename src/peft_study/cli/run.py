@@ -144,7 +144,7 @@ def finetune(context: typer.Context) -> None:
     if not arguments or {"--help", "-h"} & set(arguments):
         typer.echo(usage())
         return
-    if Path(arguments[0]).suffix in (".yaml", ".yml"):
+    if _is_settings_file(Path(arguments[0])):
         quiet_libraries()
         _finetune_file(arguments)
         return
@@ -177,6 +177,19 @@ def finetune(context: typer.Context) -> None:
         display.conclude(finished)
     if finished.diverged or finished.harmed:
         raise typer.Exit(1)
+
+
+def _is_settings_file(path: Path) -> bool:
+    """Returns whether a file holds settings in sections, as recommended.yaml, and not open-instruct's arguments."""
+    import yaml
+
+    if path.suffix not in (".yaml", ".yml"):
+        return False
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the reader of arguments says what is wrong
+    return isinstance(values, dict) and "method" in values
 
 
 def _finetune_file(arguments: list[str]) -> None:

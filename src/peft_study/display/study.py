@@ -13,7 +13,7 @@ from rich.text import Text
 from peft_study.display.progress import Work
 from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, table
 from peft_study.search.progress import StudySteps, study_steps
-from peft_study.statistics import short
+from peft_study.statistics import duration, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -206,17 +206,10 @@ def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[
             *steps,
         ]
     for recommended in study.recommended[:1]:
-        about = "" if recommended.seconds is None else f", about {in_words(recommended.seconds)}"
+        about = "" if recommended.seconds is None else f", about {duration(recommended.seconds)}"
         what = f"train it longer, {recommended.steps:,} steps{about} (its first lines say why)"
         steps.append((what, f"peft-study finetune {shlex.quote(str(recommended.path))}"))
     return steps
-
-
-def in_words(seconds: float) -> str:
-    """Returns a duration in the unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def show_estimate(found: StudyEstimate) -> None:

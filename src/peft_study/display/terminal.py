@@ -326,7 +326,9 @@ class RunDisplay(LiveDisplay):
 
 def next_commands(config: TrainConfig, folder: Path) -> list[tuple[str, str]]:
     """Returns what can be done with a finished run, each with the command for it, ready to be pasted into a shell."""
-    method, data = config.method.method, config.data.train
+    from peft_study.model.load import MEMORY
+
+    method, data, model = config.method.method, config.data.train, config.model.name
     adapter = folder / "adapter"
     found: list[tuple[str, list[object]]] = [
         ("try it", ["peft-study", "chat", adapter]),
@@ -336,8 +338,8 @@ def next_commands(config: TrainConfig, folder: Path) -> list[tuple[str, str]]:
         found.append(("curves", ["tensorboard", "--logdir", folder / "tensorboard"]))
     if method == "lora":
         found.append(("merge", ["peft-study", "merge", adapter, "-o", f"{folder}_merged"]))
-    if method != "full" and all(source.take == 1 for source in data):
+    if method != "full" and not model.startswith(MEMORY) and all(source.take == 1 for source in data):
         sources = [word for source in data for word in ("--data", source.path)]
-        study = ["peft-study", "run", "--model", config.model.name, *sources, "--methods", method]
+        study = ["peft-study", "run", "--model", model, *sources, "--methods", method]
         found.append(("a study of its learning rate", [*study]))
     return [(what, shlex.join(map(str, words))) for what, words in found]

@@ -132,12 +132,8 @@ def open_session(
     notes += rows.notes
     if processes.writes:
         processes.wait()
-    engine = Engine(
-        base,
-        row_tokens=training.row_tokens,
-        gradient_checkpointing=training.gradient_checkpointing,
-        processes=processes,
-    )
+    recompute, row_tokens = training.gradient_checkpointing, training.row_tokens
+    engine = Engine(base, row_tokens=row_tokens, gradient_checkpointing=recompute, processes=processes)
     parts = [rows.train, rows.held_out, *([] if rows.test is None else [rows.test])]
     return Session(
         base,
