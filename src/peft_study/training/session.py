@@ -124,17 +124,16 @@ def open_session(
         processes.wait()
     notes: list[str] = []
     tokenizer, encoder = _check(model, data, in_memory, test=test)
-    if encoder.bos_warning:
-        notes.append(encoder.bos_warning)
+    notes += [encoder.bos_warning] if encoder.bos_warning else []
     base = _load(model, tokenizer, say, notes) if in_memory is None else borrow(in_memory)
-    _note_packing(base, notes)
+    notes += _about_packing(base)
     rows = _read(data, encoder, training.data_seed, say, test=test)
     notes += rows.notes
     if processes.writes:
         processes.wait()
-    recompute, row_tokens = training.gradient_checkpointing, training.row_tokens
-    engine = Engine(base, row_tokens=row_tokens, gradient_checkpointing=recompute, processes=processes)
-    parts = [rows.train, rows.held_out, *([] if rows.test is None else [rows.test])]
+    recompute = training.gradient_checkpointing
+    engine = Engine(base, row_tokens=training.row_tokens, gradient_checkpointing=recompute, processes=processes)
+    parts = [part for part in (rows.train, rows.held_out, rows.test) if part is not None]
     return Session(
         base,
         engine,
@@ -193,12 +192,13 @@ def _load(model: ModelConfig, tokenizer: Any, say: Say, notes: list[str]) -> Bas
     return base
 
 
-def _note_packing(base: Base, notes: list[str]) -> None:
-    """Adds a note where the base runs one example a row."""
+def _about_packing(base: Base) -> list[str]:
+    """Returns a note where the base runs one example a row."""
     if not base.proof.segmented:
-        notes.append(f"{base.name}: its attention is not known here; it is run as it is, one example a row")
-    elif not base.proof.packs:
-        notes.append(f"{base.name}: positions of a row meet outside attention; it is run one example a row")
+        return [f"{base.name}: its attention is not known here; it is run as it is, one example a row"]
+    if not base.proof.packs:
+        return [f"{base.name}: positions of a row meet outside attention; it is run one example a row"]
+    return []
 
 
 def _read(data: DataConfig, encoder: ChatEncoder, seed: int, say: Say, *, test: bool) -> Split:
