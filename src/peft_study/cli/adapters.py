@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from peft_study.cli.data import Overwrite
+
+if TYPE_CHECKING:
+    from peft_study.evaluation.generation import Answerer
 
 _Adapter = Annotated[
     list[str],
@@ -92,8 +96,8 @@ def generate(
     """Answer every prompt of a file with a trained adapter, greedily."""
     import json
 
-    from peft_study.display.terminal import quiet_libraries
-    from peft_study.evaluation.generation import Answerer, read_prompts, write_answers
+    from peft_study.display.terminal import echo, progress, quiet_libraries
+    from peft_study.evaluation.generation import read_prompts, write_answers
     from peft_study.storage.files import refuse_existing, refuse_unwritable
 
     quiet_libraries()
@@ -102,36 +106,74 @@ def generate(
     if output is not None:
         refuse_existing(output, overwrite=overwrite, sources=questions.files)
         refuse_unwritable(output)
-    answerer = Answerer.load(found, base=base, device=device)
+    answerer = _loaded(found, base, device)
     rows = ({**row, "answer": answerer.answer(row["prompt"], max_new_tokens)} for row in questions.rows)
     if output is not None:
-        write_answers(rows, output)
-        typer.echo(f"{len(questions.rows)} answers -> {output}")
+        with progress("answering") as on_progress:
+            count = len(questions.rows)
+            write_answers(_counted(rows, lambda done: on_progress(done, done / count)), output)
+        echo(f"{count} answers -> {output}")
     else:
         for row in rows:
             typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 def chat(adapter: _Adapter, base: _Base = None, max_new_tokens: _Tokens = 256, device: _Device = "auto") -> None:
-    """Talk to a trained adapter; an empty line or Ctrl-D ends."""
+    """Talk to a trained adapter; an empty line, Ctrl-D or Ctrl-C ends, and Ctrl-C in an answer ends the answer."""
     from peft_study.display.terminal import quiet_libraries
-    from peft_study.evaluation.generation import Answerer
 
     quiet_libraries()
-    answerer = Answerer.load(_folder(adapter), base=base, device=device)
+    answerer = _loaded(_folder(adapter), base, device)
     messages: list[dict[str, str]] = []
     while True:
         try:
             line = input("you: ").strip()
-        except EOFError:
-            line = ""
+        except (EOFError, KeyboardInterrupt):
+            typer.echo("")
+            return
         if not line:
             return
         messages.append({"role": "user", "content": line})
-        typer.echo("adapter: ", nl=False)
-        answer = answerer.answer(messages, max_new_tokens, stream=lambda text: typer.echo(text, nl=False))
+        answer = _answered(answerer, messages, max_new_tokens)
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+        else:
+            messages.pop()  # as if it had not been asked: templates refuse an empty turn
+
+
+def _answered(answerer: Answerer, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+    """Prints an answer while it is made, and returns it; Ctrl-C ends it there."""
+    said: list[str] = []
+
+    def stream(text: str) -> None:
+        said.append(text)
+        typer.echo(text, nl=False)
+
+    typer.echo("adapter: ", nl=False)
+    try:
+        return answerer.answer(messages, max_new_tokens, stream=stream)
+    except KeyboardInterrupt:
+        typer.echo(" [stopped]", nl=False)
+        return "".join(said)
+    finally:
         typer.echo("")
-        messages.append({"role": "assistant", "content": answer})
+
+
+def _loaded(adapter: Path, base: str | None, device: str) -> Answerer:
+    """Returns an adapter on its base, ready to answer."""
+    from peft_study.display.terminal import LiveDisplay
+    from peft_study.evaluation.generation import Answerer
+
+    with LiveDisplay(err=True) as display:
+        display.working(f"loading {adapter}", 0.0)
+        return Answerer.load(adapter, base=base, device=device)
+
+
+def _counted(rows: Iterable[dict[str, Any]], heard: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    """Yields rows, and tells how many there were."""
+    for number, row in enumerate(rows, start=1):
+        yield row
+        heard(number)
 
 
 def _folder(words: list[str]) -> Path:

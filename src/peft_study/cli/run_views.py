@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from peft_study.cli.study_views import disk_text, megabytes, say, state_text, steps_text
-from peft_study.display.terminal import console, table
+from peft_study.cli.study_views import disk_text, megabytes, state_text, steps_text
+from peft_study.display.terminal import console, table, write
 from peft_study.statistics import duration, short
 
 if TYPE_CHECKING:
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 def show_run(found: RunStatus, *, everything: bool) -> None:
     """Prints the state of a run; `everything`: with its settings, its curve and its files."""
     output, config, path = console(), found.config, found.folder.path
-    say(output, state_text(path, found.state, found.reason, found.owner))
+    write(output, state_text(path, found.state, found.reason, found.owner))
     if found.resume is not None:
         step = f"at step {found.checkpoint}" if found.checkpoint is not None else "at step 0, for want of a checkpoint"
-        say(output, f"to resume it {step}, in the folder it was started in: {found.resume}")
+        write(output, f"to resume it {step}, in the folder it was started in: {found.resume}")
     elif found.state in ("killed", "interrupted", "failed"):
-        say(output, "the same command resumes it")
+        write(output, "the same command resumes it")
     if found.began is not None and found.elapsed is not None:
         began, took = found.began.astimezone().strftime("%Y-%m-%d %H:%M"), duration(found.elapsed.total_seconds())
-        say(output, f"last started {began}, {f'{took} ago' if found.state == 'running' else f'ran {took}'}")
+        write(output, f"last started {began}, {f'{took} ago' if found.state == 'running' else f'ran {took}'}")
     data = ", ".join(source.path + (f" ({source.take:g})" if source.take != 1 else "") for source in config.data.train)
-    say(output, f"{config.method.method.replace('_', ' ')} of {config.model.name} on {data}")
+    write(output, f"{config.method.method.replace('_', ' ')} of {config.model.name} on {data}")
     progress = [f"step {steps_text(found.step, found.total)}"]
     if found.loss is not None:
         progress.append(f"loss of the last batch {found.loss:.3f}")
     if found.speed is not None:
         progress.append(f"{found.speed:,.0f} tokens/s")
-    say(output, ", ".join(progress))
+    write(output, ", ".join(progress))
     if (kept := found.kept) is not None:
         best = " (the lowest so far: early stopping keeps its adapter)" if kept.best else ""
-        say(output, f"held-out loss after step {kept.step}{best}: {kept.loss}")
-        say(output, f"against the untouched base: {kept.minus_base}")
+        write(output, f"held-out loss after step {kept.step}{best}: {kept.loss}")
+        write(output, f"against the untouched base: {kept.minus_base}")
     if found.folder.adapter.is_dir():
-        say(output, f"adapter: {shlex.quote(str(found.folder.adapter))}")
+        write(output, f"adapter: {shlex.quote(str(found.folder.adapter))}")
     if everything:
         _show_everything(found)
-    say(output, disk_text(found.disk))
+    write(output, disk_text(found.disk))
 
 
 def _show_everything(found: RunStatus) -> None:
@@ -52,9 +52,9 @@ def _show_everything(found: RunStatus) -> None:
     for title in ("method", "training", "data", "model"):
         values = getattr(found.config, title).model_dump(mode="json", exclude={"train", "name"}).items()
         shown = ", ".join(f"{name} {short(value)}" for name, value in values if value is not None)
-        say(output, f"{title}: {shown}")
+        write(output, f"{title}: {shown}")
     if found.config.early_stopping is not None:
-        say(output, f"early stopping: after {found.config.early_stopping} held-out losses without a lower one")
+        write(output, f"early stopping: after {found.config.early_stopping} held-out losses without a lower one")
     rows = table(["step", "held-out loss", "against the base", ""], left=("",))
     for point in found.curve:
         mark = "" if found.kept is None or not found.kept.best or point.step != found.kept.step else "kept"
@@ -65,7 +65,7 @@ def _show_everything(found: RunStatus) -> None:
     for name, size in found.files.items():
         top, inner, _ = name.partition("/")
         parts[top + inner] = parts.get(top + inner, 0) + size
-    say(output, "files: " + ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items()))
+    write(output, "files: " + ", ".join(f"{name} {megabytes(size)}" for name, size in parts.items()))
 
 
 def show_entries(entries: Sequence[Entry]) -> None:

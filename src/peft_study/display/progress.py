@@ -1,4 +1,4 @@
-"""Work under way as one line: what it is, a bar, how far it is, the time spent and the time left."""
+"""Work under way as one line: what, a bar, how far, time spent, time left; and where that line moves on a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.control import Control
+from rich.live import Live
+from rich.live_render import LiveRender
+from rich.segment import Segment
 from rich.text import Text
 
 SHOWN_AFTER = 1.0
@@ -90,3 +94,47 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(max(seconds, 0.0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class SteadyLive(Live):
+    """rich's Live, cropped to the terminal, that leaves nothing behind when it ends or the terminal gets narrower."""
+
+    def __init__(self, console: Console, *, redirect_stdout: bool, redirect_stderr: bool) -> None:
+        super().__init__(
+            console=console,
+            transient=True,
+            vertical_overflow="crop",
+            redirect_stdout=redirect_stdout,
+            redirect_stderr=redirect_stderr,
+        )
+        self._live_render = _Drawing(console)
+
+    def stop(self) -> None:
+        """Removes the moving part."""
+        self.update(Group())  # the last drawing is not cropped, and could not be removed from a low terminal
+        super().stop()
+
+
+class _Drawing(LiveRender):
+    """What was drawn last. A terminal that gets narrower wraps its lines: then it is as many rows higher."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(Group(), vertical_overflow="crop")
+        self._console, self._width, self._lengths = console, 0, [0]
+
+    def position_cursor(self) -> Control:
+        """Returns what moves the cursor to the first row of the drawing, and erases it."""
+        width = self._console.width
+        if self._shape is not None and width < self._width:
+            self._shape = width, sum(max(1, -(-length // width)) for length in self._lengths)
+        return super().position_cursor()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draws it, and keeps the length of each line."""
+        self._width, self._lengths = options.max_width, [0]
+        for segment in super().__rich_console__(console, options):
+            if segment == Segment.line():
+                self._lengths.append(0)
+            elif isinstance(segment, Segment):
+                self._lengths[-1] += segment.cell_length
+            yield segment

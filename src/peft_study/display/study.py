@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from peft_study.display.progress import Work
-from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, table
+from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, table, write
 from peft_study.search.progress import StudySteps, study_steps
 from peft_study.statistics import duration, short
 
@@ -52,7 +52,7 @@ class StudyDisplay(LiveDisplay):
         self._best: dict[str, float] = {}
         self._methods: set[str] = set()
         self._bar = Work("study")
-        self._steps_before = 0.0
+        self._first_step: tuple[float, float] | None = None  # its time, and the steps that were done before
         self._drawn = 0.0
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:
@@ -60,7 +60,6 @@ class StudyDisplay(LiveDisplay):
         self._config, self._state, self._slots = config, state, slots
         self._due = {method: state.due(method, config) for method in config.searched}
         steps = study_steps(state, config, self._due, {})
-        self._steps_before = steps.done
         self._bar = Work("study", first=steps.done / max(sum(steps), 1))
         trials = ", ".join(f"{count} of {m.replace('_', ' ')}" for m, count in self._due.items())
         finals = config.finals.best * config.finals.seeds * len(self._due)
@@ -147,14 +146,17 @@ class StudyDisplay(LiveDisplay):
         self._bar.left = self._left(steps, config.budget.minutes)
 
     def _left(self, steps: StudySteps, minutes: float | None) -> float | None:
-        """Returns the seconds left at the speed of this start, finals included; None where there is none yet."""
-        speed = (steps.done - self._steps_before) / max(self._bar.elapsed, 1e-9)
-        if speed <= 0 or self._bar.elapsed < STARTING_SECONDS:
+        """Returns the seconds left at the speed since the first step, finals included; None where there is none yet."""
+        now = time.monotonic()
+        if self._first_step is None or steps.done <= self._first_step[1]:
+            self._first_step = now, steps.done  # until there is a step, nothing is known of their speed
+        seconds, taken = now - self._first_step[0], steps.done - self._first_step[1]
+        if taken <= 0 or seconds < STARTING_SECONDS:
             return None
-        search = steps.search / speed
+        search = steps.search * seconds / taken
         if minutes is not None:
             search = min(search, max(0.0, 60 * minutes - self._bar.elapsed))
-        return search + steps.finals / speed
+        return search + steps.finals * seconds / taken
 
     def _line(self) -> str:
         state = self._state
@@ -215,8 +217,11 @@ def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[
 def show_estimate(found: StudyEstimate) -> None:
     """Prints the estimate of a study."""
     output = console()
-    names = ["method", "range test", "trials", "steps", "million tokens", "minutes", "MB/slot"]
+    names = ["method", "range\ntest", "trials", "steps", "million\ntokens", "minutes", "MB/slot"]
     rows = table(names, left=["method"], title="What it would take (nothing was written)")
+    rows.padding = 0
+    for column in rows.columns:
+        column.no_wrap = True
     for m in found.methods:
         rows.add_row(
             m.method,
@@ -231,14 +236,14 @@ def show_estimate(found: StudyEstimate) -> None:
     least, most = (sum(getattr(m, n) for m in found.methods) / 60 for n in ("expected_seconds", "seconds"))
     tests = " and range tests too" if any(m.range_rates for m in found.methods) else ""
     free = "" if found.free_bytes is None else f"; {found.free_bytes / 2**30:.1f} GB of memory are free beside the base"
-    output.print(
+    lines = [
         f"{found.train_rows:,} training rows, {found.dev_rows} dev, {found.test_rows} test; "
-        f"together {least:.3g} to {most:.3g} minutes of training, finals included{tests}{free}"
-    )
-    output.print("from measured steps of each method alone; the first number is with all the pruning its rule allows,")
-    output.print("and held-out losses come on top. Side by side in full rows trials take less.")
-    for note in found.notes:
-        output.print(note)
+        f"together {least:.3g} to {most:.3g} minutes of training, finals included{tests}{free}",
+        "from measured steps of each method alone; the first number is with all the pruning its rule allows, "
+        "and held-out losses come on top. Side by side in full rows trials take less.",
+    ]
+    for line in (*lines, *found.notes):
+        write(output, line)
 
 
 def search_table(results: Results) -> Table:
@@ -246,15 +251,15 @@ def search_table(results: Results) -> Table:
     title = "Search: dev loss, nats a token (± 95 % over examples, one seed)"
     rows = table(["trial", "rate", "dev loss", "against the base", "status"], left=["trial", "status"], title=title)
     ranked = {(f.method, f.number) for f in results.finalists}
-    rows.add_row("untouched base", "", _plus_minus(results.base_dev), "", "")
+    rows.add_row("untouched base", "", plus_minus(results.base_dev), "", "")
     for method in results.methods:
         own = [row for row in results.rows if row.trial.kind == "search" and row.trial.method == method]
         for row in sorted(own, key=_order):
             rows.add_row(
                 row.trial.name,
                 f"{row.settings['learning_rate']:.3g}",
-                _plus_minus(row.dev),
-                _plus_minus(row.minus_base),
+                plus_minus(row.dev),
+                plus_minus(row.minus_base),
                 row.trial.status,
                 style="bold" if (method, row.trial.number) in ranked else None,
             )
@@ -276,16 +281,16 @@ def finals_table(results: Results) -> Table:
         mark = " *" if f.winner else " (untuned)" if f.untuned else f" ({f.failed} failed)" if f.failed else ""
         rows.add_row(
             f"{f.method}-{f.number:03d}{mark}",
-            _plus_minus(f.dev),
-            _plus_minus(f.test),
-            _plus_minus(f.test_minus_base),
+            plus_minus(f.dev),
+            plus_minus(f.test),
+            plus_minus(f.test_minus_base),
             style="bold" if f.winner else None,
         )
-    rows.add_row("untouched base", _plus_minus(results.base_dev), _plus_minus(results.base_test), "")
+    rows.add_row("untouched base", plus_minus(results.base_dev), plus_minus(results.base_test), "")
     return rows
 
 
-def _plus_minus(estimate: Estimate | None) -> str:
+def plus_minus(estimate: Estimate | None) -> str:
     """Returns a value with half its interval; the results' files have both ends."""
     if estimate is None:
         return "-"

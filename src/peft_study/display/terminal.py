@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from peft_study.display.progress import Work, clock
+from peft_study.display.progress import SteadyLive, Work, clock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,16 +78,20 @@ def _plain_warning(message: Warning | str, category: type[Warning], *_place: obj
 
 def console(*, err: bool = False) -> Console:
     """Returns a console on stdout or stderr: as wide as the terminal, and `WIDE` where there is none."""
-    # in a notebook rich would print HTML; there as in a file, plain text is printed
-    found = Console(highlight=False, markup=False, emoji=False, stderr=err, force_jupyter=False)
+    # in a notebook rich would print HTML, or take the output for a terminal; plain text is printed there, as in a file
+    terminal = False if _in_notebook() else None
+    found = Console(
+        highlight=False, markup=False, emoji=False, stderr=err, force_jupyter=False, force_terminal=terminal
+    )
     if not found.is_terminal:
         found.width, found.soft_wrap = WIDE, True
     return found
 
 
-def write(output: Console, line: str, style: str | None = None) -> None:
+def write(output: Console, line: str, style: str = "") -> None:
     """Prints a line. On a terminal it wraps at spaces; a longer word (a path) is left to the terminal, to be copied."""
-    output.print(wrapped(line, output.width) if output.is_terminal else line, style=style, soft_wrap=True)
+    text = wrapped(line, output.width) if output.is_terminal else line
+    output.print(Text(text, style), soft_wrap=True)  # a style of `print` would also be that of the moving part below
 
 
 def wrapped(line: str, width: int) -> str:
@@ -116,6 +120,12 @@ def table(names: Sequence[str], *, left: Sequence[str], title: str | None = None
     return found
 
 
+def fits(output: Console, shown: Table) -> bool:
+    """Returns whether a table can be printed without wrapping or cutting a cell."""
+    unbounded = output.options.update(width=10_000)
+    return output.measure(shown, options=unbounded).maximum <= output.width
+
+
 class LiveDisplay:
     """Lines that stay, and progress: below them on a terminal, a line now and then elsewhere.
 
@@ -132,15 +142,11 @@ class LiveDisplay:
         self._unnamed = Work("working")
         self._notebook = _NotebookLine() if _in_notebook() and not err else None
         self._told = time.monotonic()
-        self._live: Live | None = None
+        self._live: SteadyLive | None = None
         if self.console.is_interactive and not silent and self.loudness > QUIET:
-            self._live = Live(
-                console=self.console,
-                transient=True,
-                vertical_overflow="crop",
-                # what is redirected to a file must get there
-                redirect_stdout=sys.stdout.isatty(),
-                redirect_stderr=sys.stderr.isatty(),
+            # what is redirected to a file must get there
+            self._live = SteadyLive(
+                self.console, redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty()
             )
 
     def __enter__(self) -> Self:
@@ -153,17 +159,16 @@ class LiveDisplay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live is not None:
-            self._live.update(Group())  # the last drawing is not cropped, and could not be removed from a low terminal
             self._live.stop()
         if self._notebook is not None:
-            self._notebook.show("")
+            self._notebook.show(str, now=True)
 
     def say(self, line: str, share: float | None = None) -> None:
         """Prints a line that stays, or shows work under way, as `peft_study.training.session.Say`."""
         if share is None:
             warning = line[:8].lower() == "warning:"
             if warning or self.loudness > QUIET:
-                write(self.console, line, "bold yellow" if warning else None)
+                write(self.console, line, "bold yellow" if warning else "")
             self._unnamed = Work("working")
         elif share < 1:
             if self._work is None or self._work.what != line:
@@ -173,12 +178,12 @@ class LiveDisplay:
                     self.say(line)
             self.working(line, share)
         else:
-            work, self._work = self._work, None
+            work, self._work, self._unnamed = self._work, None, Work("working")
+            self.refresh(now=True)
             if self._live is not None or self._notebook is not None:
                 self.say(line)
             elif work is not None and work.what == line and work.elapsed > LINE_SECONDS:
                 self.say(f"{line}: done after {clock(work.elapsed)}")
-            self.refresh()
 
     def working(self, what: str, share: float, detail: str = "") -> None:
         """Moves the line of the work under way.
@@ -193,12 +198,12 @@ class LiveDisplay:
         self._work.share, self._work.detail = share, detail
         self.refresh()
 
-    def refresh(self) -> None:
-        """Shows the progress as it is now."""
+    def refresh(self, *, now: bool = False) -> None:
+        """Shows the progress as it is; `now`: also where it was shown a moment ago."""
         if self._live is not None:
-            self._live.update(self.moving())
+            self._live.update(self.moving(), refresh=now)
         elif self._notebook is not None:
-            self._notebook.show_now_and_then(self.progress_line)
+            self._notebook.show(self.progress_line, now=now)
         else:
             self.tell(self.progress_line)
 
@@ -225,20 +230,17 @@ class _NotebookLine:
         self._handle: Any = None
         self._shown = 0.0
 
-    def show_now_and_then(self, line: Callable[[], str]) -> None:
-        """Replaces the line, `NOTEBOOK_SECONDS` after the last time."""
-        if time.monotonic() - self._shown > NOTEBOOK_SECONDS:
-            self.show(line())
-
-    def show(self, text: str) -> None:
-        """Replaces the line."""
+    def show(self, line: Callable[[], str], *, now: bool) -> None:
+        """Replaces the line, `NOTEBOOK_SECONDS` after the last time or `now`."""
+        if not now and time.monotonic() - self._shown < NOTEBOOK_SECONDS:
+            return
         from IPython.display import display
 
-        self._shown, data = time.monotonic(), {"text/plain": text}
+        self._shown, text = time.monotonic(), line()
         if self._handle is not None:
-            self._handle.update(data, raw=True)
+            self._handle.update({"text/plain": text}, raw=True)
         elif text:
-            self._handle = display(data, raw=True, display_id=True)
+            self._handle = display({"text/plain": text}, raw=True, display_id=True)
 
 
 def _in_notebook() -> bool:

@@ -33,6 +33,8 @@ def study_steps(state: StudyState, config: StudyConfig, due: Mapping[str, int], 
     done = {"search": 0.0, "final": 0.0}
     left = {"search": 0.0, "final": 0.0}
     for trial in state.trials.values():
+        if trial.kind == "reference":
+            continue
         part, whole = "final" if trial.kind == "final" else "search", _whole(trial)
         if trial.status == "running":
             taken = max(steps.get(trial.name, 0), max(trial.sums, default=0))

@@ -39,10 +39,10 @@ class LocalBackend:
         )
         for note in check_spaces(self._session, config):
             self._say(note)
+        measure_base(self._session, self._say)
         self._worker = Worker(
             self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
         )
-        measure_base(self._session, self._say)
         self.facts = facts(self._session)
         return self
 
