@@ -6,7 +6,8 @@ from peft_study.config import Choices, MethodConfig, MethodSpace, Range, StudyCo
 from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.lr_range_test import central
-from peft_study.training.session import Session, check_methods, past_context
+from peft_study.training.fitting import check_methods, past_context
+from peft_study.training.session import Session
 
 
 def largest(config: StudyConfig) -> dict[str, TrialSettings]:

@@ -16,7 +16,8 @@ from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
 from peft_study.search.space_check import check_spaces, largest, tried
 from peft_study.search.trials import StudyState
-from peft_study.training.session import Say, Session, check_methods, open_session, timed
+from peft_study.training.fitting import check_methods
+from peft_study.training.session import Say, Session, open_session, timed
 
 MEASURED_STEPS = 2
 """Optimizer steps that are timed, after one that is not."""

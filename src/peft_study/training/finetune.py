@@ -18,18 +18,10 @@ from peft_study.model.in_memory import ModelInMemory
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
+from peft_study.training.fitting import check_methods, past_context
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Slots
-from peft_study.training.session import (
-    Session,
-    bos_losses,
-    check_methods,
-    describe,
-    measure_base,
-    open_session,
-    past_context,
-    refuse_other_inputs,
-)
+from peft_study.training.session import Session, bos_losses, describe, measure_base, open_session, refuse_other_inputs
 from peft_study.training.slot_count import settle
 from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 

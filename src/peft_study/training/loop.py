@@ -24,7 +24,8 @@ from peft_study.engine.engine import StepEvent
 from peft_study.engine.row import DoesNotFit
 from peft_study.errors import OutputError, UserError
 from peft_study.statistics import Losses
-from peft_study.training.session import Session, refuse_unfit, room_for
+from peft_study.training.fitting import refuse_unfit, room_for
+from peft_study.training.session import Session
 from peft_study.training.trial_run import Ending, Outcome, TrialPlan, TrialRun, Watcher
 
 CHECKPOINT_SHARE = 0.05

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from peft_study.config import DataConfig, MethodConfig, ModelConfig, TrainingConfig
+from peft_study.config import DataConfig, ModelConfig, TrainingConfig
 from peft_study.data.chat import ChatEncoder, behind_bos
 from peft_study.data.conversation import Example
 from peft_study.data.dataset import Rows
@@ -19,10 +19,9 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses
 from peft_study.engine.memory import Room
 from peft_study.engine.processes import ALONE, ProcessGroup
-from peft_study.errors import ConfigError, ModelError, OutputError, TemplateError, first_line, out_of_memory
+from peft_study.errors import ConfigError, OutputError, TemplateError
 from peft_study.methods.base import Material
 from peft_study.methods.reference import NoAdapter
-from peft_study.methods.registry import create, size
 from peft_study.model.in_memory import ModelInMemory, borrow
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
@@ -229,67 +228,6 @@ def _longest(base: Base, parts: Sequence[Rows]) -> int:
             remedy=f"set it to {base.positions} or less",
         )
     return longest
-
-
-def refuse_unfit(session: Session, method: MethodConfig) -> None:
-    """Refuses a setting that cannot be trained on this base, data and device.
-
-    Raises:
-        ModelError: when it needs more positions than the model has, or more memory than there is.
-    """
-    positions, virtual = session.base.positions, _virtual_tokens(session, method)
-    if positions is not None and session.longest + virtual > positions:
-        shorter = f", or max_length {positions - virtual} or less" if positions > virtual else ""
-        raise ModelError(
-            f"{virtual:,} virtual tokens and the longest example's {session.longest:,} tokens need "
-            f"{session.longest + virtual:,} positions, but the model has {positions:,}",
-            remedy=f"use fewer tokens{shorter}",
-        )
-    session.room.refuse(method, session.longest)
-
-
-def _virtual_tokens(session: Session, method: MethodConfig) -> int:
-    found = size(method, session.base)
-    return found.row_tokens + found.prefix_tokens
-
-
-def past_context(session: Session, methods: Iterable[MethodConfig]) -> str | None:
-    """Returns a line for the user where a setting goes beyond the positions that the model was made for, else None."""
-    virtual = max((_virtual_tokens(session, method) for method in methods), default=0)
-    context = session.base.context
-    if context is None or session.longest + virtual <= context:
-        return None
-    return (
-        f"the longest example's {session.longest:,} tokens and {virtual:,} virtual tokens go beyond the {context:,} "
-        "positions that the model was made for: it computes them, but its answers there may be poor"
-    )
-
-
-@contextmanager
-def room_for(session: Session, method: MethodConfig) -> Iterator[None]:
-    """Turns out of memory in the block into a ModelError that names the setting."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        name, device = size(method, session.base).name, session.base.device
-        what = f"{name} does not fit into the memory of {device} ({first_line(error)})"
-        raise ModelError(what, remedy="make it smaller, or have fewer trials side by side (slots)") from None
-
-
-def check_methods(session: Session, methods: Iterable[MethodConfig], seed: int) -> None:
-    """Makes each method's adapter once, so that one that does not fit is refused before anything is written.
-
-    Raises:
-        ModelError: when a method does not fit the model, its positions or the memory.
-        ConfigError: when the data is too small for its initialisation.
-    """
-    for method in methods:
-        with room_for(session, method):
-            refuse_unfit(session, method)
-            if method.method != "full":  # which fits every model, and would copy all of it
-                create(method, session.base, session.material, seed)
 
 
 def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) -> None:

@@ -15,7 +15,8 @@ from peft_study.engine.memory import MemoryProbe, measured, probe
 from peft_study.errors import UserError
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.storage.run_dir import RunFolder
-from peft_study.training.session import Session, check_methods
+from peft_study.training.fitting import check_methods
+from peft_study.training.session import Session
 
 _FILE = "capacity.json"
 CPU_ROW = 512
