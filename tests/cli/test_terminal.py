@@ -22,10 +22,10 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(ran: Ran) -> list[str]:
-    """Returns what was printed, after checking that it fits 80 columns; a path alone may be longer."""
+    """Returns what was printed, after checking that it fits 80 columns; a path, or a command to paste, may be longer."""
     found = [line.rstrip() for line in (ran.out + ran.err).splitlines()]
     for line in found:
-        assert len(line) <= 80 or " " not in line.strip(), line
+        assert len(line) <= 80 or " " not in line.strip() or "peft-study " in line or "tensorboard " in line, line
         assert "…" not in line, line
     return found
 
@@ -81,6 +81,17 @@ def test_looking_at_a_study_fits_80_columns(studied: tuple[Ran, Path], cli: Comm
         ("compare", "lora-000", finals[0], "-s", folder),
     ):
         lines(cli(*words).ok())
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_command_to_paste_is_one_line(studied: tuple[Ran, Path], cli: CommandLine) -> None:
+    folder = studied[1]
+    ran = cli("run", folder / "config.given.json", "-o", folder).ok()
+    said = ran.out[ran.out.index("what next:") :].splitlines()
+    commands = [line.strip() for line in said if line.startswith("    ")]
+    assert len(commands) == 4
+    assert all(command.startswith("peft-study ") and str(folder) in command for command in commands)
+    assert max(map(len, commands)) > 80
 
 
 def test_in_a_pipe_the_list_has_everything_in_a_row(studied: tuple[Ran, Path], cli: CommandLine) -> None:

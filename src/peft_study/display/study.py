@@ -128,7 +128,8 @@ class StudyDisplay(LiveDisplay):
         self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
         self.say("what next:")
         for what, command in next_steps(study, best):
-            self.say(f"  {what}:\n    {command}")
+            self.say(f"  {what}:")
+            self.command(f"    {command}")
 
     def _speed(self) -> float:
         if len(self._tokens) < 2:

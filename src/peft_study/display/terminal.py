@@ -185,6 +185,10 @@ class LiveDisplay:
             elif work is not None and work.what == line and work.elapsed > LINE_SECONDS:
                 self.say(f"{line}: done after {clock(work.elapsed)}")
 
+    def command(self, line: str) -> None:
+        """Prints a line with a command in it, which can be pasted: it is not wrapped, however long it is."""
+        self.console.print(Text(line), soft_wrap=True)
+
     def working(self, what: str, share: float, detail: str = "") -> None:
         """Moves the line of the work under way.
 
@@ -321,7 +325,7 @@ class RunDisplay(LiveDisplay):
         self.say(f"{where}; everything else: {folder}")
         self.say(f"adapter: {folder / 'adapter'}")
         for what, command in next_commands(finished.config, folder):
-            self.say(f"{what}: {command}")
+            self.command(f"{what}: {command}")
         if finished.worse:
             self.say(f"WARNING: the run {finished.worse}")
 
