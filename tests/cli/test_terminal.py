@@ -22,7 +22,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lines(ran: Ran) -> list[str]:
-    """Returns what was printed, after checking that it fits 80 columns; a path, or a command to paste, may be longer."""
+    """Returns what was printed, after checking that it fits 80 columns; a path or a command may be longer."""
     found = [line.rstrip() for line in (ran.out + ran.err).splitlines()]
     for line in found:
         assert len(line) <= 80 or " " not in line.strip() or "peft-study " in line or "tensorboard " in line, line
