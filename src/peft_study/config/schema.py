@@ -1,6 +1,6 @@
 """The JSON schema of a study file, with which editors complete, explain and check one while it is written.
 
-It ships with the package as `SCHEMA_FILE`; ``peft-study schema -o FILE`` writes it anew after the settings changed.
+It ships with the package as `SCHEMA_FILE`; ``peft-study schema -o FILE`` writes it again after the settings changed.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Work:
         return f"{clock(self.elapsed)} elapsed" + ("" if left is None else f", {clock(left)} left")
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Is drawn anew at each refresh, in the width that the terminal has then."""
+        """Returns a new drawing at each refresh, as wide as the terminal is then."""
         if self.elapsed >= SHOWN_AFTER:
             text = self.text(options.max_width, ascii_only=options.ascii_only)
             yield Text(text, no_wrap=True, overflow="crop")

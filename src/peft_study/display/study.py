@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SPEED_SECONDS = 60.0
 """Tokens a second are counted over about so long."""
 DRAWN_SECONDS = 0.1
-"""The progress is computed anew at most this often: a row of a small model takes less."""
+"""The progress is computed at most this often: a row of a small model takes less."""
 STARTING_SECONDS = 5.0
 """Before that, the speed says nothing about the time left."""
 STATES = ("running", "finished", "pruned", "diverged", "failed")

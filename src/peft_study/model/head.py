@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_LOGITS = (1 << 23) - (1 << 16)
 """Logits held at a time on CPU (positions x vocabulary): just under 32 MiB in float32; accelerators hold twice as many.
 
-From 32 MiB on, glibc asks the kernel for every buffer anew, and clearing its pages costs more than the arithmetic.
+From 32 MiB on, glibc asks the kernel for every buffer again, and clearing its pages costs more than the arithmetic.
 """
 
 Transform = Callable[[Tensor], Tensor]
