@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ def test_methods_are_named(methods: Any, names: dict[str, str]) -> None:
             lambda: Study("m", "t.jsonl", trials=0),
             "Study, budget.trials: Input should be greater than or equal to 1 (value: 0)",
         ),
+        (
+            lambda: Study("m", "t.jsonl", [3]),
+            "methods: 3 is no method; give names, LoRA(...) and its like, or configurations of peft",
+        ),
+        (lambda: LoRA(rank=[8, 0]), "LoRA, rank.1: Input should be greater than or equal to 1 (value: 0)"),
         (
             lambda: Study("m", {"train": "t.jsonl", "held_out": -1}),
             "Study, data.held_out: a comparison needs held-out rows: give a number above 0 (value: -1)",
@@ -159,3 +165,11 @@ def test_what_is_no_base_is_refused(tiny_model_folder: Path) -> None:
         Study(bare, ROWS)
     with pytest.raises(ConfigError, match="tokenizer: is an object, but the model is not"):
         Study("m", ROWS, tokenizer=AutoTokenizer.from_pretrained(model.name_or_path))
+
+
+def test_a_method_shows_its_settings_where_it_is_called() -> None:
+    parameters = inspect.signature(PromptTuning).parameters
+    assert {name: parameter.default for name, parameter in parameters.items()} == {
+        "tokens": 8, "init": "text", "init_text": None, "learning_rate": None, "warmup_ratio": 0.03, "weight_decay": 0.0,
+    }  # fmt: skip
+    assert all(f"    {name}: " in (PromptTuning.__doc__ or "") for name in parameters)

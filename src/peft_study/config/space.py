@@ -11,6 +11,7 @@ A rate left out is searched all the same: a comparison at one method's rate says
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -26,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from peft_study.config.common import SettingError, Strict, complaint
+from peft_study.config.common import SettingError, Strict, complaint, validate
 from peft_study.config.methods import METHODS
 from peft_study.config.run import TRAINING_DIMENSIONS, TrainingConfig, TrialSettings
 
@@ -259,9 +260,36 @@ def _space(method: str) -> type[MethodSpace]:
 SPACES: dict[str, type[MethodSpace]] = {method: _space(method) for method in METHODS}
 """The class of each method's space: the settings of its configuration, each of which may be searched."""
 
-LoRA: Callable[..., MethodSpace] = SPACES["lora"]
-PrefixTuning: Callable[..., MethodSpace] = SPACES["prefix_tuning"]
-PromptTuning: Callable[..., MethodSpace] = SPACES["prompt_tuning"]
+
+def _maker(name: str, method: str) -> Callable[..., MethodSpace]:
+    """Returns the function that makes a method's space from Python, with its settings in signature and docstring."""
+    fields = {n: field for n, field in SPACES[method].model_fields.items() if n not in ("method", "space")}
+
+    def make(**settings: Any) -> MethodSpace:
+        return validate(SPACES[method], {"method": method, **settings}, where=name)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = "\n".join(
+        [
+            METHODS[method].__doc__ or "",
+            "",
+            "Each setting is one value, a list of values to try, or a `Range`; a learning rate left out is searched.",
+            "",
+            "Args:",
+            *(f"    {n}: {field.description}." for n, field in fields.items()),
+            "",
+            "Raises:",
+            "    ConfigError: naming the setting, its value and the remedy.",
+        ]
+    )
+    parameters = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=f.default) for n, f in fields.items()]
+    make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return make
+
+
+LoRA = _maker("LoRA", "lora")
+PrefixTuning = _maker("PrefixTuning", "prefix_tuning")
+PromptTuning = _maker("PromptTuning", "prompt_tuning")
 
 if TYPE_CHECKING:
     AnySpace = MethodSpace

@@ -106,6 +106,9 @@ def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, An
     found: dict[str, Any] = {}
     for item in [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else methods:
         space = {} if isinstance(item, str) else _space(item, model_type)
+        if not isinstance(space, Mapping) or (not isinstance(item, str) and "method" not in space):
+            what, remedy = f"{item!r} is no method", "give names, LoRA(...) and its like, or configurations of peft"
+            raise ConfigError(what, where="methods", remedy=remedy)
         kind, number = item if isinstance(item, str) else str(space["method"]), 2
         name = kind
         while name in found:
