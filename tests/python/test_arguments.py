@@ -170,6 +170,11 @@ def test_what_is_no_base_is_refused(tiny_model_folder: Path) -> None:
 def test_a_method_shows_its_settings_where_it_is_called() -> None:
     parameters = inspect.signature(PromptTuning).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == {
-        "tokens": 8, "init": "text", "init_text": None, "learning_rate": None, "warmup_ratio": 0.03, "weight_decay": 0.0,
-    }  # fmt: skip
+        "tokens": 8,
+        "init": "text",
+        "init_text": None,
+        "learning_rate": None,
+        "warmup_ratio": 0.03,
+        "weight_decay": 0.0,
+    }
     assert all(f"    {name}: " in (PromptTuning.__doc__ or "") for name in parameters)
