@@ -45,7 +45,7 @@ class Stamps:
     def __init__(self, path: Path, spawned: float) -> None:
         self._path, self._spawned = path, spawned
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, share: float | None = None, /) -> None:
         """Says nothing."""
 
     def planned(self, config: StudyConfig, state: StudyState, slots: int) -> None:

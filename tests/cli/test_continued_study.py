@@ -14,6 +14,7 @@ import yaml
 from command_line import CommandLine
 from peft_study.config import StudyConfig, validate
 from peft_study.study.dry_run import estimate
+from peft_study.training.session import unheard
 
 TESTED = {"range_test": True, "range_steps": 4, "pruner": "none"}
 
@@ -136,7 +137,7 @@ def test_a_dry_run_counts_the_range_tests(study: Path) -> None:
     def found(*, test: bool) -> dict[str, tuple[int, int]]:
         values = yaml.safe_load(study.read_text())
         values["search"] = {**TESTED, "range_test": test}
-        methods = estimate(validate(StudyConfig, values, where="study.yaml"), lambda _line: None).methods
+        methods = estimate(validate(StudyConfig, values, where="study.yaml"), unheard).methods
         return {m.method: (m.tokens, m.expected_tokens) for m in methods}
 
     without, tested = found(test=False), found(test=True)

@@ -44,15 +44,16 @@ def command(name: str, data: Path, model: Path, folder: Path) -> list[object]:
         )
     )
     return {
-        "stats": ["data", "stats", data, "--model", model],
+        # -q: a slow machine would print its progress on stderr
+        "stats": ["-q", "data", "stats", data, "--model", model],
         "finetune": [
             *("finetune", "--model_name_or_path", model, "--train_file", data, "--use_lora"),
             *("--output_dir", folder / "out"),
         ],
         "run": ["run", study],
-        "convert": ["data", "convert", *[data] * 40, "-o", folder / "converted.jsonl"],
-        "sample": ["data", "sample", *[data] * 40, "--sizes", 1000, "-o", folder / "samples"],
-        "init": ["init", "--model", model, "--data", data, "-o", folder / "made.yaml"],
+        "convert": ["-q", "data", "convert", *[data] * 40, "-o", folder / "converted.jsonl"],
+        "sample": ["-q", "data", "sample", *[data] * 40, "--sizes", 1000, "-o", folder / "samples"],
+        "init": ["-q", "init", "--model", model, "--data", data, "-o", folder / "made.yaml"],
     }[name]
 
 

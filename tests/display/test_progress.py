@@ -226,6 +226,7 @@ def test_a_notebook_has_one_line_that_is_replaced(
     monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # the output of newer kernels takes itself for a terminal, too
     with LiveDisplay() as shown:
         assert shown._live is None
         for done in range(100):

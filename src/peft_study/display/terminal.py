@@ -208,7 +208,7 @@ class LiveDisplay:
             self._live.update(self.moving(), refresh=now)
         elif self._notebook is not None:
             self._notebook.show(self.progress_line, now=now)
-        else:
+        elif not now:
             self.tell(self.progress_line)
 
     def moving(self) -> RenderableType:
