@@ -182,11 +182,11 @@ def stats(
     if plot is not None:
         refuse_unwritable(plot)
     template = None if chat_template == "own" else chat_template
-    try:
-        encoder = ChatEncoder(load_tokenizer(model), template=template)
-    except TemplateError as error:
-        raise error.within("--chat-template") from error
     with progress("counting") as on_progress:
+        try:
+            encoder = ChatEncoder(load_tokenizer(model), template=template)
+        except TemplateError as error:
+            raise error.within("--chat-template") from error
         measured = compute_stats(
             sources,
             encoder,
