@@ -140,10 +140,11 @@ class LiveDisplay:
         self.loudness = _loudness
         self._work: Work | None = None
         self._unnamed = Work("working")
-        self._notebook = _NotebookLine() if _in_notebook() and not err else None
+        moves = not silent and self.loudness > QUIET
+        self._notebook = _NotebookLine() if moves and _in_notebook() and not err else None
         self._told = time.monotonic()
         self._live: SteadyLive | None = None
-        if self.console.is_interactive and not silent and self.loudness > QUIET:
+        if moves and self.console.is_interactive:
             # what is redirected to a file must get there
             self._live = SteadyLive(
                 self.console, redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty()
@@ -170,6 +171,8 @@ class LiveDisplay:
             if warning or self.loudness > QUIET:
                 write(self.console, line, "bold yellow" if warning else "")
             self._unnamed = Work("working")
+            if self._live is not None:
+                self._live.update(self.moving())
         elif share < 1:
             if self._work is None or self._work.what != line:
                 self._work = Work(line)
