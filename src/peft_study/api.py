@@ -38,8 +38,8 @@ class Study:
     """A comparison of methods on one model and one data set.
 
     Args:
-        model: a folder, a hub id, the embedded ``smollm2-135m-instruct``, or a ``PreTrainedModel``, which is trained
-            beside and given back as it was.
+        model: a folder, a hub id, the embedded ``smollm2-135m-instruct``, the section ``model`` of a study file, or a
+            ``PreTrainedModel``, which is trained beside and given back as it was.
         data: a path as ``peft-study data convert`` takes it, a ``datasets.Dataset`` or ``DatasetDict``, a
             ``pandas.DataFrame``, a list of rows or of conversations (lists of ``{"role", "content"}``), or a list of
             such sources. Or the section ``data`` of a study file, in which rows may stand in place of paths.
@@ -74,14 +74,18 @@ class Study:
             if name not in StudyConfig.model_fields:
                 remedy = nearest(name, {*StudyConfig.model_fields, "trials", "steps", "minutes", "tokenizer"})
                 raise ConfigError("is no argument", where=f"Study, {name}", remedy=remedy)
-        self._inputs = Inputs(Path(output))
+        self._inputs = Inputs(output)
         values = {
-            "model": self._inputs.model(model, tokenizer, settings.pop("model", None)),
+            "model": self._inputs.model(model, tokenizer),
             "data": self._inputs.data(data),
             "methods": methods_section(methods, self._inputs.model_type),
             **settings,
             "output": str(output),
         }
+        for name, value in {"trials": trials, "steps": steps}.items():
+            if minutes is not None and value is not None:
+                remedy = "give the minutes, or trials and steps"
+                raise ConfigError(f"plans trials and steps, but {name} is given", where="minutes", remedy=remedy)
         budget = {"trials": trials, "steps": steps}
         values["budget"] = merged("budget", settings.get("budget"), budget)
         self._start(SettingsFile.of(values, "Study"), minutes)
@@ -106,11 +110,15 @@ class Study:
     def from_file(cls, file: SettingsFile) -> Self:
         """Returns the study of settings that were read already."""
         study = cls.__new__(cls)
-        study._inputs = Inputs(Path())
+        study._inputs = Inputs("")
         study._start(file, None)
         return study
 
     def _start(self, file: SettingsFile, minutes: float | None) -> None:
+        if minutes is not None:
+            from peft_study.study.plan import check_minutes
+
+            check_minutes(minutes)
         self._file, self._minutes = file, minutes
         self._config = validate(StudyConfig, file.values, where=str(file.path), place=file.place)
 
@@ -141,12 +149,17 @@ class Study:
         """
         from peft_study.display.study import StudyDisplay
         from peft_study.model.in_memory import lent
+        from peft_study.study.callbacks import check_callbacks
         from peft_study.study.run import run_study
 
+        check_callbacks(callbacks)
+        if overwrite and extend:
+            what = "replaces the study that extend=True goes on with"
+            raise ConfigError(what, where="overwrite", remedy="give one of them")
         memory = self._inputs.in_memory
         try:
             with (
-                _quiet_libraries(),
+                _surroundings(),
                 nullcontext() if memory is None else lent(memory.model),
                 _listening() as stop,
                 StudyDisplay(silent=not verbose) as display,
@@ -185,7 +198,7 @@ class Study:
         memory = self._inputs.in_memory
         try:
             with (
-                _quiet_libraries(),
+                _surroundings(),
                 nullcontext() if memory is None else lent(memory.model),
                 LiveDisplay(silent=not verbose) as display,
             ):
@@ -249,9 +262,9 @@ def finetune(
     """
     from peft_study.training.finetune import resolve
 
-    inputs = Inputs(Path(output))
+    inputs = Inputs(output)
     values = {
-        "model": inputs.model(model, tokenizer, settings.pop("model", None)),
+        "model": inputs.model(model, tokenizer),
         "data": inputs.data(data),
         **one_setting(method, merged("training", settings.pop("training", None), {"steps": steps}), inputs.model_type),
         **settings,
@@ -289,7 +302,7 @@ def train_file(
     memory = None if inputs is None else inputs.in_memory
     try:
         with (
-            _quiet_libraries(),
+            _surroundings(),
             nullcontext() if memory is None else lent(memory.model),
             _listening() as stop,
             RunDisplay(silent=not verbose) as display,
@@ -304,14 +317,16 @@ def train_file(
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keeps the bars of transformers out of the display, for as long as it is there."""
+def _surroundings() -> Iterator[None]:
+    """Keeps the bars of transformers out of the display, and records gradients whatever the caller has switched off."""
+    import torch
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()

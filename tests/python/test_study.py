@@ -13,12 +13,13 @@ import pandas
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import peft_study
 from command_line import CommandLine, conversation
 from peft_study import Callback, Interrupted, LiveTrial, LoRA, PrefixTuning, PromptTuning, Study
-from peft_study.errors import ConfigError, OutputError
+from peft_study.errors import ConfigError, ModelError, OutputError
+from tiny_tokenizer import tiny_tokenizer
 
 SECTIONS: dict[str, Any] = {
     "trials": 2, "steps": 4, "search": {"pruner": "none"}, "finals": {"best": 1, "seeds": 2},
@@ -67,6 +68,52 @@ def test_a_model_in_memory_gives_the_numbers_of_its_folder_and_comes_back_as_it_
     adapted = ours.best.load()
     assert isinstance(adapted, peft.PeftModel)
     assert not adapted.training
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_hooks_recomputation_and_dropout_of_a_model_in_memory_are_those_of_before(kind: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    size = {"vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = (
+        LlamaConfig(**size, intermediate_size=16, num_key_value_heads=1, attention_dropout=0.2)
+        if kind == "llama"
+        else GPT2Config(**size, bos_token_id=1, eos_token_id=2, resid_pdrop=0.3)
+    )
+    model = AutoModelForCausalLM.from_config(config).train()
+    model.gradient_checkpointing_enable()
+
+    def attributes() -> list[dict[str, Any]]:
+        return [{**vars(module), "_forward_hooks": list(module._forward_hooks)} for module in model.modules()]
+
+    before = attributes()
+    quick(model, ROWS, tmp_path, tokenizer=tokenizer).run(verbose=False)
+    assert attributes() == before
+
+
+def test_gradients_that_the_caller_switched_off_are_recorded(model: Any, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        inside = quick(model, ROWS, tmp_path / "inside").run(verbose=False)
+    assert losses(inside) == losses(quick(model, ROWS, tmp_path / "outside").run(verbose=False))
+
+
+def test_an_adapter_is_not_put_on_a_base_that_carries_another(model: Any, tmp_path: Path) -> None:
+    study = quick(model, ROWS, tmp_path)
+    best = study.run(verbose=False).best
+    assert best is not None
+    adapted = best.load()
+    for again in (best.load, lambda: study.run(verbose=False)):
+        with pytest.raises(ModelError, match=r"carries an adapter; take it off \(unload"):
+            again()
+    assert adapted.unload() is model
+    best.load()
+
+
+def test_the_whole_model_of_full_is_loaded(tiny_model_folder: Path, tmp_path: Path) -> None:
+    best = quick(str(tiny_model_folder), ROWS, tmp_path, methods=["full"]).run(verbose=False).best
+    assert best is not None
+    trained, base = best.load(), AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    assert not torch.equal(trained.get_input_embeddings().weight, base.get_input_embeddings().weight)
+    assert best.load_tokenizer().chat_template
 
 
 def test_rows_in_memory_give_the_numbers_of_a_file(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> None:

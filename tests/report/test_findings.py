@@ -167,7 +167,7 @@ def test_no_finalist_finished(lora: HandMade) -> None:
     lora.chosen(lora=[0])
     lora.finals("lora", 0, [None])
     lora.concluded(None)
-    assert lora.said()[-1] == "no finalist finished, so there is no winner"
+    assert lora.said()[-1] == "no setting finished with all its new seeds, so there is no winner"
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,19 @@ def is_rows(value: Any) -> bool:
     if isinstance(value, (str, Path)) or (isinstance(value, Mapping) and "path" in value):
         return False
     if isinstance(value, Sequence) and not _is_dataset(value):
-        return any(isinstance(item, list) or (isinstance(item, Mapping) and "path" not in item) for item in value)
+        return bool(value) and not any(_is_source(item) for item in value) and any(map(_is_row, value))
     return _is_dataset(value) or _is_frame(value)
+
+
+def _is_source(item: Any) -> bool:
+    """True for what may stand in a list of sources: a name, a table, or a list of conversations."""
+    if isinstance(item, (list, tuple)):
+        return any(isinstance(inner, (list, tuple)) for inner in item)
+    return isinstance(item, (str, Path)) or (isinstance(item, Mapping) and "path" in item) or is_rows(item)
+
+
+def _is_row(item: Any) -> bool:
+    return isinstance(item, (list, tuple, Mapping))
 
 
 def write_rows(rows: Any, path: Path, *, replace: bool) -> None:
@@ -40,9 +51,10 @@ def write_rows(rows: Any, path: Path, *, replace: bool) -> None:
         count = 0
         for count, row in enumerate(_plain(rows), start=1):
             try:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(row, ensure_ascii=False, default=_as_json) + "\n")
             except (TypeError, ValueError) as error:
-                raise DataError(f"cannot be written as JSON ({error})", where=f"row {count} in memory") from error
+                what, remedy = f"cannot be written as JSON ({error})", "give texts, or leave the column out"
+                raise DataError(what, where=f"row {count} in memory", remedy=remedy) from error
         if not count:
             raise DataError("there are no rows", where="data in memory", remedy="give at least a few")
     new = path.with_suffix(".new")
@@ -65,11 +77,20 @@ def _plain(rows: Any) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
             yield dict(row)
-        elif isinstance(row, list):
+        elif isinstance(row, (list, tuple)):
             yield {"messages": row}
         else:
             what = f"is a {type(row).__name__}, neither a row nor a list of messages"
             raise DataError(what, where=f"row {number} in memory", remedy='give {"role": ..., "content": ...} turns')
+
+
+def _as_json(value: Any) -> Any:
+    """Returns what JSON has for a number of numpy, a date or a time, as they stand in columns beside the texts."""
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__} is none of its values")
 
 
 def _is_dataset(value: Any) -> bool:

@@ -47,6 +47,15 @@ def is_whole_model(folder: Path) -> bool:
     return not (folder / CONFIG).exists() and (folder / "config.json").exists()
 
 
+def load_whole_model(folder: Path, placement: Placement) -> Any:
+    """Returns a trained model in the precision of its files: rounded to another, it would lose part of what it learned.
+
+    Raises:
+        ModelError: when it cannot be loaded.
+    """
+    return load_model(str(folder), str(folder), dtype="auto").to(placement.device)
+
+
 def find_base(adapter: Path, base: str | None = None) -> str:
     """Returns the folder or hub id of an adapter's base: `base`, else the folder it was trained on, else by its name.
 
@@ -138,9 +147,7 @@ class Answerer:
         """
         placement = choose(device)
         if base is None and is_whole_model(adapter):
-            # in the precision of its files: rounded to another one, it would lose part of what was learned
-            model = load_model(str(adapter), str(adapter), dtype="auto").to(placement.device)
-            tokenizer = load_tokenizer(str(adapter))
+            model, tokenizer = load_whole_model(adapter, placement), load_tokenizer(str(adapter))
         else:
             loaded = load_adapter_base(adapter, base, placement)
             model, tokenizer = put_on(adapter, loaded), loaded.tokenizer

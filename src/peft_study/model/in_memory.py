@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_study.errors import ModelError
 from peft_study.model.load import MEMORY, Base, check_tokenizer, load_tokenizer, wrap
@@ -31,42 +33,66 @@ def in_memory(model: Any, tokenizer: Any = None) -> ModelInMemory:
     """Returns a model of the caller's with its tokenizer, or with the one of the folder it was loaded from.
 
     Raises:
-        ModelError: when it carries an adapter, is no causal language model on one device, or has no tokenizer.
+        ModelError: when it carries an adapter, is no causal language model on one device and in one
+            precision, or has no tokenizer.
     """
+    refuse_adapter(model)
+    if not isinstance(model, PreTrainedModel):
+        what = f"an object of type {type(model).__name__} is no model"
+        raise ModelError(what, where="model", remedy="give a folder, a hub id, or a causal language model in memory")
     name = model.name_or_path or type(model).__name__
-    if hasattr(model, "peft_config"):
-        raise ModelError("carries an adapter", where=name, remedy="give the base model alone")
     if model.get_output_embeddings() is None:
         raise ModelError("is no causal language model", where=name, remedy="load it with AutoModelForCausalLM")
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if "meta" in devices:
+        raise ModelError("has no weights (they are on the meta device)", where=name, remedy="load them")
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise ModelError("is spread over several devices", where=name, remedy="put it on one")
+    matrices = (m.weight.dtype for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)))
+    precisions = sorted({str(dtype).removeprefix("torch.") for dtype in matrices if dtype.is_floating_point})
+    if len(precisions) > 1:
+        remedy = "give it one: model.to(torch.bfloat16), or float32"
+        raise ModelError(f"has matrices in {' and in '.join(precisions)}", where=name, remedy=remedy)
     if tokenizer is None and not model.name_or_path:
         raise ModelError("names no folder to load a tokenizer from", where=name, remedy="give tokenizer=...")
-    return ModelInMemory(
-        model, load_tokenizer(model.name_or_path) if tokenizer is None else check_tokenizer(tokenizer, name)
-    )
+    if tokenizer is None or isinstance(tokenizer, (str, Path)):
+        return ModelInMemory(model, load_tokenizer(str(tokenizer or model.name_or_path)))
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        what = f"an object of type {type(tokenizer).__name__} is no tokenizer"
+        raise ModelError(what, where="tokenizer", remedy="give one of transformers, or its folder")
+    return ModelInMemory(model, check_tokenizer(tokenizer, name))
+
+
+def refuse_adapter(model: Any) -> None:
+    """Refuses a model that carries an adapter of PEFT: what comes next would be trained, or answer, on top of it.
+
+    Raises:
+        ModelError: naming the remedy.
+    """
+    if getattr(model, "peft_config", None):
+        name = getattr(model, "name_or_path", None) or type(model).__name__
+        remedy = "take it off (unload() of the PeftModel), or give another base"
+        raise ModelError("carries an adapter", where=name, remedy=remedy)
 
 
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
-    """Gives a model back as it was: what `wrap` changes in it is undone at the end of the block."""
+    """Gives a model back as it was: what `wrap` and the engine change in it is undone at the end of the block."""
+    refuse_adapter(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modules = [(module, module.training, module.__dict__.get("forward")) for module in model.modules()]
-    dropouts = [(module, module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    # an attribute of a module: its mode, its forward, a dropout's share, recomputation; and hooks
+    modules = [(module, dict(module.__dict__), set(module._forward_hooks)) for module in model.modules()]
     loaded_with = model.config._attn_implementation  # type: ignore[union-attr]
     try:
         yield
     finally:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
-        for module, mode, forward in modules:
-            module.training = mode
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
-        for dropout, share in dropouts:
-            dropout.p = share
+        for module, attributes, hooks in modules:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for hook in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[hook]
         model.set_attn_implementation(loaded_with)  # type: ignore[operator]
 
 

@@ -178,7 +178,7 @@ def _seeds(count: int) -> str:
 def _conclusion(config: StudyConfig, results: Results) -> str:
     winner = next((f for f in results.finalists if f.winner), None)
     if winner is None:
-        return "no finalist finished, so there is no winner"
+        return "no setting finished with all its new seeds, so there is no winner"
     settings, seeds = label(winner, config, winner.method), len(winner.dev_of_seeds)
     text = f"winner by mean dev loss over {_seeds(seeds)}: {_title(winner.method)} with {settings}"
     rivals = [f for f in results.finalists if not f.winner and f.method != winner.method and f.test_minus_winner]

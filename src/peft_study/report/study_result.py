@@ -53,33 +53,47 @@ class TrainedAdapter:
     def load(self, model: Any = None, *, device: str = "auto") -> Any:
         """Returns a ``PeftModel``: the adapter on its base, in evaluation mode, ready to generate.
 
+        Of method ``full``, whose whole model was trained, it is that model.
+
         Args:
             model: a base in memory, into which PEFT puts the adapter; None: the one that the study was given, else the
                 one that the adapter names, loaded.
             device: of a base that is loaded.
 
         Raises:
-            ModelError: when the adapter is not there, or does not fit.
+            ModelError: when the adapter is not there, or does not fit, or the base in memory carries another one.
         """
-        from peft_study.evaluation.generation import AdapterBase, load_adapter_base, put_on
+        from peft_study.evaluation.generation import (
+            AdapterBase,
+            is_whole_model,
+            load_adapter_base,
+            load_whole_model,
+            put_on,
+        )
+        from peft_study.model.in_memory import refuse_adapter
         from peft_study.model.precision import choose
 
         if not self.adapter_path.is_dir():
             what = "holds no adapter (it was cleaned up, or the run kept none)"
             raise ModelError(what, where=str(self.adapter_path), remedy="train the setting again: peft-study rerun")
+        if is_whole_model(self.adapter_path):
+            return load_whole_model(self.adapter_path, choose(device)).eval()
         given = model if model is not None or self.in_memory is None else self.in_memory.model
         if given is None:
             base = load_adapter_base(self.adapter_path, None, choose(device))
         else:
+            refuse_adapter(given)
             base = AdapterBase(given, None, str(given.name_or_path), None)
         return put_on(self.adapter_path, base).eval()
 
     def load_tokenizer(self) -> Any:
         """Returns the tokenizer of the training, with the chat template that the examples were written in."""
-        from peft_study.evaluation.generation import find_base
+        from peft_study.evaluation.generation import find_base, is_whole_model
         from peft_study.methods.peft_files import encoding, read_note
         from peft_study.model.load import load_tokenizer
 
+        if is_whole_model(self.adapter_path):
+            return load_tokenizer(str(self.adapter_path))
         if self.in_memory is not None:
             tokenizer = self.in_memory.tokenizer
         else:

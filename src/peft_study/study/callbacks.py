@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peft_study.errors import ConfigError
 from peft_study.search.trials import StudyState
 from peft_study.statistics import loss_value
 from peft_study.training.loop import Ended, Evaluated
@@ -17,6 +18,9 @@ from peft_study.workers.worker import Facts, Report
 
 if TYPE_CHECKING:
     from peft_study.report.study_result import StudyResult
+
+
+_ASKED = "a callback asked for it"
 
 
 @dataclass(slots=True)
@@ -47,13 +51,13 @@ class LiveTrial:
     _stop: str | None = None
     _stop_study: str | None = None
 
-    def stop(self, reason: str = "a callback asked for it") -> None:
+    def stop(self, reason: str = "") -> None:
         """Ends this trial before its next step, as pruned; its reason goes into the journal."""
-        self._stop = reason
+        self._stop = str(reason or _ASKED)
 
-    def stop_study(self, reason: str = "a callback asked for it") -> None:
+    def stop_study(self, reason: str = "") -> None:
         """Ends the study: running trials stop, nothing new begins, and the results are those there are."""
-        self._stop_study = reason
+        self._stop_study = str(reason or _ASKED)
 
 
 class Callback:
@@ -73,6 +77,20 @@ class Callback:
 
     def on_study_end(self, result: StudyResult) -> None:
         """Called once, when the results are written."""
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuses what is no sequence of callbacks.
+
+    Raises:
+        ConfigError: naming the first that is none.
+    """
+    several = isinstance(callbacks, (list, tuple))
+    for callback in callbacks if several else [callbacks]:
+        if not (several and isinstance(callback, Callback)):
+            what = f"{callback!r} is no {'callback' if several else 'list of callbacks'}"
+            remedy = "give a list of objects whose classes inherit from peft_study.Callback"
+            raise ConfigError(what, where="callbacks", remedy=remedy)
 
 
 class Callbacks:

@@ -31,16 +31,19 @@ class Inputs:
         output: folder into which rows in memory are written.
     """
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, output: str | Path) -> None:
+        if not isinstance(output, (str, Path)):
+            raise ConfigError(f"{_brief(output)} is no folder", where="output", remedy="give a path")
+        self._output = Path(output)
         self.tables: dict[str, Any] = {}
         self.in_memory: ModelInMemory | None = None
         self._name = ""
 
-    def model(self, model: Any, tokenizer: Any, section: Any) -> dict[str, Any]:
-        """Returns the section ``model``, with what else the caller said of it."""
+    def model(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        """Returns the section ``model``; a mapping is this section itself."""
         if isinstance(model, Mapping):
-            return merged("model", model, dict(section or {}))
+            self._name = str(model.get("name"))
+            return merged("model", model, {"tokenizer": tokenizer})
         if not isinstance(model, (str, Path)):
             from peft_study.model.in_memory import in_memory
 
@@ -51,7 +54,7 @@ class Inputs:
             raise ConfigError(what, where="tokenizer", remedy="give its folder, or the model itself")
         self._name = str(model)
         own = {} if tokenizer is None or self.in_memory is not None else {"tokenizer": str(tokenizer)}
-        return merged("model", section, {"name": self._name, **own})
+        return {"name": self._name, **own}
 
     def model_type(self) -> str:
         """Returns the kind of model, as `transformers` names it."""
@@ -86,6 +89,10 @@ class Inputs:
                 self._table(f"{part}-{number}", item) if is_rows(item) else item
                 for number, item in enumerate(value, start=1)
             ]
+        named = (str, Path, Mapping) if part == "train" else (str, Path, Mapping, int, float, type(None))
+        if not isinstance(value, named):
+            remedy = "give a path, a Dataset, a DataFrame, a list of rows, or a list of these"
+            raise ConfigError(f"{_brief(value)} cannot be taken as rows", where=f"data.{part}", remedy=remedy)
         return str(value) if isinstance(value, Path) else value
 
     def _table(self, name: str, rows: Any) -> str:
@@ -105,6 +112,10 @@ def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, An
         return {str(name): _space(body, model_type) for name, body in methods.items()}
     found: dict[str, Any] = {}
     for item in [methods] if isinstance(methods, str) or not isinstance(methods, Sequence) else methods:
+        of_a_file = isinstance(item, Mapping) and "method" in item
+        if not (isinstance(item, (str, MethodSpace)) or is_peft_config(item) or of_a_file):
+            remedy = "give a name, as 'lora', LoRA(...) and its like, or a configuration of peft"
+            raise ConfigError(f"{_brief(item)} is no method", where="methods", remedy=remedy)
         space = {} if isinstance(item, str) else _space(item, model_type)
         if not isinstance(space, Mapping) or (not isinstance(item, str) and "method" not in space):
             what, remedy = f"{item!r} is no method", "give names, LoRA(...) and its like, or configurations of peft"
@@ -122,6 +133,13 @@ def _space(body: Any, model_type: Callable[[], str]) -> Any:
     if isinstance(body, MethodSpace):
         return body.model_dump(mode="json", exclude_unset=True) | {"method": body.kind}
     return from_peft(body, model_type()) if is_peft_config(body) else body
+
+
+def _brief(value: Any) -> str:
+    """Returns a value as it may stand in one line."""
+    if value is None or isinstance(value, (int, float)):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
 
 
 def one_setting(method: Any, training: dict[str, Any], model_type: Callable[[], str]) -> dict[str, Any]:
@@ -148,6 +166,8 @@ def merged(section: str, given: Any, named: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         ConfigError: when one is given twice.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"{given!r} is not a mapping of settings", where=section, remedy="give e.g. {'steps': 100}")
     found = dict(given or {})
     for name, value in named.items():
         if value is None:

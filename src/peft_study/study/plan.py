@@ -31,6 +31,16 @@ _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuses what is no time.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+    if not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
+        raise ConfigError(f"{minutes!r} is no number above 0", where="minutes", remedy="give e.g. 60")
+
+
 def plan(
     config: StudyConfig, minutes: float, say: Say, *, in_memory: ModelInMemory | None = None
 ) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from peft_study.config import SPACES, StudyConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.storage.files import atomic_writer, made_folder, read_text
 from peft_study.storage.run_dir import RunFolder
-from peft_study.study.plan import plan
+from peft_study.study.plan import check_minutes, plan
 from peft_study.study.template import look, study_text
 from peft_study.study.yaml_file import SettingsFile, load_yaml, parse_yaml
 from peft_study.training.session import Say, timed
@@ -74,8 +74,8 @@ class Request:
             other = "--trials" if self.trials is not None else "--steps"
             what, remedy = f"plans trials and steps, but {other} is given", "give the minutes, or trials and steps"
             raise ConfigError(what, where="--minutes", remedy=remedy)
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"{self.minutes:g} is not above 0", where="--minutes", remedy="give e.g. 60")
+        if self.minutes is not None:
+            check_minutes(self.minutes)
 
 
 def study_file(request: Request, say: Say, *, overwrite: bool, write: bool) -> SettingsFile:
