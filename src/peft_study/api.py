@@ -154,8 +154,8 @@ class Study:
 
         check_callbacks(callbacks)
         if overwrite and extend:
-            what = "replaces the study that extend=True goes on with"
-            raise ConfigError(what, where="overwrite", remedy="give one of them")
+            where = "--overwrite and --continue (Python: overwrite and extend)"
+            raise ConfigError("cannot both be given", where=where, remedy="keep one of them")
         memory = self._inputs.in_memory
         try:
             with (

@@ -153,7 +153,7 @@ def test_a_changed_file_is_named_and_continued_or_replaced_when_asked(
     before = dev_losses(tmp_path / "out")
     changed(study, methods={"lora": {"rank": 4, "learning_rate": [1e-3, 3e-3, 1e-2]}}, budget={"trials": 3})
     line = cli("run", study).error()
-    assert "the study file changed since this study began: " in line
+    assert "the settings changed since this study began: " in line
     assert "methods.lora.learning_rate.choices: [0.001, 0.01] -> [0.001, 0.003, 0.01]" in line
     assert "--continue" in line
     ran = cli("run", study, "--continue").ok()

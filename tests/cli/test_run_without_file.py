@@ -64,7 +64,22 @@ def test_what_next_is_said_in_commands_that_work(
         (["run", "--model", "m"], "no study; give STUDY.yaml, or --model and --data"),
         (
             ["run", "s.yaml", "--data", "d.jsonl"],
-            "--data: goes without a study file, but s.yaml is given; leave it out, or change the file (--set data...)",
+            "--data: goes without a study file, but s.yaml is given; leave it out, or change the file "
+            "(--set data.train=...)",
+        ),
+        (
+            ["run", "s.yaml", "--split", "train"],
+            "--split: goes without a study file, but s.yaml is given; leave it out, or change the file "
+            "(--set data.split=...)",
+        ),
+        (
+            ["run", "--model", "m", "--data", "d.jsonl", "--methods", "-o", "x"],
+            "--methods: is given without a value; give one or several",
+        ),
+        (["run", "--model", "m", "--data"], "--data: is given without a value; give one or several"),
+        (
+            ["run", "--model", "m", "--data", "d.jsonl", "--minutes", "inf"],
+            "--minutes: inf is not finite; give e.g. 60",
         ),
         (
             ["run", "--model", "m", "--data", "d.jsonl", "--methods", "lra"],
@@ -82,6 +97,64 @@ def test_what_next_is_said_in_commands_that_work(
 )
 def test_what_does_not_go_together_is_said_in_a_line(cli: CommandLine, words: list[str], said: str) -> None:
     assert cli(*words).error() == f"error: {said}"
+
+
+def test_settings_of_the_command_line_are_planned_with_and_resumed_with(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--model", tiny_model_folder, "--data", tiny_data, *STUDY, "--dtype", "float32"]
+    said = cli(*words, "--set", "methods.lora.rank=2").ok().out
+    head = (tmp_path / "runs/sums/study.yaml").read_text().splitlines()
+    assert head[2] == "#   peft-study run runs/sums/study.yaml --dtype float32 --set methods.lora.rank=2"
+    assert "--set methods.lora.rank=2 -o runs/sums" in next(line for line in head if line.startswith("# peft-study"))
+    journal = (tmp_path / "runs/sums/journal.jsonl").read_bytes()
+    assert cli(*words, "--set", "methods.lora.rank=2").ok().out.splitlines()[-8:] == said.splitlines()[-8:]
+    cli(*head[2].split()[2:]).ok()
+    assert (tmp_path / "runs/sums/journal.jsonl").read_bytes() == journal
+    assert "was written for another command" in cli(*words, "--set", "methods.lora.rank=4").error()
+
+
+def test_the_minutes_are_planned_with_the_settings_of_the_command_line(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--model", tiny_model_folder, "--data", tiny_data, "--methods", "lora", "--minutes", 1, "--dry-run"]
+    assert "(one pass over the data: 6)" in cli(*words).ok().out
+    assert "(one pass over the data: 12)" in cli(*words, "--set", "training.batch_size=4").ok().out
+
+
+def test_a_command_that_was_corrected_before_the_study_began_writes_the_file_again(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "--model", tiny_model_folder, "--data", tiny_data, *STUDY]
+    assert "hold out fewer" in cli(*words, "--set", "data.held_out=59").error()
+    assert (tmp_path / "runs/sums/study.yaml").exists()
+    cli(*words, "--set", "data.held_out=9").ok()
+    assert "data.held_out=9" in (tmp_path / "runs/sums/study.yaml").read_text()
+
+
+def test_a_mistake_beside_a_file_of_settings_is_one_line(cli: CommandLine, tmp_path: Path) -> None:
+    file = tmp_path / "recommended.yaml"
+    file.write_text("model: {name: m}\nmethod: {method: lora}\n")
+    said = cli("finetune", file, "--num_train_epochs", 3).error()
+    assert said == (
+        f"error: {file}: unrecognized arguments: --num_train_epochs 3; beside FILE.yaml there are -o, "
+        "--overwrite_output_dir, and --set KEY=VALUE for its settings"
+    )
+    file.write_text("model: {name: m}\nmethods: {lora: {}}\n")
+    said = cli("finetune", file).error()
+    assert said == f"error: {file}: is a study of several settings; peft-study run {file}"
+
+
+def test_what_cannot_be_run_leaves_no_file(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = cli("run", "--model", tiny_model_folder, "--data", tiny_data, "--trials", 0).error()
+    assert said.startswith("error: --trials, budget.trials: ")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_writes_nothing(

@@ -44,9 +44,9 @@ def study(output: Path, **changed: Any) -> Study:
         ({"output": None}, "output: None is no folder; give a path"),
         ({"budget": "x", "trials": 2}, "budget: 'x' is not a mapping of settings; give e.g. {'steps': 100}"),
         ({"minutes": 5, "trials": 2}, "minutes: plans trials and steps, but trials is given; give the minutes, or "),
-        ({"minutes": -1}, "minutes: -1 is no number above 0; give e.g. 60"),
-        ({"minutes": float("inf")}, "minutes: inf is no number above 0; give e.g. 60"),
-        ({"minutes": "x"}, "minutes: 'x' is no number above 0; give e.g. 60"),
+        ({"minutes": -1}, "minutes: -1 is not above 0; give e.g. 60"),
+        ({"minutes": float("inf")}, "minutes: inf is not finite; give e.g. 60"),
+        ({"minutes": "x"}, "minutes: 'x' is no number; give e.g. 60"),
     ],
 )
 def test_an_argument_that_cannot_be_used_is_named(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_is_no_callback_is_refused_before_anything_is_written(callbacks: An
 
 
 def test_overwrite_and_extend_are_alternatives(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="overwrite: replaces the study that extend=True goes on with; give one of"):
+    with pytest.raises(UserError, match=r"overwrite and extend\): cannot both be given; keep one of them"):
         study(tmp_path).run(overwrite=True, extend=True)
 
 

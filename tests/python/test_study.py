@@ -306,11 +306,13 @@ def test_a_recommended_file_is_a_run(
     text = (result.folder / "recommended.yaml").read_text()
     assert f"The best of 2 settings of {result.best.method.replace('_', ' ')}" in text
     assert "which found them at 4 steps" in text
-    assert "# Steps: one pass over 40 rows is 10." in text
+    assert "# Steps: one pass over 50 rows is 13." in text
+    assert "held_out: 10\n" in text
     ran = cli("finetune", result.folder / "recommended.yaml", "-o", tmp_path / "long").ok()
-    assert "10" in ran.out
+    assert "13" in ran.out
     resolved = json.loads((tmp_path / "long/config.resolved.json").read_text())
-    assert resolved["training"]["steps"] == 10, "60 rows less 20 held out, in batches of 4"
+    assert resolved["training"]["steps"] == 13, "60 rows less 10 held out, in batches of 4; there is no test part"
+    assert json.loads((tmp_path / "long/record.json").read_text())["data"]["train_rows"] == 50
     assert resolved["training"]["learning_rate"] == result.best.settings["learning_rate"]
     assert resolved["data"]["limit"] is None
     assert (

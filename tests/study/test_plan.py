@@ -61,6 +61,15 @@ def test_few_minutes_have_fewer_settings_before_they_have_too_few_steps(monkeypa
     assert trials[0] < 12 <= trials[1]
 
 
+def test_a_study_that_needs_less_than_its_minutes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(0.01)
+    sections, said = planned(monkeypatch, found, 60)
+    trials, steps, best = sections["budget"]["trials"], sections["budget"]["steps"], sections["finals"]["best"]
+    takes = seconds_of(found, trials, steps, best * SEEDS) / 60
+    assert said[-1].endswith(f"; about {takes:.1f} min in all, as no more than 60 settings a method are tried")
+    assert planned(monkeypatch, measured(1.0), 60)[1][-1].endswith("; the search ends in time for them")
+
+
 def test_minutes_that_do_not_reach_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"minutes: 1 min do not reach for 4 settings .* give at least \d") as error:
         planned(monkeypatch, measured(1.0, 1.0), 1)

@@ -100,9 +100,16 @@ _SEVERAL = ("--methods", "--data")
 
 
 def _repeated(words: list[str]) -> list[str]:
-    """Returns the words with such an option before each of its values, which is the form that typer reads."""
+    """Returns the words with such an option before each of its values, which is the form that typer reads.
+
+    Raises:
+        ConfigError: when it has none.
+    """
     if words[:1] != ["run"]:
         return words
+    for word, value in zip(words, [*words[1:], "-"], strict=True):
+        if word in _SEVERAL and value.startswith("-"):
+            raise ConfigError("is given without a value", where=word, remedy="give one or several")
     found: list[str] = []
     option: str | None = None
     for word in words:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -94,23 +95,26 @@ def run(
     quiet_libraries()
     refuse_several_processes(os.environ)
     options = {"budget.trials": trials, "budget.steps": steps, "model.device": device, "model.dtype": dtype}
+    words = [word for key, value in {"--device": device, "--dtype": dtype}.items() if value for word in (key, value)]
+    words += [word for assignment in settings or () for word in ("--set", assignment)]
     options |= {"slots": slots, "workers": workers, "ray": ray, "output": None if output is None else str(output)}
     if study is None:
         if not model or not data:
             what, remedy = "no study", "give STUDY.yaml, or --model and --data"
             raise ConfigError(what, remedy=remedy)
-        request = Request(model, tuple(data), split, tuple(methods or ()), trials, steps, minutes, output)
+        asked = (model, tuple(data), split, tuple(methods or ()), trials, steps, minutes, tuple(words))
         with LiveDisplay() as display:
-            file = study_file(request, display.say, overwrite=overwrite, write=not dry_run)
+            change = partial(_change, options=options, assignments=settings or ())
+            file = study_file(Request(*asked, output), change, display.say, overwrite=overwrite, write=not dry_run)
     else:
-        for name, value in {"model": model, "data": data, "methods": methods, "minutes": minutes}.items():
-            if value:
-                remedy = f"leave it out, or change the file (--set {name}...)"
+        alone = {"model": model, "data": data, "split": split, "methods": methods, "minutes": minutes}
+        keys = {"model": "model.name", "data": "data.train", "split": "data.split", "minutes": "budget.minutes"}
+        for name, value in alone.items():
+            if value is not None:
+                remedy = f"leave it out, or change the file (--set {keys.get(name, name)}=...)"
                 raise ConfigError(f"goes without a study file, but {study} is given", where=f"--{name}", remedy=remedy)
         file = load_yaml(study)
-    _set(file, options)
-    for assignment in settings or ():
-        file.assign(assignment)
+        _change(file, options, settings or ())
     found = Study.from_file(file)
     if dry_run:
         show_estimate(found.estimate())
@@ -118,14 +122,16 @@ def run(
         found.run(overwrite=overwrite, extend=go_on)
 
 
-def _set(file: SettingsFile, given: Mapping[str, object]) -> None:
-    """Puts the options in place of the values of the file."""
-    if given["budget.steps"] is not None:  # one budget takes the place of another
+def _change(file: SettingsFile, options: Mapping[str, object], assignments: Sequence[str]) -> None:
+    """Puts the options and the assignments of --set in place of the values of the file."""
+    if options["budget.steps"] is not None:  # one budget takes the place of another
         file.drop("training.steps")
         file.drop("budget.tokens")
-    for key, value in given.items():
+    for key, value in options.items():
         if value is not None:
             file.set(key, value, f"--{key.rpartition('.')[2]}")
+    for assignment in assignments:
+        file.assign(assignment)
 
 
 def finetune(context: typer.Context) -> None:
@@ -180,8 +186,16 @@ def finetune(context: typer.Context) -> None:
 
 
 def _is_settings_file(path: Path) -> bool:
-    """Returns whether a file holds settings in sections, as recommended.yaml, and not open-instruct's arguments."""
+    """Returns whether a file holds settings in sections, as recommended.yaml, and not open-instruct's arguments.
+
+    Raises:
+        ConfigError: when it is a study.
+    """
+    import shlex
+
     import yaml
+
+    from peft_study.errors import ConfigError
 
     if path.suffix not in (".yaml", ".yml"):
         return False
@@ -189,17 +203,27 @@ def _is_settings_file(path: Path) -> bool:
         values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError):
         return False  # the reader of arguments says what is wrong
+    if isinstance(values, dict) and "methods" in values:
+        what, remedy = "is a study of several settings", f"peft-study run {shlex.quote(str(path))}"
+        raise ConfigError(what, where=str(path), remedy=remedy)
     return isinstance(values, dict) and "method" in values
 
 
 def _finetune_file(arguments: list[str]) -> None:
     """Trains the adapter of a file of settings, such as a study's recommended.yaml."""
     from argparse import ArgumentParser
+    from typing import NoReturn
 
     from peft_study.api import train_file
+    from peft_study.errors import ConfigError
     from peft_study.study.yaml_file import load_yaml
 
-    parser = ArgumentParser("peft-study finetune", description="Train the setting of a file.", allow_abbrev=False)
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            remedy = "beside FILE.yaml there are -o, --overwrite_output_dir, and --set KEY=VALUE for its settings"
+            raise ConfigError(message, where=arguments[0], remedy=remedy)
+
+    parser = Parser("peft-study finetune", description="Train the setting of a file.", allow_abbrev=False)
     parser.add_argument("file", metavar="FILE.yaml", help="settings of one run, as a study's recommended.yaml has them")
     parser.add_argument("-o", "--output_dir", help="folder, instead of the file's")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the run in that folder")

@@ -123,10 +123,10 @@ class StudyFolder:
         said = "; ".join(changes[:6]) + (f"; and {len(changes) - 6} more" if len(changes) > 6 else "")
         if not go_on:
             raise OutputError(
-                f"the study file changed since this study began: {said}",
+                f"the settings changed since this study began: {said}",
                 where=str(self.path),
-                remedy="add --continue for new trials under the new file, --overwrite to replace it, "
-                "or give another output folder",
+                remedy="add --continue (Python: extend=True) for new trials under the new settings, "
+                "--overwrite (overwrite=True) to replace it, or give another output folder",
             )
         lost = [
             change for change in changes if change.split(".", 1)[0].split(":", 1)[0] in _BASIS or _is_budget(change)

@@ -31,14 +31,18 @@ _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
 
-def check_minutes(minutes: float) -> None:
+def check_minutes(minutes: float, where: str = "minutes") -> None:
     """Refuses what is no time.
 
     Raises:
         ConfigError: naming the value.
     """
-    if not (isinstance(minutes, (int, float)) and 0 < minutes < math.inf):
-        raise ConfigError(f"{minutes!r} is no number above 0", where="minutes", remedy="give e.g. 60")
+    if not isinstance(minutes, (int, float)):
+        raise ConfigError(f"{minutes!r} is no number", where=where, remedy="give e.g. 60")
+    if not 0 < minutes < math.inf:
+        raise ConfigError(
+            f"{minutes:g} is not {'finite' if minutes > 0 else 'above 0'}", where=where, remedy="give e.g. 60"
+        )
 
 
 def plan(
@@ -73,9 +77,13 @@ def plan(
     while trials < MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
         trials += 1
     finals = best * seeds * len(measured.methods)
+    most = seconds_of(measured, 2 * trials, steps, best * seeds)
+    end = "the search ends in time for them"
+    if most < wanted:
+        end = f"about {max(most / 60, 0.1):.1f} min in all, as no more than {2 * trials} settings a method are tried"
     say(
         f"plan for {minutes:g} min: about {trials} settings a method of {steps} steps (one pass over the data: "
-        f"{a_pass:,}), then {finals} finals; the search ends in time for them"
+        f"{a_pass:,}), then {finals} finals; {end}"
     )
     # the search goes on for as long as there is time, so the number of settings is only bounded
     return {"budget": {"trials": 2 * trials, "steps": steps, "minutes": minutes}, "finals": {"best": best}}

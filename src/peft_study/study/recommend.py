@@ -48,7 +48,7 @@ class Scale:
     """What a longer run depends on.
 
     Attributes:
-        rows: training rows without the study's ``data.limit``.
+        rows: training rows of the longer run: without the study's ``data.limit``, its test rows among them.
         tokens: of one of them, on average.
         seconds_a_token: at the speed of the study; None where it trained nothing.
     """
@@ -104,6 +104,9 @@ def _values(
     shared: dict[str, Any] = config.model_dump(mode="json", include={"model", "data", "logging"}, exclude_defaults=True)
     for name in ("limit", "test"):
         shared["data"].pop(name, None)
+    held_out = config.data.held_out
+    if isinstance(held_out, float) and held_out >= 1:
+        shared["data"]["held_out"] = int(held_out)  # rows, and no share
     training = settings.training.model_copy(update={"steps": steps}).model_dump(mode="json")
     defaults = type(settings.training)().model_dump(mode="json")
     return {

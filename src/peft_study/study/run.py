@@ -228,9 +228,11 @@ class _Study:
         return FinishedStudy(self._folder.path, results, tuple(said), recommended)
 
     def _scale(self, results: Results) -> Scale:
-        trained, data = sum(results.tokens.values()), self._facts.record["data"]
+        trained, record, data = sum(results.tokens.values()), self._facts.record["data"], self._config.data
+        in_a_file = isinstance(data.held_out if data.test is None else data.test, str)
+        rows = int(str(record["available_rows"])) + (0 if in_a_file else int(str(record["test_rows"] or 0)))
         return Scale(
-            int(str(data["available_rows"])),
+            rows,
             float(self._facts.train_lengths.mean()),
             self._elapsed() / trained if trained else None,
         )

@@ -7,6 +7,7 @@ model + data ── look ──┐
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Request:
         methods: their names; none: lora, prefix_tuning and prompt_tuning, and the untouched base.
         trials, steps: settings a method, and optimizer steps of each; None: as `init` has them.
         minutes: of the whole study, instead of these two.
+        options: words that change a setting otherwise, as ``("--set", "data.max_length=128")``.
         output: folder of the study; None: under ``runs/``, with the name of the data.
     """
 
@@ -42,6 +44,7 @@ class Request:
     trials: int | None = None
     steps: int | None = None
     minutes: float | None = None
+    options: tuple[str, ...] = ()
     output: Path | None = None
 
     @property
@@ -59,7 +62,7 @@ class Request:
         words += ["--methods", *self.methods] if self.methods else []
         for name, value in (("trials", self.trials), ("steps", self.steps), ("minutes", self.minutes)):
             words += [f"--{name}", f"{value:g}"] if value is not None else []
-        return shlex.join([*words, "-o", str(self.folder)])
+        return shlex.join([*words, *self.options, "-o", str(self.folder)])
 
     def check(self) -> None:
         """Refuses what does not go together.
@@ -75,14 +78,17 @@ class Request:
             what, remedy = f"plans trials and steps, but {other} is given", "give the minutes, or trials and steps"
             raise ConfigError(what, where="--minutes", remedy=remedy)
         if self.minutes is not None:
-            check_minutes(self.minutes)
+            check_minutes(self.minutes, "--minutes")
 
 
-def study_file(request: Request, say: Say, *, overwrite: bool, write: bool) -> SettingsFile:
+def study_file(
+    request: Request, change: Callable[[SettingsFile], None], say: Say, *, overwrite: bool, write: bool
+) -> SettingsFile:
     """Returns the settings of the study that was asked for; the same request finds the file of its first start.
 
     Args:
         request: what was asked for.
+        change: sets what the command line says instead of the file.
         say: receives each step that takes time, and the plan.
         overwrite: another study in the folder may be replaced.
         write: put the file into the study's folder.
@@ -93,16 +99,9 @@ def study_file(request: Request, say: Say, *, overwrite: bool, write: bool) -> S
     """
     request.check()
     path = request.folder / FILE
-    if path.exists() and not overwrite:
-        if f"# {request.command}\n" not in read_text(path):
-            raise OutputError(
-                "was written for another command, which its first lines name",
-                where=str(path),
-                remedy=f"run {shlex.quote(str(path))} to resume it, add --overwrite, or give another -o",
-            )
-        return load_yaml(path)
-    if RunFolder(request.folder).status() is not None and not overwrite:
-        raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
+    if not overwrite and (file := _file_of_before(request, path)) is not None:
+        change(file)
+        return file
     with timed(say, "reading the data"):
         start = look(request.model, request.data, split=request.split)
     given: dict[str, Any] = {"budget.trials": request.trials, "budget.steps": request.steps}
@@ -112,17 +111,44 @@ def study_file(request: Request, say: Say, *, overwrite: bool, write: bool) -> S
         return study_text(
             start,
             output=str(request.folder),
-            name=shlex.quote(str(path)),
+            name=shlex.join([str(path), *request.options]),
             methods=request.methods,
             instead=given,
             command=request.command,
         )
 
+    def changed() -> SettingsFile:
+        file = parse_yaml(text(), path)
+        change(file)
+        return file
+
+    # what cannot be run leaves no file behind
+    file = changed()
+    config = validate(StudyConfig, file.values, where=str(path), place=file.place)
     if request.minutes is not None:
-        config = validate(StudyConfig, parse_yaml(text(), path).values, where=str(path))
         planned = plan(config, request.minutes, say)
         given |= {f"{section}.{name}": value for section, values in planned.items() for name, value in values.items()}
     if write:
-        with made_folder(path.parent), atomic_writer(path) as file:
-            file.write(text())
-    return parse_yaml(text(), path)
+        with made_folder(path.parent), atomic_writer(path) as written:
+            written.write(text())
+    return changed()
+
+
+def _file_of_before(request: Request, path: Path) -> SettingsFile | None:
+    """Returns the file of the first start of a request; None where there is none, or its study never began.
+
+    Raises:
+        OutputError: when the folder holds something else.
+    """
+    begun = RunFolder(request.folder).status() is not None
+    if path.exists() and f"# {request.command}\n" in read_text(path):
+        return load_yaml(path)
+    if begun and path.exists():
+        raise OutputError(
+            "was written for another command, which its first lines name",
+            where=str(path),
+            remedy="give that command to resume it, add --overwrite, or give another -o",
+        )
+    if begun:
+        raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
+    return None
