@@ -260,8 +260,6 @@ def finetune(
         UserError: of many kinds, each one line.
         Interrupted: after Ctrl-C; the same call resumes there.
     """
-    from peft_study.training.finetune import resolve
-
     inputs = Inputs(output)
     values = {
         "model": inputs.model(model, tokenizer),
@@ -272,8 +270,7 @@ def finetune(
     }
     file = SettingsFile.of(values, "finetune")
     finished = train_file(file, verbose=verbose, overwrite=overwrite, inputs=inputs)
-    config = resolve(validate(TrainConfig, values, where="finetune"))
-    found = TrialSettings(method=config.method, training=config.training).flat
+    found = TrialSettings(method=finished.config.method, training=finished.config.training).flat
     kind = found.pop("method")
     adapter, memory = finished.folder / "adapter", inputs.in_memory
     return TrainedAdapter(kind, kind, found, adapter, finished.after, finished.minus_base, None, memory)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import CommandLine
+from peft_study.config import TrainConfig, validate
 from peft_study.statistics import Estimate
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.finetune import Finished
@@ -54,7 +55,9 @@ def test_it_says_what_it_is(
 
 def finished(before: float, after: float, above: tuple[float, float, float]) -> Finished:
     level = Estimate(before, before - 0.1, before + 0.1), Estimate(after, after - 0.1, after + 0.1)
-    return Finished(Path("out"), *level, Estimate(*above), 64, None)
+    values = {"model": {"name": "m"}, "data": {"train": "d"}, "method": {"method": "lora"}, "output": "out"}
+    config = validate(TrainConfig, values, where="test")
+    return Finished(Path("out"), *level, Estimate(*above), 64, None, config, 9, 9, None, 0, 1.0)
 
 
 def test_only_a_whole_interval_above_zero_counts() -> None:

@@ -64,7 +64,7 @@ def test_methods_are_named(methods: Any, names: dict[str, str]) -> None:
         ),
         (
             lambda: Study("m", "t.jsonl", [3]),
-            "methods: 3 is no method; give names, LoRA(...) and its like, or configurations of peft",
+            "methods: 3 is no method; give a name, as 'lora', LoRA(...) and its like, or a configuration of peft",
         ),
         (lambda: LoRA(rank=[8, 0]), "LoRA, rank.1: Input should be greater than or equal to 1 (value: 0)"),
         (
@@ -157,7 +157,7 @@ def test_peft_trains_the_adapter_that_its_configuration_describes(
 
 def test_what_is_no_base_is_refused(tiny_model_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
-    with pytest.raises(ModelError, match="carries an adapter; give the base model alone"):
+    with pytest.raises(ModelError, match="carries an adapter; take it off"):
         Study(peft.get_peft_model(model, peft.LoraConfig(r=2)), ROWS)
     bare = AutoModelForCausalLM.from_config(model.config)
     bare.name_or_path = ""

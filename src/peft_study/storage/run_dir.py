@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -209,7 +210,7 @@ class RunFolder:
             try:
                 lock.acquire()
             except Timeout:
-                owner = self.read_if_there(OWNER) or {}
+                owner = self._owner()
                 raise OutputError(
                     f"process {owner.get('process', '?')} on {owner.get('machine', '?')} is writing to it",
                     where=str(self.path),
@@ -225,6 +226,14 @@ class RunFolder:
                 if {p.name for p in self.path.iterdir()} <= {LOCK}:  # nothing was written: leave no trace
                     (self.path / LOCK).unlink(missing_ok=True)
                 lock.release()
+
+    def _owner(self) -> dict[str, Any]:
+        """Returns who holds the lock; the other process may have taken it a moment ago, and not have said so yet."""
+        for _ in range(20):
+            if found := self.read_if_there(OWNER):
+                return dict(found)
+            time.sleep(0.05)
+        return {}
 
     def end(self, error: BaseException) -> None:
         """Sets the status after an error; if even that cannot be written, the error itself is what the user sees."""

@@ -117,9 +117,6 @@ def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, An
             remedy = "give a name, as 'lora', LoRA(...) and its like, or a configuration of peft"
             raise ConfigError(f"{_brief(item)} is no method", where="methods", remedy=remedy)
         space = {} if isinstance(item, str) else _space(item, model_type)
-        if not isinstance(space, Mapping) or (not isinstance(item, str) and "method" not in space):
-            what, remedy = f"{item!r} is no method", "give names, LoRA(...) and its like, or configurations of peft"
-            raise ConfigError(what, where="methods", remedy=remedy)
         kind, number = item if isinstance(item, str) else str(space["method"]), 2
         name = kind
         while name in found:
