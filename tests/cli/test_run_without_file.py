@@ -104,12 +104,12 @@ def test_settings_of_the_command_line_are_planned_with_and_resumed_with(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["run", "--model", tiny_model_folder, "--data", tiny_data, *STUDY, "--dtype", "float32"]
-    said = cli(*words, "--set", "methods.lora.rank=2").ok().out
+    cli(*words, "--set", "methods.lora.rank=2").ok()
     head = (tmp_path / "runs/sums/study.yaml").read_text().splitlines()
     assert head[2] == "#   peft-study run runs/sums/study.yaml --dtype float32 --set methods.lora.rank=2"
     assert "--set methods.lora.rank=2 -o runs/sums" in next(line for line in head if line.startswith("# peft-study"))
     journal = (tmp_path / "runs/sums/journal.jsonl").read_bytes()
-    assert cli(*words, "--set", "methods.lora.rank=2").ok().out.splitlines()[-8:] == said.splitlines()[-8:]
+    cli(*words, "--set", "methods.lora.rank=2").ok()
     cli(*head[2].split()[2:]).ok()
     assert (tmp_path / "runs/sums/journal.jsonl").read_bytes() == journal
     assert "was written for another command" in cli(*words, "--set", "methods.lora.rank=4").error()

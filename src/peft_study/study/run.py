@@ -186,6 +186,7 @@ class _Study:
             self._journal.append([{**event, "time": time.time()}])
         self._scheduler = Scheduler(config, self._journal, self._steps, self._facts.counts_N)
         self._started = time.monotonic()
+        self._only_read = self._scheduler.finished  # no time goes into a study that is finished
         limit, tokens = config.budget.minutes, float(self._facts.train_lengths.mean())
         if limit is not None:
             self._clock = StudyClock(config, 60 * limit, self._elapsed_before, tokens, watcher.say)
@@ -218,23 +219,27 @@ class _Study:
             for worker, report in backend.reports():
                 self._take(worker, report, stopping=stopping)
         self._open_test()
-        backend.conclude(self._decided())
+        decided = self._decided()
+        backend.conclude(decided)
         self._export()
         results = collect(self._config, state, self._facts.examples, self._folder)
         write_rows(results, self._folder)
         said = sentences(self._config, state, self._facts.examples, results)
         self._folder.run.write("results.json", {**summary(results), "sentences": said})
-        recommended = write_recommended(self._config, state, results, self._folder.path, self._scale(results))
+        recommended = write_recommended(
+            self._config, state, results, self._folder.path, self._scale(results, decided["seconds"])
+        )
         return FinishedStudy(self._folder.path, results, tuple(said), recommended)
 
-    def _scale(self, results: Results) -> Scale:
+    def _scale(self, results: Results, seconds: float) -> Scale:
+        """Returns what longer runs depend on; the study took so many seconds, in all its starts."""
         trained, record, data = sum(results.tokens.values()), self._facts.record["data"], self._config.data
         in_a_file = isinstance(data.held_out if data.test is None else data.test, str)
         rows = int(str(record["available_rows"])) + (0 if in_a_file else int(str(record["test_rows"] or 0)))
         return Scale(
             rows,
             float(self._facts.train_lengths.mean()),
-            self._elapsed() / trained if trained else None,
+            seconds / trained if trained else None,
         )
 
     def _steps(self, training: TrainingConfig) -> int:
@@ -317,7 +322,7 @@ class _Study:
         return {"events": len(self._journal), "seconds": self._elapsed()}
 
     def _elapsed(self) -> float:
-        return self._elapsed_before + time.monotonic() - self._started
+        return self._elapsed_before + (0.0 if self._only_read else time.monotonic() - self._started)
 
     def _open_test(self) -> None:
         """Measures the finalists on the test part, once, after the winner is chosen."""
