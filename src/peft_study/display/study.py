@@ -208,7 +208,8 @@ def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[
             ("its answers to prompts, a line each", f"peft-study generate {adapter} --prompts FILE -o answers.jsonl"),
             *steps,
         ]
-    for recommended in study.recommended[:1]:
+    # a model in memory cannot be named on a command line
+    for recommended in study.recommended[:1] if best is None or best.in_memory is None else ():
         about = "" if recommended.seconds is None else f", about {duration(recommended.seconds)}"
         what = f"train it longer, {recommended.steps:,} steps{about} (its first lines say why)"
         steps.append((what, f"peft-study finetune {shlex.quote(str(recommended.path))}"))

@@ -27,6 +27,8 @@ FORWARD = 1 / 3
 _FILLED = 0.9
 """Of the minutes that are planned for: loading and measuring take some, and a plan that is too long cannot shrink."""
 _TRIALS, _LEAST_TRIALS, MOST_TRIALS = 12, 4, 30
+MOST_PASSES = 10
+"""Over the data in a trial, at most."""
 _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
@@ -76,6 +78,8 @@ def plan(
         )
     while trials < MOST_TRIALS and seconds_of(measured, trials + 1, steps, best * seeds) <= wanted:
         trials += 1
+    if trials == MOST_TRIALS:  # of little data, the time that is left goes into further passes
+        steps = max(steps, min(_steps(measured, trials, best * seeds, wanted), MOST_PASSES * a_pass))
     finals = best * seeds * len(measured.methods)
     most = seconds_of(measured, 2 * trials, steps, best * seeds)
     end = "the search ends in time for them"
