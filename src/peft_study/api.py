@@ -224,6 +224,7 @@ class Study:
         before = RunFolder(self._config.output).read_if_there("config.given.json") or {}
         if not overwrite and before.get("budget", {}).get("minutes") == self._minutes:
             found = {section: before[section] for section in ("budget", "finals")}
+            found["data"] = {name: before["data"][name] for name in ("held_out", "test") if name in before["data"]}
         else:
             found = plan(self._config, self._minutes, say, in_memory=self._inputs.in_memory)
         for section, values in found.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ def test_a_plan_fills_its_minutes_and_no_more(monkeypatch: pytest.MonkeyPatch, m
     found = measured(seconds, seconds, seconds)
     sections, said = planned(monkeypatch, found, minutes)
     trials, steps, best = sections["budget"]["trials"] // 2, sections["budget"]["steps"], sections["finals"]["best"]
+    if rows := sections.get("data", {}).get("held_out"):
+        found = dataclasses.replace(found, dev_rows=rows, test_rows=rows)
     takes = seconds_of(found, trials, steps, best * SEEDS)
     assert takes <= 60 * minutes * 0.9
     whole = steps == plan.MOST_PASSES * math.ceil(1000 / 4) and trials == plan.MOST_TRIALS
@@ -68,6 +71,14 @@ def test_a_study_that_needs_less_than_its_minutes_says_so(monkeypatch: pytest.Mo
     takes = seconds_of(found, trials, steps, best * SEEDS) / 60
     assert said[-1].endswith(f"; about {takes:.1f} min in all, as no more than 60 settings a method are tried")
     assert planned(monkeypatch, measured(1.0), 60)[1][-1].endswith("; the search ends in time for them")
+
+
+def test_few_minutes_have_fewer_held_out_rows_before_they_have_fewer_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(1.0, held_out=128)
+    short, long = (planned(monkeypatch, found, minutes)[0] for minutes in (12, 240))
+    assert short["data"] == {"held_out": 64, "test": 64}
+    assert short["budget"]["trials"] >= 2 * 12
+    assert "data" not in long
 
 
 def test_minutes_that_do_not_reach_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

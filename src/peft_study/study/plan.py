@@ -11,6 +11,7 @@ changed later, which is the steps.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from peft_study.config import StudyConfig
@@ -27,6 +28,8 @@ FORWARD = 1 / 3
 _FILLED = 0.9
 """Of the minutes that are planned for: loading and measuring take some, and a plan that is too long cannot shrink."""
 _TRIALS, _LEAST_TRIALS, MOST_TRIALS = 12, 4, 30
+_HELD_OUT = (64, 32)
+"""Rows that the dev and the test part are cut down to, before there are fewer settings."""
 MOST_PASSES = 10
 """Over the data in a trial, at most."""
 _STEPS, _LEAST_STEPS = 40, 10
@@ -65,10 +68,12 @@ def plan(
     measured = estimate(config, say, in_memory=in_memory)
     wanted, a_pass = minutes * 60 * _FILLED, math.ceil(measured.train_rows / measured.batch_size)
     seeds = config.finals.seeds
-    for trials, best in ((_TRIALS, 2), (_TRIALS, 1), (_LEAST_TRIALS, 1)):
-        steps = min(_steps(measured, trials, best * seeds, wanted), a_pass)
+    for trials, best, rows in _shapes(config, measured):
+        costs = replace(measured, dev_rows=rows or measured.dev_rows, test_rows=rows or measured.test_rows)
+        steps = min(_steps(costs, trials, best * seeds, wanted), a_pass)
         if steps >= min(_STEPS, a_pass):
             break
+    measured = costs
     if steps < min(_LEAST_STEPS, a_pass):
         least = seconds_of(measured, _LEAST_TRIALS, _LEAST_STEPS, seeds) / _FILLED / 60
         raise ConfigError(
@@ -87,10 +92,26 @@ def plan(
         end = f"about {max(most / 60, 0.1):.1f} min in all, as no more than {2 * trials} settings a method are tried"
     say(
         f"plan for {minutes:g} min: about {trials} settings a method of {steps} steps (one pass over the data: "
-        f"{a_pass:,}), then {finals} finals; {end}"
+        f"{a_pass:,}), {measured.dev_rows} held-out rows, then {finals} finals; {end}"
     )
     # the search goes on for as long as there is time, so the number of settings is only bounded
-    return {"budget": {"trials": 2 * trials, "steps": steps, "minutes": minutes}, "finals": {"best": best}}
+    held_out = {} if rows is None else {"data": {"held_out": rows, "test": rows}}
+    return {"budget": {"trials": 2 * trials, "steps": steps, "minutes": minutes}, "finals": {"best": best}, **held_out}
+
+
+def _shapes(config: StudyConfig, measured: StudyEstimate) -> list[tuple[int, int, int | None]]:
+    """Returns settings and finalists a method, and held-out rows (None: as configured), from the largest study down.
+
+    Held-out rows that are a file, or were asked for by the test part's own setting, stay.
+    """
+    drawn = not isinstance(config.data.held_out, str) and config.data.test is None
+    fewer = [rows for rows in _HELD_OUT if drawn and rows < measured.dev_rows]
+    least = fewer[-1] if fewer else None
+    return [
+        *((_TRIALS, best, None) for best in (2, 1)),
+        *((_TRIALS, 1, rows) for rows in fewer),
+        (_LEAST_TRIALS, 1, least),
+    ]
 
 
 def _steps(measured: StudyEstimate, trials: int, finals: int, seconds: float) -> int:
