@@ -157,6 +157,14 @@ def test_what_cannot_be_run_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_methods_are_taken_behind_a_flag_of_the_program(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = cli("-v", "run", "--model", tiny_model_folder, "--data", tiny_data, *STUDY, "--dry-run").ok().out
+    assert " prompt_tuning " in out
+
+
 def test_a_dry_run_writes_nothing(
     cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,13 +86,18 @@ def _refuse_empty(words: list[str]) -> None:
     Raises:
         ConfigError: naming the option it belongs to.
     """
-    if next((word for word in words if not word.startswith("-")), None) == "finetune":
+    if _command(words) == "finetune":
         return
     for before, word in zip(["", *words], words, strict=False):
         if not word.strip() or re.fullmatch(r"--?[\w-]+=\s*", word):
             option = word.partition("=")[0].strip() or (before if before.startswith("-") else "")
             where = option or (f"what follows {before}" if before else None)
             raise ConfigError("is empty" if where else "an argument is empty", where=where, remedy="give a value")
+
+
+def _command(words: list[str]) -> str | None:
+    """Returns the name of the command, before which -q and -v may stand."""
+    return next((word for word in words if not word.startswith("-")), None)
 
 
 _SEVERAL = ("--methods", "--data")
@@ -105,7 +110,7 @@ def _repeated(words: list[str]) -> list[str]:
     Raises:
         ConfigError: when it has none.
     """
-    if words[:1] != ["run"]:
+    if _command(words) != "run":
         return words
     for word, value in zip(words, [*words[1:], "-"], strict=True):
         if word in _SEVERAL and value.startswith("-"):
