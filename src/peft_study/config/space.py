@@ -109,7 +109,7 @@ class MethodSpace(Strict):
         """Returns the space with every setting given, none left to a rule.
 
         Args:
-            training: what it fixes is not searched, unless the method itself says so.
+            training: what it fixes is not searched, unless the method sets it itself.
         """
         given = self.model_fields_set - {"method", "space"}
         if getattr(self, "learning_rate") is None:  # noqa: B009  (declared by the classes that are made)

@@ -53,7 +53,7 @@ class SearchConfig(Strict):
         "auto", description="try many learning rates briefly first; auto: where that costs under a tenth of the search"
     )
     range_steps: int = Field(32, ge=4, description="optimizer steps of each rate in that test")
-    widen: bool = Field(True, description="move the end of a log range outwards when the best value lies there")
+    widen: bool = Field(True, description="move the end of a log range outwards when the best value is there")
     stop: float | None = Field(
         None, gt=0, description="end a method's search once it is within so many nats a token of its best, with 90 %"
     )

@@ -173,9 +173,8 @@ def render_stats(stats: DataStats, *, width: int = 80, all_sources: bool = False
     numbers = sum(max(map(len, column)) + 1 for column in zip(headings, *cells, strict=True))
     names, keyed = shortened([source.name for source in shown], max(width - numbers - 2, 12))
     title = f"tokens of {stats.model}, chat template {stats.template}"
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, padding=0
-    )  # a column between two, two at the edges
+    # without padding there is a column between two, and two at the edges
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("source", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

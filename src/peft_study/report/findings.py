@@ -58,7 +58,7 @@ def recommendation(method: str, known: Recommendation) -> str:
 
 
 def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
-    """Returns what was searched with its values, in the words of the study file."""
+    """Returns what was searched with its values, named as in the study file."""
     names = list(config.methods[method].dimensions()) or ["learning_rate"]
     return ", ".join(f"{name} {short(row.settings[name])}" for name in names)
 

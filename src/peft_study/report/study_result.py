@@ -157,7 +157,7 @@ class StudyResult:
 
     @cached_property
     def findings(self) -> str:
-        """What the study says so far, a line each, every number with its interval and its seeds."""
+        """The findings so far, a line each, every number with its interval and its seeds."""
         record = self._record
         if self._results is None or record.examples is None:
             return "no trial has begun"

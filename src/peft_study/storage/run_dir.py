@@ -96,7 +96,7 @@ class RunFolder:
         return None if values is None else (values["status"], values.get("reason"))
 
     def identity(self) -> str | None:
-        """Returns the identity of the settings of the run that lies here, or None."""
+        """Returns the identity of the settings of this folder's run, or None."""
         values = self.read_if_there(_STATUS)
         return None if values is None else values["identity"]
 

@@ -160,7 +160,7 @@ class StudyFolder:
     def claim_trial(self, name: str, config: StudyConfig, settings: TrialSettings) -> RunFolder:
         """Returns the claimed folder of a trial, which then is a run's; one that was begun before is used again.
 
-        A trial of other settings that lies there was begun under an earlier study file and never reached a checkpoint.
+        A trial of other settings in that folder was begun under an earlier study file and never reached a checkpoint.
         """
         folder = self.trial(name)
         resolved = run_settings(config, settings, folder.path)
