@@ -127,6 +127,7 @@ def read_run(path: Path) -> RunStatus:
     stopped = state in ("killed", "interrupted", "failed")
     speeds = [each["tokens_per_second"] for each in train[-_RECENT:] if each["tokens_per_second"]]
     found = [int(each.parent.name[5:]) for each in folder.checkpoints.glob("step_*/checkpoint.json")]
+    files = sizes(path)
     return RunStatus(
         folder,
         config,
@@ -142,8 +143,8 @@ def read_run(path: Path) -> RunStatus:
         train[-1]["loss"] if train else None,
         statistics.median(speeds) if speeds else None,
         tuple(_point(each) for each in records if each["event"] == "held_out"),
-        sizes(path),
-        disk(path),
+        files,
+        disk(files),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Literal
 
 from peft_study.report.results import Row, row_of
@@ -85,7 +86,7 @@ def study_status(study: StudyRecord) -> StudyStatus:
             for trial in study.state.trials.values()
             if trial.status in ("running", "interrupted")
         ),
-        disk(study.folder.path),
+        disk(sizes(path)),
     )
 
 
@@ -125,10 +126,10 @@ def _method(study: StudyRecord, method: str) -> MethodStatus:
     )
 
 
-def disk(path: Path) -> dict[str, int]:
-    """Returns the bytes of the parts of a study's or run's folder."""
+def disk(files: Mapping[str, int]) -> dict[str, int]:
+    """Returns the bytes of the parts of a study's or run's folder, from those of its files (`sizes`)."""
     found = dict.fromkeys([*_PARTS.values(), "everything else"], 0)
-    for name, size in sizes(path).items():
+    for name, size in files.items():
         folders = [folder for folder in _PARTS if folder in PurePosixPath(name).parts]
         found[_PARTS[folders[0]] if folders else "everything else"] += size
     return found
