@@ -7,18 +7,12 @@ finetune(model, data, method) ------------------------------> TrainedAdapter
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from peft_study.config import (
-    StudyConfig,
-    TrainConfig,
-    TrialSettings,
-    validate,
-)
+from peft_study.config import StudyConfig, TrainConfig, TrialSettings, validate
 from peft_study.errors import ConfigError, OutputError, UserError, nearest
 from peft_study.report.study_result import StudyResult, TrainedAdapter
 from peft_study.report.study_result import open_study as open_study
@@ -27,10 +21,10 @@ from peft_study.study.inputs import Inputs, merged, methods_section, one_setting
 from peft_study.study.yaml_file import SettingsFile, load_yaml
 
 if TYPE_CHECKING:
+    from peft_study.model.in_memory import ModelInMemory
     from peft_study.study.callbacks import Callback
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.training.finetune import Finished
-    from peft_study.training.interrupt import StopRequest
     from peft_study.training.session import Say
 
 
@@ -82,10 +76,10 @@ class Study:
             **settings,
             "output": str(output),
         }
-        for name, value in {"trials": trials, "steps": steps}.items():
-            if minutes is not None and value is not None:
-                remedy = "give the minutes, or trials and steps"
-                raise ConfigError(f"plans trials and steps, but {name} is given", where="minutes", remedy=remedy)
+        if minutes is not None:
+            from peft_study.study.plan import check_minutes
+
+            check_minutes(minutes, trials, steps)
         budget = {"trials": trials, "steps": steps}
         values["budget"] = merged("budget", settings.get("budget"), budget)
         self._start(SettingsFile.of(values, "Study"), minutes)
@@ -115,10 +109,6 @@ class Study:
         return study
 
     def _start(self, file: SettingsFile, minutes: float | None) -> None:
-        if minutes is not None:
-            from peft_study.study.plan import check_minutes
-
-            check_minutes(minutes)
         self._file, self._minutes = file, minutes
         self._config = validate(StudyConfig, file.values, where=str(file.path), place=file.place)
 
@@ -148,9 +138,9 @@ class Study:
             Interrupted: after Ctrl-C (in a notebook: interrupting the cell); ``run()`` again resumes there.
         """
         from peft_study.display.study import StudyDisplay
-        from peft_study.model.in_memory import lent
         from peft_study.study.callbacks import check_callbacks
         from peft_study.study.run import run_study
+        from peft_study.training.interrupt import StopRequest
 
         check_callbacks(callbacks)
         if overwrite and extend:
@@ -159,9 +149,8 @@ class Study:
         memory = self._inputs.in_memory
         try:
             with (
-                _surroundings(),
-                nullcontext() if memory is None else lent(memory.model),
-                _listening() as stop,
+                _surroundings(memory),
+                StopRequest().listening() as stop,
                 StudyDisplay(silent=not verbose) as display,
             ):
                 self._write_inputs(overwrite=overwrite)
@@ -174,7 +163,7 @@ class Study:
                     overwrite=overwrite,
                     go_on=extend,
                     callbacks=callbacks,
-                    model=memory,
+                    in_memory=memory,
                 )
         except UserError as error:
             raise self._file.pointed(error) from None
@@ -192,14 +181,12 @@ class Study:
             UserError: as `run`.
         """
         from peft_study.display.terminal import LiveDisplay
-        from peft_study.model.in_memory import lent
         from peft_study.study.dry_run import estimate
 
         memory = self._inputs.in_memory
         try:
             with (
-                _surroundings(),
-                nullcontext() if memory is None else lent(memory.model),
+                _surroundings(memory),
                 LiveDisplay(silent=not verbose) as display,
             ):
                 self._write_inputs(overwrite=False)
@@ -211,9 +198,9 @@ class Study:
         """Writes rows in memory into the output folder, which no other run may hold."""
         if self._inputs.tables:
             folder = RunFolder(self._config.output)
-            if (folder.path / "trials").exists() is False and folder.status() is not None and not overwrite:
+            if not ((folder.path / "trials").exists() or folder.status() is None or overwrite):
                 raise OutputError("holds a run that is no study", where=str(folder.path), remedy="give another output")
-            self._inputs.write(replace=overwrite or folder.status() is None)
+            self._inputs.write(overwrite=overwrite)
 
     def _plan(self, say: Say, *, overwrite: bool) -> None:
         """Sets trials, steps and finals for the minutes that were asked for; those of a study that is resumed stay."""
@@ -293,20 +280,19 @@ def train_file(
         Interrupted: after Ctrl-C; the same call resumes there.
     """
     from peft_study.display.terminal import RunDisplay
-    from peft_study.model.in_memory import lent
     from peft_study.training.finetune import train
+    from peft_study.training.interrupt import StopRequest
 
     config = validate(TrainConfig, file.values, where=str(file.path), place=file.place)
     memory = None if inputs is None else inputs.in_memory
     try:
         with (
-            _surroundings(),
-            nullcontext() if memory is None else lent(memory.model),
-            _listening() as stop,
+            _surroundings(memory),
+            StopRequest().listening() as stop,
             RunDisplay(silent=not verbose) as display,
         ):
             if inputs is not None:
-                inputs.write(replace=overwrite or RunFolder(config.output).status() is None)
+                inputs.write(overwrite=overwrite)
             finished = train(config, file.values, display, stop, overwrite=overwrite, in_memory=memory)
             display.conclude(finished)
     except UserError as error:
@@ -315,28 +301,25 @@ def train_file(
 
 
 @contextmanager
-def _surroundings() -> Iterator[None]:
-    """Keeps the bars of transformers out of the display, and records gradients whatever the caller has switched off."""
+def _surroundings(memory: ModelInMemory | None) -> Iterator[None]:
+    """Keeps the bars of transformers out of the display, and records gradients whatever the caller has switched off.
+
+    A model in memory is given back as it was at the end of the block.
+    """
     import torch
     from transformers.utils import logging
+
+    from peft_study.model.in_memory import lent
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            nullcontext() if memory is None else lent(memory.model),
+        ):
             yield
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _listening() -> Iterator[StopRequest]:
-    """Listens for Ctrl-C; outside the main thread, where Python allows no signal handlers, nobody asks."""
-    from peft_study.training.interrupt import StopRequest
-
-    stop = StopRequest()
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            stack.enter_context(stop.listening())
-        yield stop

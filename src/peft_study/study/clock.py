@@ -6,12 +6,12 @@ elapsed + (tokens left of running trials + tokens of the finals) x seconds a tok
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from peft_study.config import StudyConfig
 from peft_study.search.trials import StudyState
 from peft_study.study.plan import SHARE
 from peft_study.training.loop import Evaluated
+from peft_study.training.session import Say
 from peft_study.workers.worker import Pace, Report
 
 RESERVED = 0.5
@@ -29,9 +29,7 @@ class StudyClock:
         say: receives a line with the plan, once the first rung shows the speed.
     """
 
-    def __init__(
-        self, config: StudyConfig, limit: float, before: float, tokens: float, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, config: StudyConfig, limit: float, before: float, tokens: float, say: Say) -> None:
         self._config, self._limit, self._before, self._say = config, limit, before, say
         self._step_tokens = tokens * config.training.batch_size
         self._started = time.monotonic()
@@ -66,20 +64,21 @@ class StudyClock:
         total = 0
         for method in self._config.searched:
             begun, planned = state.finals(method, self._config)
-            searched = state.of(method, "search")
-            total += max(0, planned - len(begun)) * (searched[0].settings.training.steps or 0 if searched else 0)
+            total += max(0, planned - len(begun)) * _steps(state, method)
         return total * self._step_tokens
 
     def _plan(self, state: StudyState, a_token: float, finals: float) -> None:
         """Says when the search will end at this speed, and with how many settings."""
         end = max(self._limit - finals, (1 - RESERVED) * self._limit)
-        steps = sum(
-            state.of(m, "search")[0].settings.training.steps or 0
-            for m in self._config.searched
-            if state.of(m, "search")
-        )
+        steps = sum(_steps(state, method) for method in self._config.searched)
         settings = end / max(SHARE * steps * self._step_tokens * a_token, 1e-9)
         self._say(
             f"at the measured {1 / a_token:,.0f} tokens/s: search until minute {end / 60:.1f} of {self._limit / 60:g}, "
             f"about {settings:.0f} settings a method; then the finals, {finals / 60:.1f} minutes"
         )
+
+
+def _steps(state: StudyState, method: str) -> int:
+    """Returns the steps of a method's trials; 0 before the first has begun."""
+    first = next(iter(state.of(method, "search")), None)
+    return 0 if first is None else first.settings.training.steps or 0

@@ -14,6 +14,7 @@ from peft_study.config import SPACES, TRAINING_DIMENSIONS, MethodSpace, Training
 from peft_study.data.in_memory import is_rows, write_rows
 from peft_study.errors import ConfigError, nearest
 from peft_study.methods.peft_config import from_peft, is_peft_config
+from peft_study.storage.run_dir import RunFolder
 
 if TYPE_CHECKING:
     from peft_study.model.in_memory import ModelInMemory
@@ -100,10 +101,10 @@ class Inputs:
         self.tables[str(path)] = rows
         return str(path)
 
-    def write(self, *, replace: bool) -> None:
-        """Writes the rows in memory."""
+    def write(self, *, overwrite: bool) -> None:
+        """Writes the rows in memory; where the folder has a run or study, its rows must be the same, or overwritten."""
         for path, rows in self.tables.items():
-            write_rows(rows, Path(path), replace=replace)
+            write_rows(rows, Path(path), replace=overwrite or RunFolder(self._output).status() is None)
 
 
 def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, Any]:

@@ -36,12 +36,21 @@ _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
 
-def check_minutes(minutes: float, where: str = "minutes") -> None:
-    """Refuses what is no time.
+def check_minutes(minutes: float, trials: int | None, steps: int | None, *, option: str = "") -> None:
+    """Refuses what is no time, and a time beside what it plans.
+
+    Args:
+        minutes: of the whole study.
+        trials, steps: that were asked for beside it.
+        option: what stands before the names of options, for the error: ``--`` on the command line.
 
     Raises:
         ConfigError: naming the value.
     """
+    where, other = f"{option}minutes", "trials" if trials is not None else "steps" if steps is not None else None
+    if other is not None:
+        what, remedy = f"plans trials and steps, but {option}{other} is given", "give the minutes, or trials and steps"
+        raise ConfigError(what, where=where, remedy=remedy)
     if not isinstance(minutes, (int, float)):
         raise ConfigError(f"{minutes!r} is no number", where=where, remedy="give e.g. 60")
     if not 0 < minutes < math.inf:
@@ -53,12 +62,14 @@ def check_minutes(minutes: float, where: str = "minutes") -> None:
 def plan(
     config: StudyConfig, minutes: float, say: Say, *, in_memory: ModelInMemory | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns the sections ``budget`` and ``finals`` for a study of so many minutes, and says what they mean.
+    """Returns the settings of ``budget``, ``finals`` and ``data`` for so many minutes, and says what they mean.
+
+    ``data`` is among them where fewer held-out rows are needed.
 
     Args:
         config: model, data, methods; its own budget is not looked at.
         minutes: of the whole study: search, finals, test.
-        say: receives a line before each step that takes time, and the plan.
+        say: receives each step that takes time, and the plan.
         in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:

@@ -75,7 +75,7 @@ def run_study(
     overwrite: bool = False,
     go_on: bool = False,
     callbacks: Sequence[Callback] = (),
-    model: ModelInMemory | None = None,
+    in_memory: ModelInMemory | None = None,
 ) -> FinishedStudy:
     """Runs or resumes a study and returns its results.
 
@@ -87,7 +87,7 @@ def run_study(
         overwrite: delete another study in the output folder.
         go_on: the study file changed; add trials under the new one.
         callbacks: hear of each trial, and may stop it or the study.
-        model: a base in memory, instead of the one that the configuration names.
+        in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:
         ConfigError: when a model in memory is to be trained by other processes.
@@ -98,7 +98,10 @@ def run_study(
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
-    with folder.run.locked(), choose_backend(config, folder, watcher.say, overwrite=overwrite, model=model) as backend:
+    with (
+        folder.run.locked(),
+        choose_backend(config, folder, watcher.say, overwrite=overwrite, in_memory=in_memory) as backend,
+    ):
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
             refuse_other_inputs(backend.facts.record, folder.run)
@@ -123,7 +126,7 @@ def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
 
 
 def choose_backend(
-    config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool, model: ModelInMemory | None = None
+    config: StudyConfig, folder: StudyFolder, say: Say, *, overwrite: bool, in_memory: ModelInMemory | None = None
 ) -> Backend:
     """Returns the backend of a study: this process, processes of this machine, or Ray actors.
 
@@ -134,7 +137,7 @@ def choose_backend(
         ConfigError: when there are fewer devices than workers, Ray is not installed, or the model is in memory.
     """
     several = config.workers > 1 or (folder.had_pool and not overwrite)
-    if model is not None and (several or config.ray is not None):
+    if in_memory is not None and (several or config.ray is not None):
         where, what = "ray" if config.ray is not None else "workers", "a model in memory is trained in one process"
         raise ConfigError(what, where=where, remedy="leave it out, or save the model and give its folder")
     if config.ray is not None:
@@ -143,7 +146,7 @@ def choose_backend(
         return WorkerPool(config, folder, say, RayLauncher(config.ray, config.model))
     if several:
         return WorkerPool(config, folder, say, SubprocessLauncher(config.workers, config.model))
-    return LocalBackend(config, folder, say, model)
+    return LocalBackend(config, folder, say, in_memory)
 
 
 class _Study:

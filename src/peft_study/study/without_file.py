@@ -73,12 +73,8 @@ class Request:
         for method in self.methods:
             if method not in SPACES:
                 raise ConfigError(f"unknown method {method!r}", where="--methods", remedy=nearest(method, SPACES))
-        if self.minutes is not None and (self.trials is not None or self.steps is not None):
-            other = "--trials" if self.trials is not None else "--steps"
-            what, remedy = f"plans trials and steps, but {other} is given", "give the minutes, or trials and steps"
-            raise ConfigError(what, where="--minutes", remedy=remedy)
         if self.minutes is not None:
-            check_minutes(self.minutes, "--minutes")
+            check_minutes(self.minutes, self.trials, self.steps, option="--")
 
 
 def study_file(

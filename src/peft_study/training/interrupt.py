@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,9 +27,15 @@ class StopRequest:
     def listening(self) -> Iterator[StopRequest]:
         """Listens for SIGINT and SIGTERM inside the block; a second one, or one before any step, stops at once.
 
+        Outside the main thread Python allows no signal handlers: there nobody asks.
+
         Raises:
             KeyboardInterrupt: then.
         """
+
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
 
         def handle(_number: int, _frame: FrameType | None) -> None:
             if self.asked or not self.heeded:

@@ -28,14 +28,16 @@ class LocalBackend:
 
     replays = True
 
-    def __init__(self, config: StudyConfig, folder: StudyFolder, say: Say, model: ModelInMemory | None = None) -> None:
-        self._config, self._folder, self._say, self._model = config, folder, say, model
+    def __init__(
+        self, config: StudyConfig, folder: StudyFolder, say: Say, in_memory: ModelInMemory | None = None
+    ) -> None:
+        self._config, self._folder, self._say, self._in_memory = config, folder, say, in_memory
         self._commands: Commands | None = None
 
     def __enter__(self) -> LocalBackend:
         config = self._config
         self._session = open_session(
-            config.model, config.data, config.training, self._say, test=True, in_memory=self._model
+            config.model, config.data, config.training, self._say, test=True, in_memory=self._in_memory
         )
         for note in check_spaces(self._session, config):
             self._say(note)
