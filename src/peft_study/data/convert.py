@@ -38,7 +38,7 @@ class ConvertReport:
 
 
 class LineWriter:
-    """Writes lines into a binary file, compressed if the suffix of ``name`` asks for it, and hashes what reaches the disk.
+    """Writes lines into a binary file, compressed by the suffix of ``name``, and hashes what reaches the disk.
 
     The same lines give the same bytes at any time and under any name.
     """
