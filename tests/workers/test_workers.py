@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from command_line import CommandLine
+from peft_study.config import ModelConfig
 from peft_study.engine import checkpoint, memory
 from peft_study.storage import journal
 from peft_study.storage.run_dir import RunFolder
@@ -166,6 +167,15 @@ def test_a_signal_to_all_processes_saves_and_stops(long_study: Path, tmp_path: P
             held |= dict(zip(cut.trials, cut.steps, strict=True))
     assert running
     assert {name: held.get(name) for name in running} == {name: steps(out, name) for name in running}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_lives_on_when_a_signal_comes_before_it_has_loaded(number: int) -> None:
+    with SubprocessLauncher(1, ModelConfig(name="unused", device="cpu")) as launcher:
+        link = launcher.open(0)
+        os.kill(until(lambda: workers_of(os.getpid()))[0], number)
+        link.call("save", {})
+        assert "has no attribute '_worker'" in (link.answer().defect or ""), "nothing is open yet"
 
 
 class Elsewhere(SubprocessLauncher):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest:
     """Whether somebody asked the run to stop.
@@ -42,7 +44,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.asked = True
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:

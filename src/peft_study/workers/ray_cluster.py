@@ -17,6 +17,7 @@ from typing import Any
 
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError, ProcessError, first_line
+from peft_study.training.interrupt import STOP_SIGNALS
 from peft_study.workers.backend import WorkerDied
 from peft_study.workers.worker_process import Answer, WorkerProcess
 
@@ -198,7 +199,7 @@ def _check_reachable(address: str, where: str, remedy: str) -> None:
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """Restores the signal handlers after the block: Ray installs one for SIGTERM that ends the program."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     environment = os.environ.get("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO")
     if environment is None:  # else it warns of a change to come
         os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"

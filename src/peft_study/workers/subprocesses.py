@@ -22,6 +22,7 @@ import torch
 import peft_study
 from peft_study.config import ModelConfig
 from peft_study.errors import ConfigError
+from peft_study.training.interrupt import STOP_SIGNALS
 from peft_study.workers.backend import WorkerDied
 from peft_study.workers.worker_process import Answer
 
@@ -87,6 +88,9 @@ class ProcessLink:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.connection, theirs = Pipe()
+        # a child is born with its parent's mask: a signal sent to all processes of a job must not end one that has not
+        # come to ignoring it, which takes the seconds of its imports
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, *_PROGRAM, str(theirs.fileno())],
@@ -96,6 +100,7 @@ class ProcessLink:
                 start_new_session=True,  # a terminal's Ctrl-C is for this process alone
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             theirs.close()
 
     def call(self, method: str, *arguments: Any) -> None:

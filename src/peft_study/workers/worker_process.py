@@ -28,6 +28,7 @@ from peft_study.errors import OutputError, UserError
 from peft_study.search.space_check import check_spaces, largest
 from peft_study.storage.study_dir import basis
 from peft_study.training import slot_count
+from peft_study.training.interrupt import STOP_SIGNALS
 from peft_study.training.session import Session, describe, open_session, unheard
 from peft_study.training.slot_count import Capacity
 from peft_study.workers.worker import Facts, Worker, facts
@@ -140,7 +141,7 @@ def main() -> None:
     Standard input is a pipe held by the scheduler: when it closes, this process exits at once, even amid a row, which
     frees the device.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_the_scheduler, daemon=True).start()
     connection, worker = Connection(int(sys.argv[1])), WorkerProcess()
