@@ -27,7 +27,7 @@ def standard_error(sums: Sums, counts: Counts) -> float:
     return math.sqrt(float(np.sum(residuals**2))) / float(counts.sum())
 
 
-@pytest.mark.parametrize("examples", [999, 1001], ids=["BCa", "percentile"])
+@pytest.mark.parametrize("examples", [999, 1001], ids=["resampled", "Student"])
 def test_both_kinds_of_interval_agree_with_the_delta_method(examples: int) -> None:
     sums, counts = draw(examples, seed=7)
     found, error = mean_loss(sums, counts), standard_error(sums, counts)
@@ -36,13 +36,13 @@ def test_both_kinds_of_interval_agree_with_the_delta_method(examples: int) -> No
 
 
 def test_skewed_losses_are_covered_too() -> None:
-    """Over 40 skewed examples a 95 % interval covered the true mean in 908 of these 1,000 draws."""
+    """Over 40 skewed examples a 95 % interval covered the true mean in 932 of these 1,000 draws."""
     covered = sum((found := mean_loss(*draw(40, seed))).low <= 1.0 <= found.high for seed in range(1000))
     assert 890 <= covered <= 960
 
 
 def test_false_alarms_are_rare() -> None:
-    """Two settings that differ by noise alone were told apart in 56 of these 1,000 studies."""
+    """Two settings that differ by noise alone were told apart in 48 of these 1,000 studies."""
     alarms = 0
     for seed in range(1000):
         sums, counts = draw(48, seed)
@@ -95,9 +95,9 @@ def test_a_single_example_has_no_interval_in_words() -> None:
     assert Estimate(1, 0.5, 2).phrase("+.1f") == "95 % +0.5 to +2.0"
 
 
-@pytest.mark.parametrize(("examples", "least", "most"), [(8, 0.80, 0.90), (24, 0.86, 0.94), (64, 0.89, 0.97)])
+@pytest.mark.parametrize(("examples", "least", "most"), [(8, 0.89, 0.96), (24, 0.91, 0.97), (64, 0.91, 0.97)])
 def test_what_is_said_of_few_examples_is_so(examples: int, least: float, most: float) -> None:
-    """The note says 85 % with 8, 90 % with 24 and 92 to 94 % with 64, of losses as skewed as these."""
+    """The note says 92 % with 8 and 94 % with 24 and more, of losses as skewed as these; a standard deviation is 1.2 %."""
     covered = 0
     for seed in range(400):
         generator = np.random.default_rng(seed)
@@ -109,5 +109,5 @@ def test_what_is_said_of_few_examples_is_so(examples: int, least: float, most: f
 
 def test_few_examples_are_told_and_many_are_not() -> None:
     assert few_examples(64) is None
-    assert str(few_examples(63)).startswith("63 held-out rows: 95 % intervals over so few are too narrow")
+    assert str(few_examples(63)).startswith("63 held-out rows: 95 % intervals over so few are wide")
     assert str(few_examples(1)).startswith("1 held-out row: ")
