@@ -1,4 +1,4 @@
-"""1,000 made-up studies of three methods with one true loss: how often intervals cover it, how often one looks better."""
+"""Made-up studies of three methods with one true loss: how often intervals cover it, and how often one looks better."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_a_single_example_has_no_interval_in_words() -> None:
 
 @pytest.mark.parametrize(("examples", "least", "most"), [(8, 0.89, 0.96), (24, 0.91, 0.97), (64, 0.91, 0.97)])
 def test_what_is_said_of_few_examples_is_so(examples: int, least: float, most: float) -> None:
-    """The note says 92 % with 8 and 94 % with 24 and more, of losses as skewed as these; a standard deviation is 1.2 %."""
+    """The note says 92 % with 8 and 94 % with 24 and more, of losses as skewed as these, give or take 1.2 %."""
     covered = 0
     for seed in range(400):
         generator = np.random.default_rng(seed)

@@ -13,8 +13,8 @@ CONFIDENCE = 0.95
 POWER = 0.8
 RESAMPLES = 4000
 LEAST_RESAMPLED, LEAST_RESAMPLED_LOG, MOST_RESAMPLED = 8, 24, 1000
-"""Numbers of examples that are resampled. Of fewer, many resamples have no spread to be divided by (on the log scale, of
-8 skewed examples, the interval would be 3.9 times as wide for 1 % more coverage); of more, the skew is gone."""
+"""Numbers of examples that are resampled. Of fewer, many resamples have no spread to be divided by (on the log scale,
+of 8 skewed examples, the interval would be 3.9 times as wide for 1 % more coverage); of more, the skew is gone."""
 FEW_EXAMPLES = 64
 """Below so many, an interval over examples is too narrow to pass over in silence."""
 

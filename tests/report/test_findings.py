@@ -144,6 +144,24 @@ def test_the_winner_and_who_cannot_be_told_from_it(both: HandMade) -> None:
     assert f"{won}; on the test part prompt tuning cannot be told from it" in both.said()
 
 
+def test_the_ranking_is_in_groups_and_says_what_its_examples_can_show(both: HandMade) -> None:
+    """Holm's correction by the number of pairs is checked by hand in tests/test_coverage.py."""
+    for method, gain in (("lora", 0.9), ("prompt_tuning", 0.5)):
+        both.trial(method, 1e-2, gain)
+    both.chosen(lora=[0], prompt_tuning=[0])
+    both.finals("lora", 0, [0.90, 0.91, 0.89])
+    both.finals("prompt_tuning", 0, [0.50, 0.51, 0.49])
+    both.concluded("lora")
+    apart = "ranking on the dev part, corrected for all pairs (Holm): lora; then prompt tuning; with 64 examples, "
+    said = next(line for line in both.said() if line.startswith("ranking"))
+    assert said.startswith(apart)
+    assert said.endswith("nats a token are easily missed (80 % power, seeds apart); 256 would show 0.0026")
+    names = [f"{method}-000-seed-{seed}" for method in ("lora", "prompt_tuning") for seed in (1, 2, 3)]
+    both.opened(**dict.fromkeys(names, 0.6))
+    said = next(line for line in both.said() if line.startswith("ranking"))
+    assert ": lora and prompt tuning, which cannot be told apart; " in said
+
+
 def test_fewer_than_three_seeds_are_a_lead(lora: HandMade) -> None:
     lora.trial("lora", 1e-2, 0.5)
     lora.chosen(lora=[0])

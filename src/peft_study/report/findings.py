@@ -31,6 +31,8 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
             said.append(f"{_title(method)}: its search ended early, as known well enough (search.stop)")
     if results.finalists:
         said.append(_conclusion(config, results))
+    if sum(len(group) for group in results.groups) > 1:
+        said.append(ranking(results))
     if results.pruning.pruned or results.pruning.audited:
         said.append(_pruning(results))
     rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
@@ -181,16 +183,44 @@ def _conclusion(config: StudyConfig, results: Results) -> str:
         return "no setting finished with all its new seeds, so there is no winner"
     settings, seeds = label(winner, config, winner.method), len(winner.dev_of_seeds)
     text = f"winner by mean dev loss over {_seeds(seeds)}: {_title(winner.method)} with {settings}"
-    rivals = [f for f in results.finalists if not f.winner and f.method != winner.method and f.test_minus_winner]
-    close = [f for f in rivals if f.test_minus_winner and not f.test_minus_winner.excludes_zero()]
+    group = next((group for group in results.groups if winner in group), ())
+    close = [f for f in group if f.method != winner.method]
     if seeds < 3:
         text += "; fewer than 3 seeds: take it as a lead"
     if close:
         methods = list(dict.fromkeys(_title(f.method) for f in close))
-        text += f"; on the test part {_list(methods)} cannot be told from it"
+        text += f"; on the {_part(results)} part {_list(methods)} cannot be told from it"
     if winner.test_minus_base is not None and winner.test_minus_base.low > 0:
         text += "; it is worse than the untouched base"
     return text
+
+
+def _part(results: Results) -> str:
+    return "test" if results.on_test else "dev"
+
+
+def ranking(results: Results) -> str:
+    """Returns the finalists best first, in groups that cannot be told apart."""
+    names = [_list([_final_name(final, results) for final in group]) for group in results.groups]
+    alike = [", which cannot be told apart" if len(group) > 1 else "" for group in results.groups]
+    said = "; then ".join(name + more for name, more in zip(names, alike, strict=True))
+    return f"ranking on the {_part(results)} part, corrected for all pairs (Holm): {said}{_smallest(results)}"
+
+
+def _smallest(results: Results) -> str:
+    if results.smallest is None:
+        return ""
+    count = results.test_examples if results.on_test else results.dev_examples
+    now, later = results.smallest
+    return (
+        f"; with {count} examples, differences of the two best under {now:.2g} nats a token are easily missed (80 % "
+        f"power, seeds apart); {4 * count} would show {later:.2g}"
+    )
+
+
+def _final_name(final: Finalist, results: Results) -> str:
+    several = sum(other.method == final.method for group in results.groups for other in group) > 1
+    return f"{final.method}-{final.number:03d}" if several else _title(final.method)
 
 
 def cost(results: Results) -> str:

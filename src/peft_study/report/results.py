@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,18 @@ import pyarrow.parquet
 from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
 from peft_study.search.trials import StudyState, TrialRecord, best_first
-from peft_study.statistics import Estimate, Losses, difference, mean_loss, mean_over_seeds, seeds_difference
+from peft_study.statistics import (
+    CONFIDENCE,
+    Estimate,
+    Losses,
+    chance_of_equals,
+    difference,
+    holm,
+    mean_loss,
+    mean_over_seeds,
+    seeds_difference,
+    smallest_difference,
+)
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
 from peft_study.storage.held_out import HeldOut
@@ -94,6 +106,10 @@ class Results:
         methods: in the order of the file.
         rows: a trial each, in the order in which they began.
         finalists: best first by mean dev loss; those that are not ranked last.
+        groups: the ranked ones in the same order, in groups that cannot be told apart:
+        on_test: by their test losses; else, where one of them has none, by their dev losses.
+        smallest: the difference of two finalists, in nats a token, that these held-out examples show with 80 % power,
+            and that four times as many would; None where there are no two.
         base_dev, base_test: of the untouched base.
         notes: of each method's ranges.
         pruning: of all methods.
@@ -107,6 +123,9 @@ class Results:
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
     finalists: tuple[Finalist, ...]
+    groups: tuple[tuple[Finalist, ...], ...]
+    on_test: bool
+    smallest: tuple[float, float] | None
     base_dev: Estimate
     base_test: Estimate | None
     notes: dict[str, list[str]]
@@ -131,10 +150,17 @@ def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: S
     methods = config.searched
     rows = tuple(row_of(trial, state, examples, folder) for trial in state.trials.values())
     base_test = mean_loss(state.test["none"], examples.test_counts_N) if state.test else None
+    finalists = _finalists(config, state, examples)
+    ranked = [f for f in finalists if not (f.untuned or f.failed or f.dev is None)]
+    on_test = bool(ranked) and all(final.test is not None for final in ranked)
+    groups, smallest = _rank(ranked, state, examples, on_test=on_test)
     return Results(
         methods,
         rows,
-        _finalists(config, state, examples),
+        finalists,
+        groups,
+        on_test,
+        smallest,
         mean_loss(examples.base_N, examples.counts_N),
         base_test,
         dict(state.notes),
@@ -203,6 +229,36 @@ def _finalists(config: StudyConfig, state: StudyState, examples: HeldOut) -> tup
                 )
             )
     return tuple(sorted(found, key=lambda f: (f.untuned or f.failed > 0, f.dev.value if f.dev else float("inf"))))
+
+
+def _rank(
+    ranked: Sequence[Finalist], state: StudyState, examples: HeldOut, *, on_test: bool
+) -> tuple[tuple[tuple[Finalist, ...], ...], tuple[float, float] | None]:
+    """Parts finalists, best first, where one is told from the first of the group before.
+
+    They are told apart where the chance of their difference, corrected for all pairs, is below 5 %. Beside the groups
+    stands the least difference of the two best that this part, and one four times as large, would show.
+    """
+    counts_N = examples.test_counts_N if on_test else examples.counts_N
+    sums: list[Losses] = []
+    for final in ranked:
+        trials = state.finals_of(final.method, final.number)
+        there = [state.test.get(t.name) if on_test else t.last for t in trials]
+        sums.append(np.stack([losses for losses in there if losses is not None]))
+    pairs = list(itertools.combinations(range(len(ranked)), 2))
+    chances = dict(zip(pairs, holm([chance_of_equals(sums[i], sums[j], counts_N) for i, j in pairs]), strict=True))
+    groups: list[list[int]] = []
+    for place in range(len(ranked)):
+        if groups and chances[groups[-1][0], place] >= 1 - CONFIDENCE:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    smallest = None
+    if len(ranked) > 1 and (number := len(counts_N)) > 2:
+        first, second = sums[0].mean(0), sums[1].mean(0)
+        now, later = (smallest_difference(first, second, counts_N, count) for count in (number, 4 * number))
+        smallest = (now, later) if now > 0 else None
+    return tuple(tuple(ranked[place] for place in group) for group in groups), smallest
 
 
 def _stacked(state: StudyState, trials: Sequence[TrialRecord]) -> Losses | None:

@@ -7,15 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from peft_study.errors import ModelError
 from peft_study.report.findings import sentences
 from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
 from peft_study.report.study_reader import StudyRecord, read_study
 from peft_study.search.trials import value_of
-from peft_study.statistics import Estimate, seeds_difference, short
+from peft_study.statistics import Estimate, short
 
 if TYPE_CHECKING:
     import pandas
@@ -142,18 +140,11 @@ class StudyResult:
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The ranked finals by name, best first, in groups that cannot be told apart.
 
-        A setting begins a new group where the 95 % interval of its difference from the first of the group before, over
-        seeds and paired by example, excludes zero: on the test part where it was opened, else on the held-out one.
+        A setting begins a new group where it is told from the first of the group before: by their difference over
+        seeds, paired by example, corrected for all pairs (Holm), on the test part where it was opened, else on dev.
         """
-        groups: list[list[Finalist]] = []
-        for final in () if self._results is None else self._results.finalists:
-            if final.untuned or final.failed or final.dev is None:
-                continue
-            if groups and not self._apart(groups[-1][0], final):
-                groups[-1].append(final)
-            else:
-                groups.append([final])
-        return tuple(tuple(_name(final) for final in group) for group in groups)
+        found = () if self._results is None else self._results.groups
+        return tuple(tuple(_name(final) for final in group) for group in found)
 
     @cached_property
     def findings(self) -> str:
@@ -196,17 +187,6 @@ class StudyResult:
             final.test,
             self.in_memory,
         )
-
-    def _apart(self, first: Finalist, second: Finalist) -> bool:
-        """True where two finals are told apart."""
-        state, examples = self._record.state, self._record.examples
-        assert examples is not None
-        sums, counts_N = [], examples.test_counts_N if state.test else examples.counts_N
-        for final in (first, second):
-            trials = state.finals_of(final.method, final.number)
-            there = [state.test.get(t.name) if state.test else t.last for t in trials]
-            sums.append(np.stack([losses for losses in there if losses is not None]))
-        return seeds_difference(sums[1], sums[0], counts_N).excludes_zero()
 
 
 def open_study(path: str | Path | None = None) -> StudyResult:
