@@ -43,7 +43,7 @@ def test_a_run_with_one_held_out_row(cli: CommandLine, flags: tuple[Any, ...], t
     ran = cli(*flags).ok()
     assert "inf" not in ran.out
     assert "[no interval] before" in ran.out
-    assert "1 held-out row: 95 % intervals over so few are too narrow" in ran.out
+    assert "1 held-out row: 95 % intervals over so few are wide" in ran.out
     lines = [strict(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if line["event"] == "held_out"]
     assert held_out
