@@ -348,7 +348,9 @@ def _loss(point: ScatterPoint) -> float:
 
 
 def _last_loss(curve: Curve) -> float:
-    return curve.points[-1][1] if curve.points else math.nan
+    """Returns a curve's last loss; infinity where it is no number, so that no such one is the best."""
+    last = curve.points[-1][1] if curve.points else math.inf
+    return last if math.isfinite(last) else math.inf
 
 
 def _alone(loss: float) -> Estimate:
