@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peft_study.config import NoneConfig, StudyConfig, TrialSettings, validate
-from peft_study.report.findings import sentences
+from peft_study.report.findings import TOPICS, Finding, find
 from peft_study.report.results import Results, collect
 from peft_study.search.trials import StudyState
 from peft_study.storage import held_out
@@ -139,8 +139,12 @@ class HandMade:
     def results(self) -> Results:
         return collect(self.config, self.state, self.examples, self.folder)
 
-    def said(self) -> list[str]:
-        return sentences(self.config, self.state, self.examples, self.results())
+    def findings(self, **costs: Any) -> tuple[Finding, ...]:
+        return find(self.config, self.state, self.examples, self.results(), costs)
+
+    def said(self, *topics: str) -> list[str]:
+        """Returns the English sentences on some topics, else on all."""
+        return [finding.text["en"] for finding in self.findings() if finding.topic in (topics or TOPICS)]
 
     def about(self, method: str) -> str:
         """Returns what is said of a method's search."""

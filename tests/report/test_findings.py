@@ -30,9 +30,13 @@ def test_the_best_in_the_middle_needs_no_warning(lora: HandMade) -> None:
 @pytest.mark.parametrize(
     ("learning_rate", "gains", "expected"),
     [
-        ([0.1, 0.3], (0.1, 0.5), "learning_rate lies at the edge of its range: try higher"),
-        ([0.1, 0.3], (0.5, 0.1), "learning_rate lies at the edge of its range: try lower"),
-        ({"low": 0.1, "high": 1.0, "log": True}, (0.5, 0.1), "learning_rate lies at the edge of its range: try lower"),
+        ([0.1, 0.3], (0.1, 0.5), "the best learning_rate, 0.3, lies at the edge of its range: try higher"),
+        ([0.1, 0.3], (0.5, 0.1), "the best learning_rate, 0.1, lies at the edge of its range: try lower"),
+        (
+            {"low": 0.1, "high": 1.0, "log": True},
+            (0.5, 0.1),
+            "the best learning_rate, 0.1, lies at the edge of its range: try lower",
+        ),
     ],
 )
 def test_edges_of_the_range_are_said(
@@ -41,24 +45,28 @@ def test_edges_of_the_range_are_said(
     study = HandMade(tmp_path / "s", {"lora": {"learning_rate": learning_rate}})
     for rate, gain in zip((0.1, 0.3), gains, strict=True):
         study.trial("lora", rate, gain)
-    assert expected in study.about("lora")
+    assert study.said("edge") == [f"lora: {expected}"]
 
 
 def test_a_range_that_was_widened_has_its_edge_further_out(tmp_path: Path) -> None:
     study = HandMade(tmp_path / "s", {"lora": {"learning_rate": {"low": 1e-3, "high": 0.1, "log": True}}})
     study.trial("lora", 0.01, 0.1)
     study.trial("lora", 0.1, 0.5)
-    assert "try higher" in study.about("lora")
+    assert study.said("edge")[0].endswith("try higher")
     event = {"event": "widened", "method": "lora", "dimension": "learning_rate", "note": "widened to 1"}
     study.events.append({**event, "bounds": [1e-3, 1.0], "fresh": [0.1, 1.0]})
-    assert "try higher" not in study.about("lora")
-    assert "lora: widened to 1" in study.said()
+    assert study.said("edge") == []
+    moved = "lora: learning_rate was searched from 0.001 to 1, and not only from 0.001 to 0.1 as given"
+    assert moved in study.said("search")
+    study.events[-1]["bounds"] = [1e-2, 0.1]
+    ruled_out = "its range test ruled out the rest of 0.001 to 0.1"
+    assert f"lora: learning_rate was searched from 0.01 to 0.1; {ruled_out}" in study.said("search")
 
 
 def test_the_only_one_tried_is_no_best(lora: HandMade) -> None:
     lora.trial("lora", 0.1, 0.5)
     assert "learning_rate 0.1 is the only setting tried: dev loss 1.500 (" in lora.about("lora")
-    assert "edge" not in lora.about("lora")
+    assert lora.said("edge", "range", "sensitivity") == []
 
 
 def test_what_is_no_different_from_the_base_or_from_the_best(lora: HandMade) -> None:
@@ -72,10 +80,16 @@ def test_what_is_no_different_from_the_base_or_from_the_best(lora: HandMade) -> 
     lora.trial("lora", 7.0, None, status="failed", reason="does not fit")
     text = lora.about("lora")
     assert text.startswith("lora: learning_rate 0.03 is best of 8 settings: ")
-    assert text.split("one seed)")[1] == (
-        "; 0.1 cannot be told from it; 0.0001 cannot be told from the untouched base; "
-        "3 is worse than the untouched base; 5 and 6 were stopped early; 9 diverged; 7 failed"
-    )
+    assert text.split("one seed)")[1] == "; 5 and 6 were stopped early; 7 failed"
+    assert lora.said("range") == [
+        "lora, as good as its best within noise (4 trials ran to the end, one seed each): learning_rate 0.03 to 0.1 "
+        "(2 trials)"
+    ]
+    assert lora.said("never_learned", "diverged") == [
+        "lora: 2 of 4 settings that ran to the end are no better than the untouched base: learning_rate 0.0001 and 3; "
+        "1 of these is worse than it",
+        "lora: 1 of 8 settings diverged: learning_rate 9",
+    ]
 
 
 def test_settings_of_several_dimensions_are_counted(tmp_path: Path) -> None:
@@ -86,7 +100,11 @@ def test_settings_of_several_dimensions_are_counted(tmp_path: Path) -> None:
     study.trial("lora", 1e-2, None, rank=4)
     text = study.about("lora")
     assert text.startswith("lora: rank 8, learning_rate 0.001 is best of 4 settings")
-    assert text.endswith("; 1 other setting is worse than the untouched base; 2 other settings diverged")
+    assert study.said("never_learned", "diverged") == [
+        "lora: 1 of 2 settings that ran to the end is no better than the untouched base: rank 16, learning_rate 0.001; "
+        "1 of these is worse than it",
+        "lora: 2 of 4 settings diverged: rank 4, learning_rate 0.001 and 0.01",
+    ]
 
 
 def test_a_best_that_is_no_good_is_said_to_be_none(tmp_path: Path) -> None:
@@ -167,7 +185,7 @@ def test_fewer_than_three_seeds_are_a_lead(lora: HandMade) -> None:
     lora.chosen(lora=[0])
     lora.finals("lora", 0, [0.5, 0.5])
     lora.concluded("lora")
-    assert lora.said()[-1].endswith("; fewer than 3 seeds: take it as a lead")
+    assert lora.said("winner")[-1].endswith("; fewer than 3 seeds: take it as a lead")
 
 
 def test_a_winner_that_is_worse_than_the_base_is_said_to_be(lora: HandMade) -> None:
@@ -176,7 +194,7 @@ def test_a_winner_that_is_worse_than_the_base_is_said_to_be(lora: HandMade) -> N
     names = lora.finals("lora", 0, [-0.5, -0.5, -0.5])
     lora.concluded("lora")
     lora.opened(**dict.fromkeys(names, -0.5))
-    assert lora.said()[-1].endswith("; it is worse than the untouched base")
+    assert lora.said("winner")[-1].endswith("; it is worse than the untouched base")
     assert any(line.endswith(") above the untouched base's") for line in lora.said())
 
 
@@ -185,7 +203,7 @@ def test_no_finalist_finished(lora: HandMade) -> None:
     lora.chosen(lora=[0])
     lora.finals("lora", 0, [None])
     lora.concluded(None)
-    assert lora.said()[-1] == "no setting finished with all its new seeds, so there is no winner"
+    assert lora.said("winner", "ranking")[-1] == "no setting finished with all its new seeds, so there is no winner"
 
 
 @pytest.mark.parametrize(
@@ -215,7 +233,7 @@ def test_pruning_says_how_often_it_was_wrong(tmp_path: Path, pruned: int, audite
         name = study.trial("lora", 1e-2 + gain, gain)
         ended = study.events.pop()
         study.events += [{"event": "audited", "name": name, "reason": "at step 11 worse"}, ended]
-    assert study.said()[-1] == expected
+    assert study.said("pruning") == [expected]
 
 
 def test_limits_and_changes_are_said(both: HandMade) -> None:

@@ -11,9 +11,8 @@ def test_a_neighbour_that_diverged_makes_no_edge(tmp_path: Path) -> None:
     study = HandMade(tmp_path / "s", {"lora": {"learning_rate": [1e-3, 1e-2, 0.1]}})
     for rate, gain in ((1e-3, 0.1), (1e-2, 0.5), (0.1, None)):
         study.trial("lora", rate, gain)
-    line = study.about("lora")
-    assert "edge" not in line
-    assert line.endswith("; 0.1 diverged")
+    assert study.about("lora").endswith("one seed)")
+    assert study.said("edge", "diverged") == ["lora: 1 of 3 settings diverged: learning_rate 0.1"]
 
 
 def test_ties_with_the_best_are_listed_and_not_called_idle(tmp_path: Path) -> None:
@@ -24,7 +23,11 @@ def test_ties_with_the_best_are_listed_and_not_called_idle(tmp_path: Path) -> No
     study.trial("lora", 1e-2, 0.1)
     line = study.about("lora")
     assert line.startswith("lora: learning_rate 0.001 is best of 4 settings: dev loss 1.500 (95 % 1.")
-    assert line.endswith("one seed); 0.0001 and 0.003 cannot be told from it")
+    assert line.endswith("one seed)")
+    assert study.said("range", "never_learned") == [
+        "lora, as good as its best within noise (4 trials ran to the end, one seed each): learning_rate 0.0001 to "
+        "0.003 (3 trials)"
+    ]
 
 
 def test_a_worse_rate_that_is_still_better_than_the_base_is_not_blamed(tmp_path: Path) -> None:
@@ -38,7 +41,7 @@ def test_methods_are_judged_alone_and_in_the_order_of_the_file(tmp_path: Path) -
     study = HandMade(tmp_path / "s", {"prompt_tuning": RATE, "lora": RATE})
     study.trial("lora", 1e-3, 0.9)
     study.trial("prompt_tuning", 0.1, 0.1)
-    lines = study.said()
+    lines = study.said("base", "search")
     assert [line.split(":")[0] for line in lines] == ["untouched base", "prompt tuning", "lora"]
     assert lines[0].startswith("untouched base: dev loss 2.000 (95 % 1.9")
 
@@ -48,4 +51,4 @@ def test_many_rates_are_counted(tmp_path: Path) -> None:
     study.trial("lora", 1e-3, 0.5)
     for number in range(7):
         study.trial("lora", 0.1 + number, None)
-    assert study.about("lora").endswith("; 7 other settings diverged")
+    assert study.said("diverged") == ["lora: 7 of 8 settings diverged: learning_rate 0.1 to 6.1"]

@@ -51,8 +51,8 @@ def show_status(study: StudyRecord, found: StudyStatus) -> None:
                 write(output, f"{method.method}, best of its search, one seed: {_best(method)}")
     if found.base is not None:
         write(output, f"untouched base: dev loss {_interval(found.base)}")
-    for name, known in study.state.recommended.items():
-        write(output, recommendation(name, known))
+    for name in study.state.recommended:
+        write(output, recommendation(name, study.state).text["en"])
     if study.state.winner is not None:
         name, number = study.state.winner
         write(output, f"winner by mean dev loss of its seeds: {name}-{number:03d}")

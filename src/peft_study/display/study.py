@@ -116,16 +116,18 @@ class StudyDisplay(LiveDisplay):
 
     def conclude(self, study: FinishedStudy, best: TrainedAdapter | None) -> None:
         """Prints the tables, what they say, and what to do next; `best` is the winner."""
-        from peft_study.report.findings import cost
+        from peft_study.report.findings import texts
 
         self.loudness = max(self.loudness, NORMAL)  # these are the results
         self.console.print(search_table(study.results))
-        for sentence in study.sentences:
+        for sentence in texts(study.findings):
             self.say(f"- {sentence}")
-        self.say(cost(study.results))
         if study.results.finalists:
             self.console.print(finals_table(study.results))
-        self.say(f"a row a trial: {study.folder / 'results.csv'}; adapters, metrics and record: {study.folder}")
+        self.say(
+            f"a row a trial: {study.folder / 'results.csv'}; all findings: {study.folder / 'findings.json'}; adapters, "
+            f"metrics and record: {study.folder}"
+        )
         self.say("what next:")
         for what, command in next_steps(study, best):
             self.say(f"  {what}:")

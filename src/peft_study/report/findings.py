@@ -1,243 +1,331 @@
-"""The findings of a study in sentences, each with its noise, its seeds and its limits.
+"""The findings of a study, each with its noise, its seeds, its limits and the trials behind it.
 
 Two settings are told apart only where the 95 % interval of their difference, paired by held-out example, excludes zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from peft_study.config import StudyConfig
+from peft_study.config import Range, StudyConfig
+from peft_study.report import setting_findings
+from peft_study.report.cost_findings import cost, pareto
+from peft_study.report.evidence import (
+    Finding,
+    best_finals,
+    diverged,
+    full_budget,
+    label,
+    names,
+    numbers,
+    plain,
+    searched,
+)
+from peft_study.report.limit_findings import limits, untested
+from peft_study.report.responses import responses
 from peft_study.report.results import Finalist, Results, Row
-from peft_study.search import range_expansion
-from peft_study.search.trials import Recommendation, StudyState, best_first
-from peft_study.statistics import Estimate, difference, few_examples, short
+from peft_study.report.wording import (
+    LANGUAGES,
+    Text,
+    interval,
+    joined,
+    listed,
+    same,
+    say,
+    setting,
+    title,
+    with_interval,
+)
+from peft_study.search.trials import Recommendation, StudyState, TrialRecord
+from peft_study.statistics import Estimate
 from peft_study.storage.held_out import HeldOut
 
-FEW = 6
-"""Settings that a sentence lists one by one; of more it gives the number."""
+__all__ = ["LANGUAGES", "MAIN", "TOPICS", "Finding", "find", "plain", "recommendation", "texts"]
+
+MAIN = (
+    "base",
+    "search",
+    "final",
+    "recommendation",
+    "range",
+    "edge",
+    "never_learned",
+    "diverged",
+    "cost",
+    "winner",
+    "ranking",
+    "pruning",
+    "limits",
+)
+"""Topics that a study ends with on the terminal; all of them are in findings.json and the report."""
+TOPICS = (*MAIN, "sensitivity", "pareto", "untested")
 
 
-def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results) -> list[str]:
-    """Returns a sentence on the base, each method's search and finals, the winner, the pruning."""
-    said = [f"untouched base: {_level(results.base_dev, results.dev_examples)})"]
+def find(
+    config: StudyConfig, state: StudyState, examples: HeldOut, results: Results, costs: Mapping[str, Any]
+) -> tuple[Finding, ...]:
+    """Returns what a study has found so far.
+
+    Args:
+        config: filled.
+        state: its trials.
+        examples: held out.
+        results: of these (`collect`).
+        costs: what each method costs (`report.costs`); empty where it was not measured.
+    """
+    found = [_base(state, results)]
+    curves = responses(config, state, examples)
     for method in results.methods:
-        said.append(_search(config, state, examples, results, method))
-        said += [_finals(f, results) for f in results.finalists if f.method == method][:1]
-        said += [f"{_title(method)}: {note}" for note in results.notes.get(method, ())]
+        found += _search(config, state, results, method)
+        found += _finals(config, state, results, method)
         if method in state.recommended:
-            said.append(recommendation(method, state.recommended[method]))
-        if state.settled(method, config):
-            said.append(f"{_title(method)}: its search ended early, as known well enough (search.stop)")
-    if results.finalists:
-        said.append(_conclusion(config, results))
-    if sum(len(group) for group in results.groups) > 1:
-        said.append(ranking(results))
+            found.append(recommendation(method, state))
+        found += setting_findings.ranges(config, state, examples, method)
+        found += setting_findings.edges(config, state, results, method)
+        found += setting_findings.sensitivity(config, curves, state, method)
+        found += setting_findings.never_learned(config, results, method)
+        found += setting_findings.divergence(config, results, method)
+        found += cost(state, results, costs, method)
+        found += untested(config, method)
+    found += pareto(config, state, results, costs)
+    found += _order(config, state, results)
     if results.pruning.pruned or results.pruning.audited:
-        said.append(_pruning(results))
-    rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
-    if note := few_examples(min(rows)):
-        said.append(note)
-    if results.deadline:
-        said.append("the time limit ended the search before all its settings were tried")
-    if results.stopped:
-        said.append(f"the study was ended before its plan was done: {results.stopped}")
-    if results.continued:
-        said.append("the study file was changed during the study, and the test part opened more than once")
+        found.append(_pruning(config, state, results))
+    return (*found, *untested(config, None), *limits(config, state, results))
+
+
+def texts(findings: Iterable[Finding], language: str = "en", topics: Sequence[str] = MAIN) -> list[str]:
+    """Returns the sentences of findings on some topics, in one of `LANGUAGES`."""
+    return [finding.text[language] for finding in findings if finding.topic in topics]
+
+
+def _base(state: StudyState, results: Results) -> Finding:
+    loss = results.base_dev
+    text = say(
+        "base", loss=f"{loss.value:.3f}", interval=interval(loss), examples=say("examples", n=results.dev_examples)
+    )
+    values = {
+        "dev": numbers(loss),
+        "test": numbers(results.base_test),
+        "dev_examples": results.dev_examples,
+        "test_examples": results.test_examples,
+    }
+    return Finding("base", None, text, names(t for t in state.trials.values() if t.kind == "reference"), values)
+
+
+def _search(config: StudyConfig, state: StudyState, results: Results, method: str) -> list[Finding]:
+    """Returns the best setting of a method's search, what did not end, and how its ranges and budget were changed."""
+    own, full = searched(results, method), full_budget(state, method)
+    trials = names(row.trial for row in own)
+    counts: dict[str, int] = {}
+    for row in own:
+        counts[row.trial.status] = counts.get(row.trial.status, 0) + 1
+    values: dict[str, Any] = {"tried": len(own), "statuses": counts}
+    if not full:
+        found = [Finding("search", method, _no_search(own, method), trials, values)]
+    else:
+        best = next(row for row in own if row.trial.name == full[0].name)
+        values |= {
+            "best": best.trial.name,
+            "settings": best.settings,
+            "dev": numbers(best.dev),
+            "minus_base": numbers(best.minus_base),
+            "untuned": state.untuned(method, config),
+        }
+        found = [Finding("search", method, _best(config, results, own, best, values), trials, values)]
+    for name, (low, high) in state.bounds.get(method, {}).items():
+        dimension = config.methods[method].dimensions().get(name)
+        if not isinstance(dimension, Range):
+            continue
+        ends = {"low": low, "high": high, "before_low": dimension.low, "before_high": dimension.high}
+        key = "moved" if low < dimension.low or high > dimension.high else "cut"
+        text = say(key, method=title(method), name=name, **{end: same(float(value)) for end, value in ends.items()})
+        found.append(Finding("search", method, text, trials, {"setting": name, **ends}))
+    if state.settled(method, config):
+        known = {"within": state.recommended[method].within, "stop": config.search.stop}
+        found.append(Finding("search", method, say("settled", method=title(method)), trials, known))
+    return found
+
+
+def _no_search(own: Sequence[Row], method: str) -> Text:
+    if not own:
+        return say("search_none", method=title(method))
+    reasons = [row.trial.reason for row in own if row.trial.reason]
+    why = say("reason", reason=reasons[0]) if reasons else say("under_way")
+    return say("search_lost", method=title(method), n=len(own), reason=why)
+
+
+def _best(config: StudyConfig, results: Results, own: Sequence[Row], best: Row, values: Mapping[str, Any]) -> Text:
+    assert best.dev is not None
+    assert best.minus_base is not None
+    more = []
+    if best.minus_base.low > 0:
+        more.append(say("best_is_worse"))
+    elif not best.minus_base.excludes_zero():
+        more.append(say("best_is_alike"))
+    if values["untuned"]:
+        more.append(say("untuned"))
+    more += _unfinished(config, own, best.trial.method)
+    rank = say("only_setting") if len(own) == 1 else say("best_of", settings=say("settings", n=len(own)))
+    return say(
+        "search",
+        method=title(best.trial.method),
+        setting=label(best.settings, config, best.trial.method),
+        rank=rank,
+        loss=f"{best.dev.value:.3f}",
+        interval=interval(best.dev),
+        examples=say("examples", n=results.dev_examples),
+        more=joined(more, "nothing"),
+    )
+
+
+def _unfinished(config: StudyConfig, own: Sequence[Row], method: str) -> list[Text]:
+    """Returns what was stopped early and what failed; what diverged is a finding of its own."""
+    bare = list(config.methods[method].dimensions()) == ["learning_rate"]
+    said = []
+    for key, status in (("stopped_early", "pruned"), ("failed", "failed")):
+        members = [row for row in own if row.trial.status == status and not diverged(row.trial)]
+        if members:
+            few = bare and len(members) <= setting_findings.FEW
+            rates = [same(row.settings["learning_rate"]) for row in members]
+            said.append(say(key, n=len(members), which=listed(rates) if few else say("others", n=len(members))))
     return said
 
 
-def recommendation(method: str, known: Recommendation) -> str:
+def _finals(config: StudyConfig, state: StudyState, results: Results, method: str) -> list[Finding]:
+    own = [final for final in results.finalists if final.method == method]
+    best = best_finals(results).get(method) or (own[0] if own else None)
+    if best is None:
+        return []
+    trials = state.finals_of(method, best.number)
+    values = {
+        "setting": f"{method}-{best.number:03d}",
+        "settings": best.settings,
+        "dev": numbers(best.dev),
+        "dev_of_seeds": list(best.dev_of_seeds),
+        "failed": best.failed,
+        "test": numbers(best.test),
+        "test_minus_base": numbers(best.test_minus_base),
+    }
+    return [Finding("final", method, _final_text(best, trials), names(trials), values)]
+
+
+def _final_text(best: Finalist, trials: Sequence[TrialRecord]) -> Text:
+    seeds, method = len(best.dev_of_seeds), title(best.method)
+    if best.failed:
+        return say("final_lost", method=method, n=best.failed, seeds=seeds + best.failed)
+    if best.dev is None or any(trial.status in ("running", "interrupted") for trial in trials):
+        return say("final_pending", method=method)
+    if not math.isfinite(best.dev.value):
+        return say("final_not_finite", method=method, seeds=say("new_seeds", n=seeds))
+    spread = test = say("nothing")
+    if seeds > 1:
+        spread = say("by_seed", low=f"{min(best.dev_of_seeds):.3f}", high=f"{max(best.dev_of_seeds):.3f}")
+    if best.test is not None and best.test_minus_base is not None:
+        test = say("test_loss", test=with_interval(best.test), against=_against_base(best.test_minus_base))
+    seeds_text = say("new_seeds", n=seeds)
+    return say("final", method=method, seeds=seeds_text, dev=with_interval(best.dev), spread=spread, test=test)
+
+
+def _against_base(above: Estimate) -> Text:
+    if not above.excludes_zero():
+        return say("like_base", by=f"{above.value:+.3f}", interval=interval(above, "+.3f"))
+    low, high = sorted((abs(above.low), abs(above.high)))
+    by = Estimate(abs(above.value), low, high)
+    return say("below_base" if above.value < 0 else "above_base", by=f"{by.value:.3f}", interval=interval(by))
+
+
+def recommendation(method: str, state: StudyState) -> Finding:
     """Returns the setting that the model of a method's losses recommends, and how well it is known."""
+    known: Recommendation = state.recommended[method]
     said = []
     for name, value in known.values.items():
-        text = f"{name} {short(value)}"
+        text = setting(name, value)
         if name == "learning_rate" and known.rates is not None and known.rates[0] < known.rates[1]:
-            text += f" (the best rate lies between {short(known.rates[0])} and {short(known.rates[1])})"
+            text = say("rates", setting=text, low=same(known.rates[0]), high=same(known.rates[1]))
         said.append(text)
-    within = f"within {known.within:.2g} nats a token of the best of its space, with 90 %"
-    return f"{_title(method)}: recommended from all its trials: {', '.join(said)}; {within}"
+    within = say("within", within=f"{known.within:.2g}") if known.within > 0 else say("within_nothing")
+    text = say("recommendation", method=title(method), settings=joined(said, "comma"), within=within)
+    values = {"settings": known.values, "rates": None if known.rates is None else list(known.rates)}
+    trials = [trial for trial in state.of(method, "search") if trial.sums]
+    return Finding("recommendation", method, text, names(trials), {**values, "within": known.within})
 
 
-def label(row: Row | Finalist, config: StudyConfig, method: str) -> str:
-    """Returns what was searched with its values, named as in the study file."""
-    names = list(config.methods[method].dimensions()) or ["learning_rate"]
-    return ", ".join(f"{name} {short(row.settings[name])}" for name in names)
+def _order(config: StudyConfig, state: StudyState, results: Results) -> list[Finding]:
+    """Returns the winner, and the ranking in groups that cannot be told apart."""
+    found = []
+    if results.finalists:
+        found.append(_winner(config, state, results))
+    if sum(len(group) for group in results.groups) > 1:
+        ranked = [final for group in results.groups for final in group]
+        trials = [trial for final in ranked for trial in state.finals_of(final.method, final.number)]
+        values = {
+            "part": _part(results),
+            "groups": [[f"{final.method}-{final.number:03d}" for final in group] for group in results.groups],
+            "smallest": None if results.smallest is None else list(results.smallest),
+            "examples": results.test_examples if results.on_test else results.dev_examples,
+        }
+        found.append(Finding("ranking", None, _ranking(results), names(trials), values))
+    return found
 
 
-def _title(method: str) -> str:
-    return method.replace("_", " ")
-
-
-def _level(estimate: Estimate, examples: int) -> str:
-    return f"dev loss {estimate.value:.3f} ({estimate.phrase()}, over {examples} examples"
-
-
-def _search(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results, method: str) -> str:
-    own = [row for row in results.rows if row.trial.method == method and row.trial.kind == "search"]
-    finished = best_first(row.trial for row in own)
-    title = _title(method)
-    if not own:
-        return f"{title}: no trial began in the time allowed"
-    if not finished:
-        which = "its only setting did not finish" if len(own) == 1 else f"none of its {len(own)} settings finished"
-        return f"{title}: {which} ({own[0].trial.reason})"
-    best = next(row for row in own if row.trial is finished[0])
-    assert best.dev is not None
-    assert best.minus_base is not None
-    rank = "the only setting tried" if len(own) == 1 else f"best of {len(own)} settings"
-    level = _level(best.dev, results.dev_examples)
-    text = f"{title}: {label(best, config, method)} is {rank}: {level}, one seed)"
-    if len(own) > 1:
-        edges = range_expansion.edges(best.trial.values, config.methods[method], state.bounds.get(method, {}))
-        text += "".join(f"; {name} lies at the edge of its range: try {_way(edge)}" for name, edge in edges.items())
-    if best.minus_base.low > 0:
-        text += "; even so it is worse than the untouched base"
-    elif not best.minus_base.excludes_zero():
-        text += "; even so it cannot be told from the untouched base"
-    if state.untuned(method, config):
-        text += "; untuned: it had fewer trials than the others, so it is not ranked"
-    return text + _others(config, examples, method, own, best)
-
-
-def _way(edge: str) -> str:
-    return "higher" if edge == "high" else "lower"
-
-
-def _others(config: StudyConfig, examples: HeldOut, method: str, own: Sequence[Row], best: Row) -> str:
-    """Sorts the other settings: as good within noise, no different from the base, worse than it, not finished."""
-    found: dict[tuple[str, str], list[Row]] = {
-        ("cannot be told from it",) * 2: [],
-        ("cannot be told from the untouched base",) * 2: [],
-        ("is worse than the untouched base", "are worse than the untouched base"): [],
-        ("was stopped early", "were stopped early"): [],
-        ("diverged",) * 2: [],
-        ("failed",) * 2: [],
-    }
-    alike, idle, worse, pruned, diverged, failed = found.values()
-    assert best.trial.last is not None
-    for row in own:
-        if row is best:
-            continue
-        if row.trial.status != "finished":
-            {"pruned": pruned, "diverged": diverged}.get(row.trial.status, failed).append(row)
-            continue
-        assert row.trial.last is not None
-        assert row.minus_base is not None
-        if not difference(row.trial.last, best.trial.last, examples.counts_N).excludes_zero():
-            alike.append(row)
-        elif not row.minus_base.excludes_zero():
-            idle.append(row)
-        elif row.minus_base.low > 0:
-            worse.append(row)
-    bare = list(config.methods[method].dimensions()) == ["learning_rate"]
-    text = ""
-    for (one, several), members in found.items():
-        if members:
-            few = bare and len(members) <= FEW
-            rates = [short(row.settings["learning_rate"]) for row in members]
-            text += f"; {_list(rates) if few else _count(len(members))} {one if len(members) == 1 else several}"
-    return text
-
-
-def _count(number: int) -> str:
-    return "1 other setting" if number == 1 else f"{number} other settings"
-
-
-def _list(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _finals(best: Finalist, results: Results) -> str:
-    title = _title(best.method)
-    seeds = len(best.dev_of_seeds)
-    if best.dev is None or best.failed:
-        failed = f"{best.failed} of {seeds + best.failed} seeds"
-        return f"{title}: {failed} of its best setting did not finish, so it is not ranked"
-    spread = f", by seed {min(best.dev_of_seeds):.3f} to {max(best.dev_of_seeds):.3f}" if seeds > 1 else ""
-    text = f"{title}, its best setting retrained with {_seeds(seeds)}: dev loss {_mean(best.dev)}{spread}"
-    if best.test is not None and best.test_minus_base is not None:
-        text += f"; test loss {_mean(best.test)}, {_against_base(best.test_minus_base)}"
-    return text
-
-
-def _against_base(above: Estimate) -> str:
-    if not above.excludes_zero():
-        return f"which cannot be told from the untouched base's ({above.value:+.3f}, {above.phrase('+.3f')})"
-    low, high = sorted((abs(above.low), abs(above.high)))
-    side = "below" if above.value < 0 else "above"
-    return f"{abs(above.value):.3f} (95 % {low:.3f} to {high:.3f}) {side} the untouched base's"
-
-
-def _mean(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} ({estimate.phrase()})"
-
-
-def _seeds(count: int) -> str:
-    return "one new seed" if count == 1 else f"{count} new seeds"
-
-
-def _conclusion(config: StudyConfig, results: Results) -> str:
-    winner = next((f for f in results.finalists if f.winner), None)
+def _winner(config: StudyConfig, state: StudyState, results: Results) -> Finding:
+    winner = next((final for final in results.finalists if final.winner), None)
+    finals = [t for method in results.methods for t in state.of(method, "final")]
     if winner is None:
-        return "no setting finished with all its new seeds, so there is no winner"
-    settings, seeds = label(winner, config, winner.method), len(winner.dev_of_seeds)
-    text = f"winner by mean dev loss over {_seeds(seeds)}: {_title(winner.method)} with {settings}"
+        return Finding("winner", None, say("no_winner"), names(finals), {"winner": None})
+    seeds, more = len(winner.dev_of_seeds), []
     group = next((group for group in results.groups if winner in group), ())
-    close = [f for f in group if f.method != winner.method]
+    close = list(dict.fromkeys(final.method for final in group if final.method != winner.method))
     if seeds < 3:
-        text += "; fewer than 3 seeds: take it as a lead"
+        more.append(say("lead"))
     if close:
-        methods = list(dict.fromkeys(_title(f.method) for f in close))
-        text += f"; on the {_part(results)} part {_list(methods)} cannot be told from it"
+        methods = listed([title(method) for method in close])
+        more.append(say("close", part=say(_part(results)), methods=methods))
     if winner.test_minus_base is not None and winner.test_minus_base.low > 0:
-        text += "; it is worse than the untouched base"
-    return text
+        more.append(say("winner_is_worse"))
+    text = say(
+        "winner",
+        seeds=say("new_seeds", n=seeds),
+        method=title(winner.method),
+        setting=label(winner.settings, config, winner.method),
+        more=joined(more, "nothing"),
+    )
+    name = f"{winner.method}-{winner.number:03d}"
+    values = {"winner": name, "settings": winner.settings, "seeds": seeds, "dev": numbers(winner.dev), "alike": close}
+    return Finding("winner", winner.method, text, names(finals), values)
 
 
 def _part(results: Results) -> str:
     return "test" if results.on_test else "dev"
 
 
-def ranking(results: Results) -> str:
-    """Returns the finalists best first, in groups that cannot be told apart."""
-    names = [_list([_final_name(final, results) for final in group]) for group in results.groups]
-    alike = [", which cannot be told apart" if len(group) > 1 else "" for group in results.groups]
-    said = "; then ".join(name + more for name, more in zip(names, alike, strict=True))
-    return f"ranking on the {_part(results)} part, corrected for all pairs (Holm): {said}{_smallest(results)}"
+def _ranking(results: Results) -> Text:
+    groups = []
+    for group in results.groups:
+        methods = listed([_final_name(final, results) for final in group])
+        groups.append(say("alike", methods=methods) if len(group) > 1 else methods)
+    smallest = say("nothing")
+    if results.smallest is not None:
+        count = results.test_examples if results.on_test else results.dev_examples
+        now, later = (f"{value:.2g}" for value in results.smallest)
+        smallest = say("smallest", examples=say("examples", n=count), now=now, more=4 * count, later=later)
+    return say("ranking", part=say(_part(results)), groups=joined(groups, "then"), smallest=smallest)
 
 
-def _smallest(results: Results) -> str:
-    if results.smallest is None:
-        return ""
-    count = results.test_examples if results.on_test else results.dev_examples
-    now, later = results.smallest
-    return (
-        f"; with {count} examples, differences of the two best under {now:.2g} nats a token are easily missed (80 % "
-        f"power, seeds apart); {4 * count} would show {later:.2g}"
-    )
-
-
-def _final_name(final: Finalist, results: Results) -> str:
+def _final_name(final: Finalist, results: Results) -> Text:
     several = sum(other.method == final.method for group in results.groups for other in group) > 1
-    return f"{final.method}-{final.number:03d}" if several else _title(final.method)
+    return same(f"{final.method}-{final.number:03d}") if several else title(final.method)
 
 
-def cost(results: Results) -> str:
-    """Returns what each method's trials were trained on."""
-    spent = [f"{_title(method)} {results.tokens[method]:,}" for method in results.methods]
-    return f"data tokens trained on, range tests and finals included: {', '.join(spent)}"
-
-
-def _pruning(results: Results) -> str:
+def _pruning(config: StudyConfig, state: StudyState, results: Results) -> Finding:
     pruning = results.pruning
-    text = "1 trial was stopped early" if pruning.pruned == 1 else f"{pruning.pruned} trials were stopped early"
-    if not pruning.audited:
-        return f"{text}; none was run on to check that"
-    more = (
-        "1 more met the rule but was kept as a control"
-        if pruning.audited == 1
-        else (f"{pruning.audited} more met the rule but were kept as controls")
-    )
-    share = f"{pruning.wrong} of {pruning.audited}" if pruning.wrong else "none"
-    return f"{text}; {more}: {share} would have been a finalist"
+    more = say("unchecked")
+    if pruning.audited:
+        wrong = say("wrong_some", n=pruning.wrong, all=pruning.audited) if pruning.wrong else say("wrong_none")
+        more = say("audited", n=pruning.audited, wrong=wrong)
+    trials = [t for m in config.searched for t in state.of(m, "search") if t.status == "pruned" or t.audited]
+    values = {"pruned": pruning.pruned, "audited": pruning.audited, "wrong": pruning.wrong}
+    return Finding("pruning", None, say("pruning", n=pruning.pruned, more=more), names(trials), values)

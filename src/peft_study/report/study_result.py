@@ -7,11 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_study.errors import ModelError
-from peft_study.report.findings import sentences
+from peft_study.errors import ConfigError, ModelError
+from peft_study.report.findings import LANGUAGES, Finding, find, texts
 from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
 from peft_study.report.study_reader import StudyRecord, read_study
+from peft_study.report.wording import say
 from peft_study.search.trials import value_of
 from peft_study.statistics import Estimate, short
 
@@ -146,14 +147,33 @@ class StudyResult:
         found = () if self._results is None else self._results.groups
         return tuple(tuple(_name(final) for final in group) for group in found)
 
-    @cached_property
+    @property
     def findings(self) -> str:
-        """The findings so far, a line each, every number with its interval and its seeds."""
+        """The main findings so far in English, a line each; all of them, with their numbers, are `evidence`."""
+        return self.findings_in("en")
+
+    def findings_in(self, language: str) -> str:
+        """Returns the main findings so far, a line each, every number with its interval and its seeds.
+
+        Args:
+            language: ``en`` or ``zh``.
+
+        Raises:
+            ConfigError: when it is another.
+        """
+        if language not in LANGUAGES:
+            raise ConfigError(f"unknown language {language!r}", remedy=f"give one of {', '.join(LANGUAGES)}")
+        if not self.evidence:
+            return say("nothing_begun")[language]
+        return "\n".join(f"- {sentence}" for sentence in texts(self.evidence, language))
+
+    @cached_property
+    def evidence(self) -> tuple[Finding, ...]:
+        """All findings so far, each with its text, its numbers and the trials behind it; none before a trial began."""
         record = self._record
         if self._results is None or record.examples is None:
-            return "no trial has begun"
-        said = sentences(record.config, record.state, record.examples, self._results)
-        return "\n".join(f"- {sentence}" for sentence in said)
+            return ()
+        return find(record.config, record.state, record.examples, self._results, {})
 
     def trials_dataframe(self) -> pandas.DataFrame:
         """Returns a row a trial, in the columns of ``results.csv``; losses in nats a supervised token."""

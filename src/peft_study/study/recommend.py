@@ -16,15 +16,17 @@ from typing import Any
 import yaml
 
 from peft_study.config import StudyConfig, TrialSettings
+from peft_study.report.findings import Finding
 from peft_study.report.results import Finalist, Results
 from peft_study.search.trials import StudyState
-from peft_study.statistics import short
 from peft_study.storage.files import atomic_writer
 
 LONGER = 10
 """Times the steps of the study, at most."""
 _ALWAYS = ("learning_rate", "steps", "batch_size", "schedule", "warmup_ratio", "weight_decay")
 """Settings of the training that the file names even where they are the defaults."""
+_TOPICS = ("base", "final", "recommendation", "range", "edge", "never_learned", "diverged", "cost", "limits")
+"""Findings that the file has as comments: those of its method, and of the study."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +61,18 @@ class Scale:
 
 
 def write_recommended(
-    config: StudyConfig, state: StudyState, results: Results, folder: Path, scale: Scale
+    config: StudyConfig,
+    state: StudyState,
+    results: Results,
+    findings: Sequence[Finding],
+    folder: Path,
+    scale: Scale,
 ) -> tuple[Recommended, ...]:
     """Writes a file for the best ranked final of each method; the winner's is ``recommended.yaml`` and comes first.
 
     Args:
         config: filled.
-        state, results: of the study.
+        state, results, findings: of the study.
         folder: of the study.
         scale: of the longer run.
     """
@@ -80,7 +87,7 @@ def write_recommended(
         settings = state.setting(final.method, final.number).settings
         steps = _steps(settings, scale)
         path = folder / ("recommended.yaml" if final.winner else f"recommended-{final.method}.yaml")
-        lines = _comments(config, state, results, final, settings, steps, path, scale)
+        lines = _comments(config, state, findings, final, settings, steps, path, scale)
         values = _values(config, settings, steps, folder, final)
         with atomic_writer(path) as file:
             file.write("".join(f"# {line}\n" for line in lines))
@@ -120,7 +127,7 @@ def _values(
 def _comments(
     config: StudyConfig,
     state: StudyState,
-    results: Results,
+    findings: Sequence[Finding],
     final: Finalist,
     settings: TrialSettings,
     steps: int,
@@ -128,26 +135,17 @@ def _comments(
     scale: Scale,
 ) -> Sequence[str]:
     """Returns why these settings, how sure, and at how many steps they were found."""
-    assert final.dev is not None
     training, title = settings.training, final.method.replace("_", " ")
     searched = len(state.of(final.method, "search"))
     rank = "the winner of the study" if final.winner else "not the winner of the study"
     if final.untuned:
         rank = "not ranked: its method was searched less than the others"
-    seeds = len(final.dev_of_seeds)
+    said = [f for f in findings if f.topic in _TOPICS and f.method in (None, final.method)]
     lines = [
         f"The best of {searched} settings of {title} in the study {config.output}; {rank}.",
         f"  peft-study finetune {shlex.quote(str(path))}",
-        f"Dev loss {final.dev.value:.3f} (untouched base: {results.base_dev.value:.3f}), {final.dev.phrase()}",
-        f"over {seeds} seeds and {results.dev_examples} examples.",
+        *(f"- {finding.text['en']}" for finding in said),
     ]
-    if final.test_minus_base is not None:
-        lines.append(f"On the test part {final.test_minus_base.text('+.3f')} against the untouched base, 95 %.")
-    known = state.recommended.get(final.method)
-    if known is not None and known.rates is not None and known.rates[0] < known.rates[1]:
-        lines.append(f"The best rate lies between {short(known.rates[0])} and {short(known.rates[1])}, with 90 %.")
-    for name, edge in final.edges.items():
-        lines.append(f"{name} lies at the {edge} edge of what was tried: the best value may lie beyond.")
     a_pass = math.ceil(scale.rows / training.batch_size)
     cut = "" if steps == a_pass else f", cut to {LONGER} times the study's"
     return [

@@ -16,7 +16,7 @@ from peft_study.engine.checkpoint import Checkpoint
 from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import ModelInMemory
-from peft_study.report.findings import sentences
+from peft_study.report.findings import Finding, find, plain
 from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.search.budget import steps_of
 from peft_study.search.samplers import export
@@ -42,11 +42,11 @@ from peft_study.workers.worker import Facts, Report
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudy:
-    """A finished study: its folder, its results, its findings in words, and the longer runs that it recommends."""
+    """A finished study: its folder, its results, its findings, and the longer runs that it recommends."""
 
     folder: Path
     results: Results
-    sentences: tuple[str, ...]
+    findings: tuple[Finding, ...]
     recommended: tuple[Recommended, ...]
 
 
@@ -227,12 +227,13 @@ class _Study:
         self._export()
         results = collect(self._config, state, self._facts.examples, self._folder)
         write_rows(results, self._folder)
-        said = sentences(self._config, state, self._facts.examples, results)
-        self._folder.run.write("results.json", {**summary(results), "sentences": said})
+        found = find(self._config, state, self._facts.examples, results, {})
+        self._folder.run.write("results.json", summary(results))
+        self._folder.run.write("findings.json", plain(found))
         recommended = write_recommended(
-            self._config, state, results, self._folder.path, self._scale(results, decided["seconds"])
+            self._config, state, results, found, self._folder.path, self._scale(results, decided["seconds"])
         )
-        return FinishedStudy(self._folder.path, results, tuple(said), recommended)
+        return FinishedStudy(self._folder.path, results, found, recommended)
 
     def _scale(self, results: Results, seconds: float) -> Scale:
         """Returns what longer runs depend on; the study took so many seconds, in all its starts."""

@@ -1,0 +1,79 @@
+"""What a study did not test, and what cannot be said from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_study.config import METHODS, Choices, Range, StudyConfig
+from peft_study.report.evidence import Finding, names
+from peft_study.report.results import Results
+from peft_study.report.wording import Text, joined, listed, same, say, setting, title
+from peft_study.search.trials import StudyState
+from peft_study.statistics import FEW_EXAMPLES
+
+_TRAINING = ("schedule", "batch_size", "clip_norm")
+"""Settings of the training that no method's space has."""
+
+
+def untested(config: StudyConfig, method: str | None) -> list[Finding]:
+    """Returns which settings of a method were held at one value; None: what the whole study has but one of."""
+    if method is None:
+        return [_of_the_study(config)]
+    space = config.methods[method]
+    fixed: dict[str, Any] = {}
+    for name in (n for n in type(space).model_fields if n not in ("method", "space")):
+        value = getattr(space, name)
+        if isinstance(value, Choices) and len(value.choices) == 1:
+            value = value.choices[0]
+        if value is not None and not isinstance(value, (Range, Choices)):
+            fixed[name] = ", ".join(value) if isinstance(value, tuple) else value
+    if not fixed:
+        return []
+    settings = joined(setting(name, value) for name, value in fixed.items())
+    return [Finding("untested", method, say("fixed", method=title(method), settings=settings), (), {"fixed": fixed})]
+
+
+def _of_the_study(config: StudyConfig) -> Finding:
+    fixed: dict[str, Any] = {name: getattr(config.training, name) for name in _TRAINING}
+    fixed |= {"max_length": config.data.max_length}
+    sources = [source.path for source in config.data.train]
+    kinds = {space.kind for space in config.methods.values()}
+    others = [name for name in METHODS if name not in kinds and name != "none"]
+    text = say(
+        "fixed_for_all",
+        settings=joined([*(setting(n, v) for n, v in fixed.items() if v is not None), _length(config)]),
+        model=config.model.name,
+        data=listed([same(source) for source in sources[:3]]),
+        methods=say("other_methods", methods=listed([title(name) for name in others])) if others else say("nothing"),
+    )
+    values = {"fixed": fixed, "model": config.model.name, "data": sources, "other_methods": others}
+    return Finding("untested", None, text, (), values)
+
+
+def _length(config: StudyConfig) -> Text:
+    """Returns how long a trial trained."""
+    if config.training.steps is not None:
+        return say("steps", n=config.training.steps)
+    if config.budget.tokens is not None:
+        return say("budget_tokens", n=config.budget.tokens)
+    return say("epochs", n=config.training.epochs)
+
+
+def limits(config: StudyConfig, state: StudyState, results: Results) -> list[Finding]:
+    """Returns what the study cannot say, and what happened to its plan."""
+    said: list[tuple[str, Text, dict[str, Any]]] = []
+    rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
+    if min(rows) < FEW_EXAMPLES:
+        said.append(("few_examples", say("few_examples", n=min(rows)), {"examples": min(rows)}))
+    if not results.finalists and any(trial.kind == "search" for trial in state.trials.values()):
+        said.append(("one_seed", say("one_seed"), {}))
+    length = {"steps": config.training.steps, "tokens": config.budget.tokens}
+    said.append(("scope", say("scope", length=_length(config)), length))
+    if results.deadline:
+        said.append(("deadline", say("deadline"), {}))
+    if results.stopped:
+        said.append(("stopped", say("stopped", reason=results.stopped), {"reason": results.stopped}))
+    if results.continued:
+        said.append(("continued", say("continued"), {"times": results.continued}))
+    trials = names(state.trials.values())
+    return [Finding("limits", None, text, trials, {"limit": limit, **values}) for limit, text, values in said]
