@@ -280,6 +280,7 @@ def train_file(
         Interrupted: after Ctrl-C; the same call resumes there.
     """
     from peft_study.display.terminal import RunDisplay
+    from peft_study.report.writing import try_page
     from peft_study.training.finetune import train
     from peft_study.training.interrupt import StopRequest
 
@@ -294,7 +295,7 @@ def train_file(
             if inputs is not None:
                 inputs.write(overwrite=overwrite)
             finished = train(config, file.values, display, stop, overwrite=overwrite, in_memory=memory)
-            display.conclude(finished)
+            display.conclude(finished, try_page(finished.folder, display.say))
     except UserError as error:
         raise file.pointed(error) from None
     return finished

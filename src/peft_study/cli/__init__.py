@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 from typer.exceptions import TyperException
 
-from peft_study.cli import adapters, data, run, study_commands
+from peft_study.cli import adapters, data, report, run, study_commands
 from peft_study.cli.loudness import LoudCommand, LoudGroup
 from peft_study.display.terminal import NORMAL, echo, set_loudness
 from peft_study.errors import ConfigError, PeftStudyError, UserError
@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": study_commands.list_trials,
     "show": study_commands.show,
     "compare": study_commands.compare,
+    "report": report.report,
     "rerun": study_commands.rerun,
     "clean": study_commands.clean,
     "merge": adapters.merge,

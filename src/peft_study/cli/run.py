@@ -143,6 +143,7 @@ def finetune(context: typer.Context) -> None:
     from peft_study.display.terminal import QUIET, VERBOSE, RunDisplay, quiet_libraries, set_loudness
     from peft_study.engine.processes import joined
     from peft_study.errors import UserError
+    from peft_study.report.writing import try_page
     from peft_study.training.finetune import train
     from peft_study.training.interrupt import StopRequest
 
@@ -180,7 +181,7 @@ def finetune(context: typer.Context) -> None:
             )
         except UserError as error:
             raise pointed(error, command) from None
-        display.conclude(finished)
+        display.conclude(finished, try_page(finished.folder, display.say) if processes.writes else None)
     if finished.diverged or finished.harmed:
         raise typer.Exit(1)
 

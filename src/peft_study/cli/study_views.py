@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from peft_study.display.study import plus_minus
-from peft_study.display.terminal import console, fits, table, write
+from peft_study.display.terminal import console, fits, plus_minus, table, write
 from peft_study.statistics import duration, short
 
 if TYPE_CHECKING:

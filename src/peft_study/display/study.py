@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from peft_study.display.progress import Work
-from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, table, write
+from peft_study.display.terminal import NORMAL, VERBOSE, LiveDisplay, console, plus_minus, table, write
 from peft_study.search.progress import StudySteps, study_steps
 from peft_study.statistics import duration, short
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from peft_study.report.results import Results, Row
     from peft_study.report.study_result import TrainedAdapter
     from peft_study.search.trials import StudyState, TrialRecord
-    from peft_study.statistics import Estimate
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.study.run import FinishedStudy
     from peft_study.workers.worker import Facts, Pace, Report
@@ -128,6 +127,8 @@ class StudyDisplay(LiveDisplay):
             f"a row a trial: {study.folder / 'results.csv'}; all findings: {study.folder / 'findings.json'}; adapters, "
             f"metrics and record: {study.folder}"
         )
+        if study.report is not None:
+            self.say(f"all of it as a page, to be opened in a browser: {study.report}")
         self.say("what next:")
         for what, command in next_steps(study, best):
             self.say(f"  {what}:")
@@ -292,11 +293,3 @@ def finals_table(results: Results) -> Table:
         )
     rows.add_row("untouched base", plus_minus(results.base_dev), plus_minus(results.base_test), "")
     return rows
-
-
-def plus_minus(estimate: Estimate | None) -> str:
-    """Returns a value with half its interval; the results' files have both ends."""
-    if estimate is None:
-        return "-"
-    half = f"{(estimate.high - estimate.low) / 2:.3f}" if estimate.bounded else "?"
-    return f"{estimate.value:.3f} ±{half}"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft_study.config import TrainConfig
     from peft_study.engine.guards import Trainable
     from peft_study.engine.trial import StepReport, Trial
+    from peft_study.statistics import Estimate
     from peft_study.training.finetune import Finished
 
 LINE_SECONDS = 10.0
@@ -124,6 +125,14 @@ def fits(output: Console, shown: Table) -> bool:
     """Returns whether a table can be printed without wrapping or cutting a cell."""
     unbounded = output.options.update(width=10_000)
     return output.measure(shown, options=unbounded).maximum <= output.width
+
+
+def plus_minus(estimate: Estimate | None) -> str:
+    """Returns a value with half its interval; the results' files have both ends."""
+    if estimate is None:
+        return "-"
+    half = f"{(estimate.high - estimate.low) / 2:.3f}" if estimate.bounded else "?"
+    return f"{estimate.value:.3f} ±{half}"
 
 
 class LiveDisplay:
@@ -302,14 +311,16 @@ class RunDisplay(LiveDisplay):
         """Prints each held-out loss."""
         self.say(f"step {trial.step}: held-out loss {loss:.4f} ({minus_base:+.4f} against the untouched base)")
 
-    def conclude(self, finished: Finished) -> None:
-        """Prints how the run ended and what to do next."""
+    def conclude(self, finished: Finished, report: Path | None) -> None:
+        """Prints how the run ended and what to do next; `report`: its page, where there is one."""
         from peft_study.statistics import duration, few_examples
 
         self.loudness = max(self.loudness, NORMAL)  # these are the results
         folder, best = finished.folder, finished.best_step
         begun = f" (resumed at step {finished.resumed_at})" if finished.resumed_at else ""
         where = f"total time {duration(finished.seconds)}{begun}; losses by step: {folder / 'metrics.jsonl'}"
+        if report is not None:
+            where += f", as a page: {report}"
         if finished.diverged or finished.after is None:
             self.say(f"WARNING: the run diverged: {finished.diverged}; try a lower learning rate")
             if best is not None:

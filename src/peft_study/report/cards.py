@@ -15,6 +15,7 @@ from peft_study.report.page_values import Shown, Strip, setting, shown, size, st
 from peft_study.report.page_words import Words
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.report.view import StudyView
+from peft_study.report.wording import title
 from peft_study.search.trials import best_first, value_of
 from peft_study.statistics import Estimate, seeds_difference
 
@@ -26,7 +27,7 @@ class Card:
     """One method's best setting.
 
     Attributes:
-        method: its name.
+        method: its name in words.
         place: its colour's number.
         tags: its group, what it cannot be told from, or why it is not ranked.
         winner: of the study.
@@ -108,7 +109,14 @@ def _is(row: Row, final: Finalist) -> bool:
 
 
 def _card(
-    view: StudyView, results: Results, t: Words, method: str, final: Finalist | None, strip: Strip | None, *, on_test: bool
+    view: StudyView,
+    results: Results,
+    t: Words,
+    method: str,
+    final: Finalist | None,
+    strip: Strip | None,
+    *,
+    on_test: bool,
 ) -> Card:
     row = best_row(results, method) if final is None else None
     settings = final.settings if final is not None else row.settings if row is not None else {}
@@ -121,7 +129,7 @@ def _card(
     searched = list(view.record.config.methods[method].dimensions()) or ["learning_rate"]
     seeds = len(final.dev_of_seeds) if final is not None else 1
     return Card(
-        method,
+        title(method)[t.lang],
         results.methods.index(method),
         _tags(results, t, method, final, row),
         final is not None and final.winner,
@@ -149,9 +157,7 @@ def _verdict(above: Estimate | None) -> tuple[str | None, str]:
     return ("verdict_better", "good") if above.value < 0 else ("verdict_worse", "bad")
 
 
-def _tags(
-    results: Results, t: Words, method: str, final: Finalist | None, row: Row | None
-) -> tuple[str, ...]:
+def _tags(results: Results, t: Words, method: str, final: Finalist | None, row: Row | None) -> tuple[str, ...]:
     if final is None:
         if row is None:
             return (t("not_ranked_none"),)
@@ -163,7 +169,7 @@ def _tags(
         return (t("not_ranked_failed", failed=final.failed, seeds=final.failed + len(final.dev_of_seeds)),)
     for number, group in enumerate(results.groups, start=1):
         if final in group:
-            others = dict.fromkeys(other.method for other in group if other.method != method)
+            others = dict.fromkeys(title(other.method)[t.lang] for other in group if other.method != method)
             alike = (t("alike", methods=", ".join(others)),) if others else ()
             return (t("place", n=number), *alike)
     return ()
@@ -191,7 +197,9 @@ def _commands(view: StudyView, t: Words, method: str, final: Finalist | None, ro
     """Returns what can be done with a method's best adapter, where it lies there."""
     trials: Sequence[Any] = [row.trial] if row is not None else []
     if final is not None:
-        trials = sorted((x for x in view.record.state.finals_of(method, final.number) if x.last is not None), key=value_of)
+        trials = sorted(
+            (x for x in view.record.state.finals_of(method, final.number) if x.last is not None), key=value_of
+        )
     folder, found = view.folder.path, []
     if trials and (adapter := view.folder.trial(trials[0].name).adapter).is_dir():
         found.append((t("use"), command("chat", adapter)))

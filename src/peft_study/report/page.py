@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,10 +22,12 @@ from markupsafe import Markup
 from peft_study.report.chart_data import Charts
 from peft_study.report.charts import colours, theme
 from peft_study.report.charts import spec as spec_of
-from peft_study.report.page_words import words
+from peft_study.report.page_words import Words
 from peft_study.storage.files import finite
 
 _HERE = Path(__file__).parent
+COLOURED = 56
+"""Methods that have a colour on the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,12 @@ class Caption:
     alt: str
 
 
-def render(template: str, lang: str, title: str, charts: Charts, values: Mapping[str, Any]) -> str:
+def render(template: str, t: Words, title: str, charts: Charts, values: Mapping[str, Any]) -> str:
     """Returns a page.
 
     Args:
         template: its file beside this one.
-        lang: ``en`` or ``zh``.
+        t: the words of its language.
         title: of the window.
         charts: that the template names.
         values: that the template shows.
@@ -59,8 +62,9 @@ def render(template: str, lang: str, title: str, charts: Charts, values: Mapping
     page = _templates().get_template(template)
     return page.render(
         values,
-        lang=lang,
-        t=words(lang),
+        lang=t.lang,
+        t=t,
+        version=importlib.metadata.version("peft-study"),
         title=title,
         captions=captions,
         policy=_policy((library, script), style),
@@ -82,8 +86,7 @@ def _taken_apart(spec: dict[str, Any]) -> tuple[dict[str, Any], Caption]:
 
 
 def _palette() -> list[str]:
-    """Returns the colours of 56 methods; what has more begins again at the first."""
-    return list(colours([str(number) for number in range(56)]).values())
+    return list(colours([str(number) for number in range(COLOURED)]).values())
 
 
 @cache
@@ -103,15 +106,13 @@ def _library() -> str:
     """Returns Vega, Vega-Lite and Vega-Embed as one script, which no text in it can end early."""
     from vl_convert import javascript_bundle
 
-    text: str = javascript_bundle()
+    text = javascript_bundle("window.vegaEmbed = vegaEmbed;")
     return text.replace("\r\n", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _policy(scripts: tuple[str, ...], style: str) -> str:
     allowed = " ".join(_hash(script) for script in scripts)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
-    )
+    return f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
 
 
 def _hash(text: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_study.config import Choices, Range, StudyConfig
@@ -40,14 +40,54 @@ class TableRow:
     cells: tuple[Cell, ...]
 
 
-HEADS = ("trial", "kind", "status", "rate", "others", "dev", "minus_base", "test", "steps", "tokens", "seconds", "reason")
-"""Keys of the table's heads."""
+_HEADS = (
+    "trial",
+    "kind",
+    "status",
+    "rate",
+    "others",
+    "dev",
+    "minus_base",
+    "test",
+    "steps",
+    "tokens",
+    "seconds",
+    "reason",
+)
+_NUMBERS = ("rate", "dev", "minus_base", "test", "steps", "tokens", "seconds")
 
 
-def table(results: Results, config: StudyConfig, t: Words) -> list[TableRow]:
-    """Returns the rows of the table, at most `MOST_ROWS`, in the order in which the trials began."""
+@dataclass(frozen=True, slots=True)
+class TrialTable:
+    """The table of trials.
+
+    Attributes:
+        heads: keys of the columns in which a trial has something, and those of them with `numbers`.
+        rows: at most `MOST_ROWS`, in the order in which the trials began; of `all` trials.
+        methods, statuses: that a reader may choose.
+    """
+
+    heads: tuple[str, ...]
+    numbers: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+    all: int
+    methods: tuple[str, ...]
+    statuses: tuple[str, ...]
+
+
+def table(results: Results, config: StudyConfig, t: Words) -> TrialTable:
+    """Returns the table of a study's trials."""
     places_of = {method: number for number, method in enumerate(results.methods)}
-    return [_table_row(row, config, t, places_of.get(row.trial.method)) for row in chosen(results.rows)]
+    rows = [_table_row(row, config, t, places_of.get(row.trial.method)) for row in chosen(results.rows)]
+    there = [number for number in range(len(_HEADS)) if any(row.cells[number].text for row in rows)]
+    return TrialTable(
+        tuple(_HEADS[number] for number in there),
+        _NUMBERS,
+        tuple(replace(row, cells=tuple(row.cells[number] for number in there)) for row in rows),
+        len(results.rows),
+        tuple(dict.fromkeys(row.method for row in rows)),
+        tuple(dict.fromkeys(row.status for row in rows)),
+    )
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
@@ -117,7 +157,9 @@ def protocol(view: StudyView, t: Words) -> list[str]:
     training, finals, examples = config.training, config.finals, view.record.examples
     dev = len(examples.counts_N) if examples else data.get("held_out_rows") or "?"
     test = len(examples.test_counts_N) if examples else data.get("test_rows") or "?"
-    sources = ", ".join(f"{shortened(str(s.path), 200)}" + ("" if s.take == 1 else f" ({s.take:g})") for s in config.data.train)
+    sources = ", ".join(
+        f"{shortened(str(s.path), 200)}" + ("" if s.take == 1 else f" ({s.take:g})") for s in config.data.train
+    )
     trials = sorted({config.trials(method) for method in config.searched})
     said = [
         t("p_model", model=shortened(config.model.name, 200), dtype=f" ({dtype})" if dtype else ""),
@@ -160,13 +202,40 @@ def _values(dimension: Range | Choices) -> str:
     return ", ".join(setting(value) for value in dimension.choices)
 
 
-def environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns what the record holds, a value a row; not where the base lies on this machine."""
-    return [(path, value) for path, value in flattened(record) if path != "base.path"]
+def environment(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Returns what the record holds by its parts, a name and a value each; not where the base lies on this machine."""
+    alone = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
+    parts = {**({"": alone} if alone else {}), **{n: v for n, v in record.items() if isinstance(v, Mapping)}}
+    return [
+        (part, [(name, value) for name, value in flattened(values) if (part, name) != ("base", "path")])
+        for part, values in parts.items()
+    ]
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class FindingGroup:
+    """Findings about one method, or about the study: their texts with the names of the trials behind them."""
+
+    place: int | None
+    lines: tuple[tuple[str, str, str], ...]
+
+
+def findings(view: StudyView, t: Words, topics: Collection[str]) -> list[FindingGroup]:
+    """Returns the findings on some topics, by method: a text, how many trials are behind it, and their names."""
+    places_of = {} if view.results is None else {m: number for number, m in enumerate(view.results.methods)}
+    groups: dict[str | None, list[tuple[str, str, str]]] = {}
+    for each in view.findings:
+        if each.topic in topics:
+            count = len(each.trials)
+            said = "" if not count else t("behind_one") if count == 1 else t("behind", n=f"{count:,}")
+            groups.setdefault(each.method, []).append(
+                (each.text[t.lang], said, shortened(", ".join(each.trials), 2000))
+            )
+    return [FindingGroup(places_of.get(method or ""), tuple(lines)) for method, lines in groups.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownAnswer:
     """What one system said to a prompt, with its loss of the reference."""
 
     system: str
@@ -176,16 +245,16 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ShownExample:
     """A held-out prompt with the reference and the answers."""
 
     title: str
     messages: tuple[tuple[str, str], ...]
     reference: str
-    answers: tuple[Answer, ...]
+    answers: tuple[ShownAnswer, ...]
 
 
-def examples(view: StudyView, t: Words) -> list[Example]:
+def examples(view: StudyView, t: Words) -> list[ShownExample]:
     """Returns the prompts with the answers of base and finalists; none where they were not kept."""
     if view.answers is None or view.results is None:
         return []
@@ -194,7 +263,7 @@ def examples(view: StudyView, t: Words) -> list[Example]:
     for row in view.answers.rows:
         title = ", ".join(str(part) for part in (row.source, row.id or f"#{row.example}") if part)
         said = tuple(
-            Answer(
+            ShownAnswer(
                 t("untouched") if system == "none" else system,
                 shortened(row.answers.get(system, "")),
                 t("loss", loss=_plain(row.losses.get(system))),
@@ -203,11 +272,9 @@ def examples(view: StudyView, t: Words) -> list[Example]:
             for system in view.answers.systems
         )
         messages = tuple((str(m["role"]), shortened(str(m["content"]))) for m in row.prompt)
-        found.append(Example(shortened(title, 200), messages, shortened(row.reference), said))
+        found.append(ShownExample(shortened(title, 200), messages, shortened(row.reference), said))
     return found
 
 
 def _plain(loss: float | None) -> str:
     return "-" if loss is None else f"{loss:.2f}"
-
-

@@ -118,7 +118,8 @@ def strips(estimates: Mapping[str, Estimate | None], base: Estimate | None) -> d
     def at(number: float) -> float:
         return round(10 + (number - low) * scale, 1)
 
-    return {
-        name: Strip(*(at(n) for n in ((e.low, e.high) if e.bounded else (e.value, e.value))), at(e.value), at(base.value))
-        for name, e in finite.items()
-    }
+    found = {}
+    for name, e in finite.items():
+        least, most = (e.low, e.high) if e.bounded else (e.value, e.value)
+        found[name] = Strip(at(least), at(most), at(e.value), at(base.value))
+    return found

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-LANGUAGES = ("en", "zh")
-"""Of a report."""
-
-Words = Callable[..., str]
-"""Key and values in, text out."""
+from peft_study.errors import ConfigError
+from peft_study.report.wording import LANGUAGES
 
 _TEXTS: dict[str, tuple[str, str]] = {
     "study": ("Study", "研究"),
@@ -17,6 +12,12 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "contents": ("Contents", "目录"),
     "skip": ("Skip to the answer", "跳到结论"),
     "answer": ("The answer", "结论"),
+    "behind": ("{n} trials", "{n} 次试验"),
+    "behind_one": ("1 trial", "1 次试验"),
+    "strip_note": (
+        "Bars: 95 % intervals, on one scale for all cards; the dashed line is the untouched base.",
+        "横条：95 % 区间，所有卡片用同一刻度；虚线是未训练的基座模型。",
+    ),
     "findings": ("What was found", "发现"),
     "curves": ("Learning curves", "学习曲线"),
     "rates": ("Learning rate against loss", "学习率与损失"),
@@ -28,6 +29,11 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "protocol": ("How it was done", "实验方案"),
     "environment": ("Environment and hashes", "环境与哈希"),
     "settings": ("Settings", "设置"),
+    "curve": ("Held-out losses", "留出损失"),
+    "lowest": ("the adapter of this step is kept", "保留这一步的适配器"),
+    "merge": ("Merge it into the base", "并入基座模型"),
+    "state": ("State", "状态"),
+    "reports": ("Own report", "单独的报告"),
     "all_settings": ("All settings", "全部设置"),
     "training": ("Training", "训练过程"),
     "differences": ("Paired differences", "配对差值"),
@@ -42,44 +48,45 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "state_diverged": ("The run diverged.", "训练发散。"),
     "state_finished": ("finished", "已完成"),
     "resume": ("Resume it", "继续运行"),
+    "nothing_measured": ("Nothing was measured yet.", "尚无测量结果。"),
     "no_trials": ("No trial has ended yet.", "还没有试验结束。"),
     "no_charts": (
         "Charts need JavaScript; the numbers are in the table of trials.",
         "图表需要 JavaScript；数值见试验表。",
     ),
-    "untouched": ("untouched base", "未改动的基座"),
-    "winner": ("winner", "最优"),
+    "untouched": ("untouched base", "未训练的基座模型"),
+    "winner": ("winner", "优胜者"),
     "place": ("group {n}", "第 {n} 组"),
     "alike": ("cannot be told apart from {methods}", "与 {methods} 无法区分"),
     "not_ranked_untuned": ("not ranked: fewer trials than the others", "未排名：试验数少于其他方法"),
     "not_ranked_failed": (
         "not ranked: {failed} of {seeds} seeds did not finish",
-        "未排名：{seeds} 个种子中有 {failed} 个未完成",
+        "未排名：{seeds} 个随机种子中有 {failed} 个未完成",
     ),
     "not_ranked_search": (
         "not ranked: one seed, chosen among {n} settings",
-        "未排名：只有一个种子，从 {n} 组设置中选出",
+        "未排名：只有 1 个随机种子，从 {n} 组设置中选出",
     ),
     "not_ranked_none": ("no setting finished", "没有设置完成"),
-    "test_loss": ("test loss", "测试损失"),
-    "dev_loss": ("dev loss", "验证损失"),
+    "test_loss": ("test loss", "测试集损失"),
+    "dev_loss": ("dev loss", "开发集损失"),
     "held_out_loss": ("held-out loss", "留出损失"),
     "before": ("before training", "训练前"),
     "after": ("after training", "训练后"),
-    "nats": ("nats a token", "奈特/词元"),
+    "nats": ("nats a token", "nats/token"),
     "interval": ("95 % {low} to {high}", "95 % 区间 {low} 至 {high}"),
     "no_interval": ("no interval", "无区间"),
-    "against_base": ("against the base ({base})", "相对基座（{base}）"),
-    "verdict_better": ("better than the base", "优于基座"),
-    "verdict_worse": ("worse than the base", "劣于基座"),
-    "verdict_same": ("cannot be told from the base", "与基座无法区分"),
-    "over_seeds": ("mean of {n} seeds", "{n} 个种子的均值"),
-    "one_seed": ("one seed", "一个种子"),
+    "against_base": ("against the base ({base})", "相对基座模型（{base}）"),
+    "verdict_better": ("better than the base", "优于基座模型"),
+    "verdict_worse": ("worse than the base", "劣于基座模型"),
+    "verdict_same": ("cannot be told from the base", "与基座模型无法区分"),
+    "over_seeds": ("mean of {n} seeds", "{n} 个随机种子的均值"),
+    "one_seed": ("one seed", "1 个随机种子"),
     "trainable": ("trainable parameters", "可训练参数"),
     "adapter_bytes": ("adapter size", "适配器大小"),
     "peak_bytes": ("peak memory", "峰值内存"),
-    "tokens_per_second": ("tokens a second", "词元/秒"),
-    "data_tokens": ("tokens trained on", "训练词元数"),
+    "tokens_per_second": ("tokens a second", "token/秒"),
+    "data_tokens": ("tokens trained on", "训练 token 数"),
     "use": ("Use it", "使用"),
     "longer": ("Train it longer", "加长训练"),
     "copy": ("Copy", "复制"),
@@ -87,8 +94,8 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "answers_note": (
         "Greedy answers of at most {tokens} tokens to {rows} held-out prompts: first where {winner} gains most on the "
         "base, then where it gains least or loses. Chosen by loss, so they are no sample.",
-        "对 {rows} 条留出提示的贪心回答，最多 {tokens} 个词元：先列出 {winner} 相对基座改进最大的，再列出改进最小或变差的。"
-        "它们按损失挑选，不是随机样本。",
+        "对 {rows} 条留出提示的贪心回答，最多 {tokens} 个 token：先列出 {winner} 相对基座模型改进最大的，"
+        "再列出改进最小或变差的。它们按损失挑选，不是随机样本。",
     ),
     "prompt": ("Prompt", "提示"),
     "reference": ("Reference", "参考答案"),
@@ -102,23 +109,23 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "thinned": (
         "{shown} of {all} trials: the finals, failures and the best of each method. All of them are in "
         "results.parquet and results.csv.",
-        "{all} 个试验中的 {shown} 个：最终试验、失败的试验和每种方法中最好的。全部见 results.parquet 和 results.csv。",
+        "{all} 个试验中的 {shown} 个：最终重训、失败的试验和每种方法中最好的。全部见 results.parquet 和 results.csv。",
     ),
     "trial": ("Trial", "试验"),
     "kind": ("Kind", "类型"),
     "rate": ("Learning rate", "学习率"),
     "others": ("Other settings", "其他设置"),
-    "dev": ("Dev loss", "验证损失"),
-    "minus_base": ("Against base", "相对基座"),
-    "test": ("Test loss", "测试损失"),
+    "dev": ("Dev loss", "开发集损失"),
+    "minus_base": ("Against base", "相对基座模型"),
+    "test": ("Test loss", "测试集损失"),
     "steps": ("Steps", "步数"),
-    "tokens": ("Tokens", "词元"),
+    "tokens": ("Tokens", "token"),
     "seconds": ("Seconds", "秒"),
     "reason": ("Reason", "原因"),
-    "kind_reference": ("base", "基座"),
+    "kind_reference": ("base", "基座模型"),
     "kind_range_test": ("range test", "范围测试"),
     "kind_search": ("search", "搜索"),
-    "kind_final": ("final", "最终"),
+    "kind_final": ("final", "最终重训"),
     "status_running": ("running", "运行中"),
     "status_finished": ("finished", "完成"),
     "status_pruned": ("pruned", "提前停止"),
@@ -127,7 +134,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "status_interrupted": ("interrupted", "中断"),
     "losses_note": (
         "Losses in nats a supervised token; intervals are 95 %, with two digits of their half-width.",
-        "损失单位为奈特/监督词元；区间为 95 %，保留其半宽的两位有效数字。",
+        "损失单位为nats/监督 token；区间为 95 %，保留其半宽的两位有效数字。",
     ),
     "step": ("Step", "步"),
     "written": ("Written by peft-study {version}", "由 peft-study {version} 生成"),
@@ -148,22 +155,22 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "{first} minus {second}, on the same {rows} {part} rows: below zero, {first} has the lower loss.",
         "{first} 减 {second}，使用相同的 {rows} 条{part}样本：小于零表示 {first} 的损失更低。",
     ),
-    "part_test": ("test", "测试"),
-    "part_dev": ("dev", "验证"),
+    "part_test": ("test", "测试集"),
+    "part_dev": ("dev", "开发集"),
     "told": ("told apart", "可以区分"),
     "not_told": ("cannot be told apart", "无法区分"),
-    "best_of_both": ("the winners: {first} and {second}", "两者的最优：{first} 与 {second}"),
+    "best_of_both": ("the winners: {first} and {second}", "两者的优胜者：{first} 与 {second}"),
     "p_model": (
         "One frozen base, {model}{dtype}: every trial trains its own adapter beside it.",
-        "同一个冻结的基座 {model}{dtype}：每个试验在其旁训练自己的适配器。",
+        "同一个冻结的基座模型 {model}{dtype}：每个试验在其旁训练自己的适配器。",
     ),
     "p_data": (
         "Data: {sources}. {train} rows to train on; {dev} dev rows and {test} test rows were held out of training.",
-        "数据：{sources}。训练 {train} 条；留出验证 {dev} 条、测试 {test} 条，均不参与训练。",
+        "数据：{sources}。训练 {train} 条；留出开发集 {dev} 条、测试集 {test} 条，均不参与训练。",
     ),
     "p_loss": (
         "Loss: cross-entropy in nats a supervised token, of every trial on the same held-out rows.",
-        "损失：每个监督词元的交叉熵（奈特），所有试验都在相同的留出样本上测量。",
+        "损失：每个监督 token 的交叉熵（nats），所有试验都在相同的留出样本上测量。",
     ),
     "p_space": ("{method} searched {space}.", "{method} 搜索 {space}。"),
     "p_fixed": ("{method} has nothing to search.", "{method} 没有要搜索的设置。"),
@@ -172,7 +179,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "预算：每种方法 {trials} 组设置，每组 {steps}、每步 {batch} 条样本，数据顺序相同。",
     ),
     "p_steps": ("{n} steps", "{n} 步"),
-    "p_tokens": ("{n} data tokens in steps", "共 {n} 个数据词元"),
+    "p_tokens": ("{n} data tokens in steps", "共 {n} 个数据 token"),
     "p_epochs": ("{n} passes over the data in steps", "遍历数据 {n} 次"),
     "p_search": (
         "Search: sampler {sampler}, pruner {pruner}; {audit} of the trials that the pruner would stop run on as a "
@@ -182,16 +189,19 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "p_finals": (
         "Finals: the best {best} of each method trained again with {seeds} new seeds (initialisation, dropout, order "
         "of the data).",
-        "最终试验：每种方法最好的 {best} 组设置用 {seeds} 个新种子（初始化、dropout、数据顺序）重新训练。",
+        "最终重训：每种方法最好的 {best} 组设置用 {seeds} 个新的随机种子（初始化、dropout、数据顺序）重新训练。",
     ),
-    "p_no_finals": ("No finals: nothing was trained again with new seeds.", "没有最终试验：没有用新种子重新训练。"),
+    "p_no_finals": (
+        "No finals: nothing was trained again with new seeds.",
+        "没有最终重训：没有用新的随机种子重新训练。",
+    ),
     "p_choice": (
         "The winner has the lowest mean dev loss of its seeds; the test rows were opened once, after that choice.",
-        "最优者是各种子平均验证损失最低的设置；选定之后才打开测试样本，且只打开一次。",
+        "优胜者是各随机种子平均开发集损失最低的设置；选定之后才打开测试集，且只打开一次。",
     ),
     "p_intervals": (
         "Intervals: 95 %, studentised bootstrap over held-out rows, paired for differences; Student's t over seeds.",
-        "区间：95 %，对留出样本做学生化自助法，差值按样本配对；种子间用 t 分布。",
+        "区间：95 %，对留出样本做学生化自助法，差值按样本配对；随机种子之间用 t 分布。",
     ),
     "p_groups": (
         "Groups: settings are told apart where their difference is significant after Holm's correction over all pairs.",
@@ -204,15 +214,23 @@ _TEXTS: dict[str, tuple[str, str]] = {
 }
 
 
-def words(lang: str) -> Words:
-    """Returns what gives the text of a key in a language, with values put into its braces.
+class Words:
+    """The words of a language: called with a key and the values for its braces, it gives the text.
+
+    Args:
+        lang: one of `LANGUAGES`.
 
     Raises:
-        KeyError: of an unknown key, or a value that is not given.
+        ConfigError: when it is another.
     """
-    place = LANGUAGES.index(lang)
 
-    def text(key: str, **values: object) -> str:
-        return _TEXTS[key][place].format(**values) if values else _TEXTS[key][place]
+    def __init__(self, lang: str) -> None:
+        if lang not in LANGUAGES:
+            remedy = f"give one of {', '.join(LANGUAGES)}"
+            raise ConfigError(f"unknown language {lang!r}", where="lang", remedy=remedy)
+        self.lang, self._place = lang, LANGUAGES.index(lang)
 
-    return text
+    def __call__(self, key: str, **values: object) -> str:
+        """Returns the text of a key."""
+        text = _TEXTS[key][self._place]
+        return text.format(**values) if values else text

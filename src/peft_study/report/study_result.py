@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,22 @@ class TrainedAdapter:
         return tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenReport:
+    """A report that was written.
+
+    Attributes:
+        path: of the page.
+    """
+
+    path: Path
+
+    def _repr_html_(self) -> str:
+        """Returns the page in a frame of its own, in which only its script may run."""
+        page = escape(self.path.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" width="100%" height="800" title="report"></iframe>'
+
+
 class StudyResult:
     """What a study has found so far, read from its folder; nothing is written or locked.
 
@@ -181,6 +198,22 @@ class StudyResult:
 
         rows = () if self._results is None else self._results.rows
         return pandas.DataFrame([flat(row) for row in rows], columns=list(columns()))
+
+    def report(self, path: str | Path | None = None, lang: str = "en") -> WrittenReport:
+        """Writes the study's page and returns it: a notebook shows it, elsewhere its `path` is what to open.
+
+        Args:
+            path: of the file; None: ``report.html`` in the study's folder (of Chinese ``report.zh.html``).
+            lang: ``en`` or ``zh``.
+
+        Raises:
+            ConfigError: when the language is another.
+            OutputError: when the file cannot be written.
+        """
+        from peft_study.report.view import study_view
+        from peft_study.report.writing import write_page
+
+        return WrittenReport(write_page([study_view(self._record)], lang, None if path is None else Path(path)))
 
     def __repr__(self) -> str:
         best = "nothing is ranked" if self.best is None else f"best: {self.best.name}, dev loss {self.best.dev}"

@@ -1,15 +1,20 @@
-"""Everything that a report says about one study, read from its folder."""
+"""Everything that a report says about a study or a single run, read from its folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from peft_study.report.chart_data import Charts, charts_of
+from peft_study.report.chart_data import Charts, charts_of, run_charts
+from peft_study.report.evidence import Finding
+from peft_study.report.findings import find
+from peft_study.report.responses import responses
 from peft_study.report.results import Results, collect
+from peft_study.report.run_reader import RunStatus, is_run, read_run
 from peft_study.report.status import StudyStatus, study_status
-from peft_study.report.study_reader import StudyRecord
+from peft_study.report.study_reader import StudyRecord, read_study
 from peft_study.storage.study_dir import StudyFolder
 
 
@@ -30,7 +35,7 @@ class StudyView:
     record: StudyRecord
     status: StudyStatus
     results: Results | None
-    findings: tuple[Any, ...]
+    findings: tuple[Finding, ...]
     costs: Mapping[str, Any]
     answers: Any | None
     charts: Charts
@@ -47,25 +52,43 @@ class StudyView:
         return self.folder.path.resolve().name
 
 
-def view_of(record: StudyRecord) -> StudyView:
-    """Returns what a report says about a study in any state."""
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """One run of `finetune`; attributes as of `StudyView`."""
+
+    status: RunStatus
+    charts: Charts
+    environment: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The last part of the folder's path."""
+        return self.status.folder.path.resolve().name
+
+
+def view_of(path: Path | None) -> StudyView | RunView:
+    """Returns what a report says about the study or run in a folder, whatever its state.
+
+    Args:
+        path: None: the current folder, or the only study under ``runs/``.
+
+    Raises:
+        OutputError: when there is none, or its files are damaged.
+    """
+    if is_run(path or Path()):
+        run = read_run(path or Path())
+        return RunView(run, run_charts(run), run.folder.record() or {})
+    return study_view(read_study(path))
+
+
+def study_view(record: StudyRecord) -> StudyView:
+    """Returns what a report says about a study."""
     environment = record.folder.run.record() or {}
     status = study_status(record)
     if record.examples is None:
         return StudyView(record, status, None, (), {}, None, {}, environment)
     results = collect(record.config, record.state, record.examples, record.folder)
-    found = _findings(record, results)
-    charts = charts_of(record, results, (), {})
-    return StudyView(record, status, results, found, {}, None, charts, environment)
-
-
-def _findings(record: StudyRecord, results: Results) -> tuple[Any, ...]:
-    from types import SimpleNamespace
-
-    from peft_study.report.findings import sentences
-
-    topics = {"winner": "winner", "ranking": "ranking"}
-    return tuple(
-        SimpleNamespace(topic=topics.get(text.split(" ")[0], "search"), method=None, text={"en": text, "zh": text}, trials=())
-        for text in sentences(record.config, record.state, record.examples, results)
-    )
+    costs: Mapping[str, Any] = {}
+    found = find(record.config, record.state, record.examples, results, costs)
+    charts = charts_of(record, results, responses(record.config, record.state, record.examples), costs)
+    return StudyView(record, status, results, found, costs, None, charts, environment)

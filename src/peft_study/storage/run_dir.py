@@ -13,6 +13,7 @@ RUN/
     adapter/              in PEFT's format
     data/                 rows that the caller had in memory, as JSON lines
     status.json           running, finished, diverged, failed or interrupted, with the reason
+    report.html           the same for a browser (report/pages.py)
     lock, owner.json      held by the process that writes; its id and machine
 """
 

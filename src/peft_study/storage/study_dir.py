@@ -17,6 +17,7 @@ STUDY/
     workers.json          only of a study that several workers ran: the next worker's number
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
+    report.html, report.zh.html, charts/   what it says, for a browser (report/pages.py)
     lock, owner.json      held by the process that writes; its id and machine
 """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.report.findings import Finding, find, plain
 from peft_study.report.results import Results, collect, summary, write_rows
+from peft_study.report.writing import try_page
 from peft_study.search.budget import steps_of
 from peft_study.search.samplers import export
 from peft_study.search.scheduler import Scheduler
@@ -42,12 +43,13 @@ from peft_study.workers.worker import Facts, Report
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudy:
-    """A finished study: its folder, its results, its findings, and the longer runs that it recommends."""
+    """A finished study: folder, results, findings, recommended longer runs, and its page where it has one."""
 
     folder: Path
     results: Results
     findings: tuple[Finding, ...]
     recommended: tuple[Recommended, ...]
+    report: Path | None
 
 
 class StudyWatcher(Protocol):
@@ -116,7 +118,7 @@ def run_study(
             folder.run.end(error)
             raise
         folder.run.set_status("finished")
-    return finished
+    return replace(finished, report=try_page(folder.path, watcher.say))  # it says that the study has finished
 
 
 def _refuse_impossible(config: StudyConfig, facts: Facts) -> None:
@@ -233,7 +235,7 @@ class _Study:
         recommended = write_recommended(
             self._config, state, results, found, self._folder.path, self._scale(results, decided["seconds"])
         )
-        return FinishedStudy(self._folder.path, results, found, recommended)
+        return FinishedStudy(self._folder.path, results, found, recommended, None)
 
     def _scale(self, results: Results, seconds: float) -> Scale:
         """Returns what longer runs depend on; the study took so many seconds, in all its starts."""
