@@ -7,6 +7,7 @@ with its interpreter of expressions, so that the page needs no `eval`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -19,11 +20,13 @@ import jinja2
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from peft_study.errors import UserError
 from peft_study.report.chart_data import Charts
 from peft_study.report.charts import colours, theme
 from peft_study.report.charts import spec as spec_of
 from peft_study.report.page_words import Words
-from peft_study.storage.files import finite
+from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.files import atomic_writer, finite, made_folder
 
 _HERE = Path(__file__).parent
 COLOURED = 56
@@ -82,6 +85,8 @@ def _taken_apart(spec: dict[str, Any]) -> tuple[dict[str, Any], Caption]:
     lines = title.get("subtitle") or ()
     said = (lines,) if isinstance(lines, str) else tuple(lines)
     rest = {name: value for name, value in spec.items() if name not in ("title", "config", "usermeta")}
+    if isinstance(rest.get("height"), dict):  # rows of a fixed height cannot be fitted
+        rest["autosize"] = {"type": "fit-x", "contains": "padding"}
     return rest, Caption(str(title.get("text", "")), said, str(spec.get("description", title.get("text", ""))))
 
 
@@ -103,10 +108,19 @@ def _file(name: str) -> str:
 
 @cache
 def _library() -> str:
-    """Returns Vega, Vega-Lite and Vega-Embed as one script, which no text in it can end early."""
-    from vl_convert import javascript_bundle
+    """Returns Vega, Vega-Lite and Vega-Embed as one script, which no text in it can end early.
 
-    text = javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    They are put together once: that takes a second, and the result is kept in the cache.
+    """
+    kept = cache_root() / f"vega-{importlib.metadata.version('vl-convert-python')}.js"
+    try:
+        text = kept.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        from vl_convert import javascript_bundle
+
+        text = javascript_bundle("window.vegaEmbed = vegaEmbed;")
+        with contextlib.suppress(UserError, OSError), made_folder(kept.parent), atomic_writer(kept) as file:
+            file.write(text)
     return text.replace("\r\n", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
