@@ -13,6 +13,7 @@ from typing import Any
 import growth
 import many_trials
 import one_trial
+import pictures
 import profile_step
 import pytest
 import startup
@@ -157,7 +158,7 @@ def test_growth(tmp_path: Path) -> None:
     small = ["--row", "32", "--step-tokens", "16", "--repeats", "1", "--out", str(tmp_path)]
     growth.main(["--model", "tiny", "--device", "cpu", *axes, *small])
     found = rows(tmp_path, "growth")
-    assert [row["axis"] for row in found] == [axis for axis in growth.AXES for _ in range(2)]
+    assert [row["axis"] for row in found] == [axis for axis in pictures.AXES for _ in range(2)]
     assert all(row["fastest"] <= row["ms_per_token"] <= row["slowest"] for row in found)
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
