@@ -79,7 +79,7 @@ def search(rows: Sequence[dict[str, Any]], good: float, path: Path) -> None:
         names = {system: name for system, name in SYSTEMS.items() if system in levels}
         points = [
             {"system": name, "x": at, **{key: max(level, _LEAST) for key, level in zip(_KEYS, found, strict=True)}}
-            for system, name in names.items()
+            for system, name in reversed(names.items())  # ours lies on top
             for at, found in zip(levels[system]["at"], levels[system]["quartiles"], strict=True)
         ]
         low, high = points[0]["x"], points[-1]["x"]

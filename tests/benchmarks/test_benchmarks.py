@@ -163,6 +163,18 @@ def test_growth(tmp_path: Path) -> None:
     assert (tmp_path / "growth.png").stat().st_size > 5000
 
 
+def test_pictures_are_drawn_again_from_the_rows(tmp_path: Path) -> None:
+    results = Path(pictures.RESULTS)
+    (tmp_path / "growth.jsonl").write_text((results / "growth.jsonl").read_text())
+    lines = (results / "search.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "search.jsonl").write_text("".join(line for line in lines if '"method": "prompt_tuning"' in line))
+    pictures.main(["--out", str(tmp_path)])
+    drawn = ["growth.png", "search_gsm8k_prompt_tuning_1.png", "search_mawps_prompt_tuning_1.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == drawn
+    assert {path.name for path in results.glob("*.png")} > set(drawn)
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in drawn)
+
+
 def test_the_profile_of_a_step_is_whole(tmp_path: Path) -> None:
     profile_step.main(["--model", "tiny", "--device", "cpu", "--steps", "1", "--out", str(tmp_path)])
     (row,) = rows(tmp_path, "profile_step")
