@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from common import Rows, arguments, machine, synchronize
+import pictures
+from common import Rows, arguments, synchronize
 from peers import LEARNING_RATE
 from worlds import MODELS, adapter_of, examples_of_length, open_world, vocabulary_of
 
@@ -24,13 +24,6 @@ from peft_study.config import LoraConfig, TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Trial
 from peft_study.model.load import Base
-
-AXES = {
-    "slots": "trials, each of the same tokens a step",
-    "rank": "LoRA rank",
-    "row": "tokens of the row",
-    "length": "tokens of an example",
-}
 
 
 def time_per_token(
@@ -62,31 +55,6 @@ def _step(engine: Engine, tokens: int) -> float:
         done += sum(event.report.tokens for event in engine.step() if event.report)
     synchronize(engine.base.device)
     return (time.perf_counter() - started) / done
-
-
-def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Draws time per token against each axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(AXES), figsize=(4 * len(AXES), 3.4), sharey=True, layout="constrained")
-    for panel, (axis, label) in zip(panels, AXES.items(), strict=True):
-        points = sorted((row for row in found if row["axis"] == axis), key=lambda row: row[axis])
-        xs = [row[axis] for row in points]
-        panel.fill_between(xs, [r["fastest"] for r in points], [r["slowest"] for r in points], alpha=0.2, linewidth=0)
-        panel.plot(xs, [row["ms_per_token"] for row in points], marker="o", markersize=4)
-        panel.set_xscale("log", base=2)
-        panel.set_xticks(xs, [str(x) for x in xs], minor=False)
-        panel.set_xlabel(label)
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("milliseconds a data token")
-    facts = machine()
-    figure.suptitle(f"{found[0]['model']}, {found[0]['dtype']}, LoRA; {facts['machine']}, {facts['date'][:10]}", size=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def points_of(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -121,7 +89,7 @@ def main(words: list[str] | None = None) -> None:
     for point in points_of(options):
         setting = {key: value for key, value in point.items() if key != "axis"}
         found.append(rows.add(**point, **time_per_token(base, engine, **setting, repeats=options.repeats)))
-    draw(found, options.out / "growth.png")
+    pictures.growth(found, options.out / "growth.png")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pictures
 import yaml
 from common import ROOT, Rows, arguments
 from search_grid import DATA, FULL, GOOD, TINY, Curves, Scale, cell_of, read_curves, study_values
@@ -125,7 +125,7 @@ def replay(options: argparse.Namespace) -> None:
         "tokens": searched(curves, options.seeds, WorkerCosts(0, 0, 1, 1, 0), kinds),
     }
     for rule in RULES:
-        quartiles: dict[str, dict[str, list[list[float]]]] = {}
+        drawn: list[dict[str, Any]] = []
         for unit, found in searches.items():
             taken = {system: [times(s, curves, rule) for s in each] for system, each in found.items()}
             for system, each in taken.items():
@@ -133,11 +133,13 @@ def replay(options: argparse.Namespace) -> None:
             for system, against in itertools.product(("d", "d, no prior"), found):
                 factors = _each(factor, taken[against], taken[system])
                 rows.add(row="factor", unit=unit, system=system, against=against, rule=rule, **factors)
-            quartiles[unit] = {system: regrets(each, curves, rule, LOOKS[unit]) for system, each in found.items()}
-            for system, levels in quartiles[unit].items():
-                rows.add(row="regret", unit=unit, system=system, rule=rule, at=LOOKS[unit], quartiles=levels)
+            for system, each in found.items():
+                levels = regrets(each, curves, rule, LOOKS[unit])
+                drawn.append(
+                    rows.add(row="regret", unit=unit, system=system, rule=rule, at=LOOKS[unit], quartiles=levels)
+                )
         if rule == "highest":
-            draw(quartiles, options.out / f"search_{options.data}_{options.method}_{curves.slots}.png")
+            pictures.search(drawn, GOOD, options.out / f"search_{options.data}_{options.method}_{curves.slots}.png")
 
 
 def _each(compute: Callable[..., Any], *searches: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -156,42 +158,6 @@ def searched(curves: Curves, seeds: int, costs: WorkerCosts, peers: Mapping[str,
             run = asha if system.startswith("b") else one_after_another
             found[system].append(run(curves, order_of(events), own))
     return found
-
-
-NAMES = {
-    "d": "(d) ours",
-    "d, no prior": "(d) ours, no prior",
-    "d, design": "(d) grid at random, halving",
-    "c": "(c) ours, whole trials",
-    "a": "(a) whole trials",
-    "a default": "(a) TRL, defaults",
-    "a best": "(a) TRL, best settings",
-    "b": "(b) ASHA",
-    "b default": "(b) Ray Tune, TRL's defaults",
-    "b best": "(b) Ray Tune, TRL's best",
-}
-
-
-def draw(quartiles: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: Path) -> None:
-    """Draws each system's median regret against seconds and against tokens, with its quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for panel, (unit, at) in zip(axes, LOOKS.items(), strict=True):
-        for system, found in quartiles[unit].items():
-            low, middle, high = (np.maximum(column, 1e-3) for column in np.array(found).T)
-            panel.fill_between(at, low, high, step="post", alpha=0.1, linewidth=0)
-            panel.step(at, middle, where="post", label=NAMES[system])
-        panel.axhline(GOOD, color="black", linewidth=0.8, linestyle=":")
-        panel.set(xscale="log", yscale="log", xlabel="seconds" if unit == "seconds" else "tokens of training")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
-    axes[0].set_ylabel("test loss above the best of the grid, share")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import growth
 import many_trials
 import one_trial
+import pictures
 import profile_step
 import pytest
 import startup
@@ -157,9 +158,21 @@ def test_growth(tmp_path: Path) -> None:
     small = ["--row", "32", "--step-tokens", "16", "--repeats", "1", "--out", str(tmp_path)]
     growth.main(["--model", "tiny", "--device", "cpu", *axes, *small])
     found = rows(tmp_path, "growth")
-    assert [row["axis"] for row in found] == [axis for axis in growth.AXES for _ in range(2)]
+    assert [row["axis"] for row in found] == [axis for axis in pictures.AXES for _ in range(2)]
     assert all(row["fastest"] <= row["ms_per_token"] <= row["slowest"] for row in found)
     assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+def test_pictures_are_drawn_again_from_the_rows(tmp_path: Path) -> None:
+    results = Path(pictures.RESULTS)
+    (tmp_path / "growth.jsonl").write_text((results / "growth.jsonl").read_text())
+    lines = (results / "search.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "search.jsonl").write_text("".join(line for line in lines if '"method": "prompt_tuning"' in line))
+    pictures.main(["--out", str(tmp_path)])
+    drawn = ["growth.png", "search_gsm8k_prompt_tuning_1.png", "search_mawps_prompt_tuning_1.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == drawn
+    assert {path.name for path in results.glob("*.png")} > set(drawn)
+    assert all((tmp_path / name).stat().st_size > 20_000 for name in drawn)
 
 
 def test_the_profile_of_a_step_is_whole(tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ def test_a_plot_makes_its_folder(cli: CommandLine, tmp_path: Path, tiny_model_fo
     plot = tmp_path / "new" / "deep" / "lengths.png"
     cli("data", "stats", tiny_data, "--model", tiny_model_folder, "--plot", plot).ok()
     assert plot.read_bytes()[:4] == PNG[:4]
+    ran = cli("data", "stats", tiny_data, "--model", tmp_path / "no-model", "--plot", tmp_path / "lengths.jpg")
+    assert ran.error().endswith("lengths.jpg: .jpg: pictures are PNG or SVG; name it lengths.png or .svg")
 
 
 @pytest.fixture

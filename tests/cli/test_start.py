@@ -11,7 +11,7 @@ import pytest
 
 from command_line import CommandLine
 
-HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "scipy", "matplotlib")
+HEAVY = ("torch", "transformers", "peft", "datasets", "pyarrow", "scipy", "altair", "vl_convert")
 MAIN = "from peft_study.cli import main; main()"
 
 

@@ -156,8 +156,25 @@ def test_picture(source: str, model: str, tmp_path: Path) -> None:
     picture = (tmp_path / "lengths.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 5000
+    with pytest.raises(ConfigError, match="pictures are PNG or SVG"):
+        plot_stats(stats(source, model, None), tmp_path / "lengths.pdf")
     with pytest.raises(OutputError):  # a file stands in the folder's place
         plot_stats(stats(source, model, None), tmp_path / "lengths.png" / "lengths.png")
+
+
+def test_a_picture_names_what_it_marks(source: str, model: str, tmp_path: Path) -> None:
+    result = stats(source, model, MAX_LENGTH)
+    plot_stats(result, tmp_path / "lengths.svg")
+    text = (tmp_path / "lengths.svg").read_text()
+    share = f"{result.total.truncated / 6:.1%}"
+    for said in (
+        f"median {result.quantiles[0.5]}",
+        f"95% {result.quantiles[0.95]}",
+        f"max_length ({share} cut) {MAX_LENGTH}",
+        f"6 rows, {result.total.tokens:,} tokens of {model}",
+        "length of a row in tokens (log scale)",
+    ):
+        assert said in text
 
 
 def test_rows_of_one_length_can_be_drawn(tmp_path: Path, model: str, source: str) -> None:

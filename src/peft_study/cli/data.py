@@ -165,7 +165,7 @@ def stats(
     all_sources: Annotated[
         bool, typer.Option("--all-sources", help="Show every source, not only the 20 largest.")
     ] = False,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the lengths to write, as .png.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the lengths to write, .png or .svg.")] = None,
     split: _Split = None,
     mapping: _Map = None,
 ) -> None:
@@ -178,8 +178,10 @@ def stats(
     from peft_study.errors import TemplateError
     from peft_study.model.load import load_tokenizer
     from peft_study.storage.files import refuse_unwritable
+    from peft_study.storage.picture import refuse_other_suffix
 
     if plot is not None:
+        refuse_other_suffix(plot)
         refuse_unwritable(plot)
     template = None if chat_template == "own" else chat_template
     with progress("counting") as on_progress:

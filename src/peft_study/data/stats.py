@@ -21,7 +21,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.stream import OnProgress
 from peft_study.data.tokens import TokenizedData, lost_rows, tokenize
 from peft_study.errors import ConfigError
-from peft_study.storage.files import AtomicFiles, made_folder
+from peft_study.storage.picture import write_picture
 
 SHOWN_SOURCES = 20
 """Sources in the table, largest first; a mixture may have hundreds."""
@@ -280,45 +280,55 @@ def _quantile_name(q: float) -> str:
 
 
 def plot_stats(stats: DataStats, path: Path) -> None:
-    """Writes a histogram of row lengths as a PNG, with median, 95% and ``max_length`` marked.
+    """Writes a histogram of row lengths as PNG or SVG, by the suffix; median, 95% and ``max_length`` are marked.
 
     Raises:
+        ConfigError: the suffix is another one.
         OutputError: the picture cannot be written.
     """
-    from matplotlib.figure import Figure
+    import altair as alt
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
     longest = max(int(stats.lengths_N.max()), 2)
     # Lengths spread over orders of magnitude, so the bins are equally wide in the logarithm.
     edges = np.unique(np.geomspace(max(int(stats.lengths_N.min()), 1), longest + 1, 60).round())
     if len(edges) < 2:
         edges = np.array([longest - 0.5, longest + 0.5])
-    axes.hist(stats.lengths_N, bins=edges.tolist(), color="#4c78a8")
-    axes.set_xscale("log")
-    _mark(axes, stats.quantiles[0.5], "median", "#333333", "--", height=0.97)
-    _mark(axes, stats.quantiles[0.95], "95%", "#333333", ":", height=0.90)
-    if stats.max_length is not None:
-        cut = _share(stats.total.truncated, stats.total.rows)
-        _mark(axes, stats.max_length, f"max_length ({cut} cut)", "#d62728", "-", height=0.83)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.set_xlabel("length of a row in tokens (log scale)")
-    axes.set_ylabel("rows")
-    axes.set_title(f"{stats.total.rows:,} rows, {stats.total.tokens:,} tokens of {stats.model}")
-    axes.spines[["top", "right"]].set_visible(False)
-    with made_folder(path.parent), AtomicFiles() as files:
-        figure.savefig(files.open(path), format="png", dpi=150)
-
-
-def _mark(axes: Any, length: int, label: str, color: str, line: str, *, height: float) -> None:
-    axes.axvline(length, color=color, linestyle=line, linewidth=1.2)
-    axes.text(
-        length,
-        height,
-        f" {label} {length:,}",
-        color=color,
-        transform=axes.get_xaxis_transform(),
-        fontsize=9,
-        verticalalignment="top",
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0},
+    counts, _ = np.histogram(stats.lengths_N, bins=edges)
+    bins = [
+        {"low": low, "high": high, "rows": rows}
+        for low, high, rows in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
+        if rows
+    ]
+    marks = _marks(stats)
+    low, last = min(float(edges[0]), marks[0]["x"]) / 1.05, marks[-1]["x"]
+    # the last label, at the right of its line, takes up to 28 % of the width
+    high = max(float(edges[-1]) * 1.05, last * (last / low) ** (0.28 / 0.72))
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    x = alt.Axis(title="length of a row in tokens (log scale)", format=",", tickCount=6, labelOverlap=True, grid=False)
+    y = alt.Y("rows:Q", scale=alt.Scale(domain=[0, 1.4 * int(counts.max())], nice=False), axis=alt.Axis(tickCount=5))
+    bars = alt.Chart(alt.InlineData(values=bins)).mark_rect(color="#0072B2")
+    lines = alt.Chart(alt.InlineData(values=marks)).encode(
+        x=alt.X("x:Q", scale=scale), y=alt.Y("top:Q", scale=None), color=alt.Color("color:N", scale=None)
     )
+    layers = [
+        bars.encode(x=alt.X("low:Q", scale=scale, axis=x), x2="high:Q", y=y, y2=alt.datum(0)),
+        lines.mark_rule(strokeWidth=1.3).encode(
+            strokeDash=alt.StrokeDash("dash:N", scale=None), y2=alt.value("height")
+        ),
+        lines.mark_text(align="left", dx=5, dy=5, fontSize=12).encode(text="text:N"),
+    ]
+    title = f"{stats.total.rows:,} rows, {stats.total.tokens:,} tokens of {stats.model}"
+    chart = alt.layer(*layers, title=title, width=720, height=330, padding=12)
+    write_picture(chart.configure_view(stroke=None).configure_title(anchor="start").to_dict(), path)
+
+
+def _marks(stats: DataStats) -> list[dict[str, Any]]:
+    """Returns the lengths that a histogram marks, shortest first: each line ends below the labels at its left."""
+    found = [("median", stats.quantiles[0.5], "#333333", [6, 4]), ("95%", stats.quantiles[0.95], "#333333", [2, 3])]
+    if stats.max_length is not None:
+        cut = f"max_length ({_share(stats.total.truncated, stats.total.rows)} cut)"
+        found.append((cut, stats.max_length, "#B84A00", [1, 0]))
+    return [
+        {"x": length, "text": f"{label} {length:,}", "color": colour, "dash": dash, "top": 4 + 20 * place}
+        for place, (label, length, colour, dash) in enumerate(sorted(found, key=lambda mark: mark[1]))
+    ]

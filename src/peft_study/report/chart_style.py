@@ -58,12 +58,22 @@ def theme(*, dark: bool = False, background: str | None = None) -> dict[str, Any
         background: None: that of a file; a page gives `transparent`.
     """
     text, quiet, grid = _TEXT[dark], _QUIET[dark], _GRID[dark]
-    axis = {"labelColor": quiet, "titleColor": text, "domainColor": quiet, "tickColor": quiet, "gridColor": grid}
     return {
         "background": background or BACKGROUND[dark],
         "font": "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif",
         "view": {"stroke": None},
-        "axis": {**axis, "labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal", "labelOverlap": True, "labelSeparation": 8},
+        "axis": {
+            "labelColor": quiet,
+            "titleColor": text,
+            "domainColor": quiet,
+            "tickColor": quiet,
+            "gridColor": grid,
+            "labelFontSize": 11,
+            "titleFontSize": 12,
+            "titleFontWeight": "normal",
+            "labelOverlap": True,
+            "labelSeparation": 8,
+        },
         "legend": {"labelColor": text, "titleColor": text, "labelFontSize": 12, "labelLimit": 130, "symbolSize": 70},
         "title": {
             "anchor": "start",

@@ -131,7 +131,8 @@ def learning_curves(
     x, y, tokens = x_tokens(), y_losses(axis), alt.Tooltip("x:Q", title="data tokens", format=",")
     tooltip = [*WHO, tokens, alt.Tooltip("y:Q", title="dev loss", format=".3f")]
     rows = sorted((_curve_row(c, axis, best=c.trial in best) for c in drawn), key=lambda row: row["best"])
-    lines = alt.Chart(alt.InlineData(values=rows)).transform_flatten(["x", "y"]).mark_line(clip=True).encode(
+    flat = alt.Chart(alt.InlineData(values=rows)).transform_flatten(["x", "y"])
+    lines = flat.mark_line(clip=True).encode(
         x=x,
         y=y,
         color=by_method.colour,
@@ -139,7 +140,7 @@ def learning_curves(
         strokeWidth=alt.when("datum.best").then(alt.value(2.8)).otherwise(alt.value(1.1)),
         opacity=alt.when("datum.best").then(alt.value(1)).otherwise(alt.value(0.6)),
     )
-    points = alt.Chart(alt.InlineData(values=rows)).transform_flatten(["x", "y"]).mark_point(clip=True, filled=True, size=10)
+    points = flat.mark_point(clip=True, filled=True, size=10)
     said = ["Thick: the best of each method.", marks_said(ends), _too_many(drawn, max(trials or 0, len(curves)))]
     layers = [
         *base_line(base, axis),
@@ -364,7 +365,12 @@ def _axis_of(losses: Sequence[Estimate], base: float | None) -> LossAxis:
 def _curve_row(curve: Curve, axis: LossAxis, *, best: bool) -> dict[str, Any]:
     """Returns a curve as one row with lists, which the chart flattens: a third of the text."""
     points = [point for point in thinned(curve.points, MOST_MEASUREMENTS) if math.isfinite(point[1])]
-    who = {"trial": shortened_text(curve.trial, 40), "method": method_label(curve.method), "status": curve.status, "best": best}
+    who = {
+        "trial": shortened_text(curve.trial, 40),
+        "method": method_label(curve.method),
+        "status": curve.status,
+        "best": best,
+    }
     return {**who, "x": [tokens for tokens, _ in points], "y": [_on_line(loss, axis) for _, loss in points]}
 
 
