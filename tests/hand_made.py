@@ -13,7 +13,7 @@ import numpy.typing as npt
 from peft_study.config import NoneConfig, StudyConfig, TrialSettings, validate
 from peft_study.report.findings import TOPICS, Finding, find
 from peft_study.report.results import Results, collect
-from peft_study.search.trials import StudyState
+from peft_study.search.trials import StudyState, best_first
 from peft_study.storage import held_out
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.journal import Event, Journal
@@ -114,6 +114,11 @@ class HandMade:
             self.ended(name, "diverged" if gain is None else "finished", NAN if gain is None else None)
             names.append(name)
         return names
+
+    def numbers(self, method: str) -> list[int]:
+        """Returns the numbers of a method's finished settings of the search, best first."""
+        state = self.state
+        return [trial.number for trial in best_first(state.of(method, "search"))]
 
     def chosen(self, **finalists: Sequence[int]) -> None:
         for method, numbers in finalists.items():

@@ -153,7 +153,10 @@ def _no_search(own: Sequence[Row], method: str) -> Text:
     if not own:
         return say("search_none", method=title(method))
     reasons = [row.trial.reason for row in own if row.trial.reason]
-    why = say("reason", reason=reasons[0]) if reasons else say("under_way")
+    if reasons:
+        why = say("reason", reason=reasons[0])
+    else:
+        why = say("not_finite") if any(diverged(row.trial) for row in own) else say("under_way")
     return say("search_lost", method=title(method), n=len(own), reason=why)
 
 
