@@ -11,7 +11,7 @@ from peft_study.config import StudyConfig
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.search import range_expansion
 from peft_study.search.trials import Recommendation, StudyState, best_first
-from peft_study.statistics import Estimate, difference, few_examples, short
+from peft_study.statistics import Estimate, about_sources, difference, few_examples, short
 from peft_study.storage.held_out import HeldOut
 
 FEW = 6
@@ -38,6 +38,8 @@ def sentences(config: StudyConfig, state: StudyState, examples: HeldOut, results
     rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
     if note := few_examples(min(rows)):
         said.append(note)
+    parts = (examples.counts_N, examples.test_counts_N)[: len(rows)]
+    said += dict.fromkeys(note for part in parts if (note := about_sources(len(part), part.sources)))
     if results.deadline:
         said.append("the time limit ended the search before all its settings were tried")
     if results.stopped:
