@@ -14,6 +14,7 @@ from peft_study.config import NoneConfig, StudyConfig, TrialSettings, validate
 from peft_study.report.findings import TOPICS, Finding, find
 from peft_study.report.results import Results, collect
 from peft_study.search.trials import StudyState, best_first
+from peft_study.statistics import TokenCounts
 from peft_study.storage import held_out
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.journal import Event, Journal
@@ -56,7 +57,7 @@ class HandMade:
         }
         self.config = validate(StudyConfig, values, where="study.yaml").filled()
         self.folder = StudyFolder(folder)
-        self.examples = HeldOut(COUNTS, BASE, COUNTS)
+        self.examples = HeldOut(TokenCounts(COUNTS), BASE, TokenCounts(COUNTS))
         self.events: list[Event] = []
         self.asked("none", "none", "reference", 0, None, {})
         self.measured("none", 0, BASE.tolist())

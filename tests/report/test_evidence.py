@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hand_made import BASE, COUNTS, RATE, HandMade, N
+from hand_made import COUNTS, RATE, HandMade, N
 from peft_study.errors import ConfigError
 from peft_study.report.evidence import Finding
 from peft_study.report.findings import MAIN, TOPICS, find, plain, texts
 from peft_study.report.results import write_rows
 from peft_study.report.study_result import open_study
+from peft_study.statistics import TokenCounts
 from peft_study.storage.files import json_text
+from peft_study.storage.held_out import HeldOut
 from rich_study import COSTS, rich
 
 
@@ -197,14 +199,11 @@ def test_long_names_and_texts_stay_short_in_sentences_and_whole_in_the_values(tm
 
 
 def test_a_base_that_is_no_number_gives_no_claims(tmp_path: Path) -> None:
-    from peft_study.storage.held_out import HeldOut
-
     study = HandMade(tmp_path / "s", {"lora": RATE})
     study.trial("lora", 1e-3, 0.5)
     study.trial("lora", 1e-2, 0.4)
-    study.examples = HeldOut(COUNTS, np.full(N, np.nan), COUNTS)
+    study.examples = HeldOut(TokenCounts(COUNTS), np.full(N, np.nan), TokenCounts(COUNTS))
     found = study.findings()
     json.dumps(plain(found), allow_nan=False)
     assert study.said("never_learned") == []
     assert found[0].text["en"].startswith("untouched base: dev loss nan (")
-    assert BASE.sum() > 0

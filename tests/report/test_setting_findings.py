@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hand_made import RATE, HandMade
 from peft_study.report.evidence import Finding
-from peft_study.statistics import difference
+from peft_study.statistics import TokenCounts, difference
+from peft_study.storage.held_out import HeldOut
 
 
 def only(study: HandMade, topic: str) -> Finding:
@@ -132,17 +134,13 @@ def test_sensitivity_names_the_least_and_the_greatest_mean(tmp_path: Path) -> No
 
 def test_one_example_has_no_range(tmp_path: Path) -> None:
     """Without an interval nothing could be told apart, so nothing is claimed."""
-    import numpy as np
-
-    from peft_study.storage.held_out import HeldOut
-
     study = HandMade(tmp_path / "s", {"lora": RATE})
     study.trial("lora", 1e-3, 0.5)
     study.trial("lora", 1e-2, -0.5)
     for event in study.events:
         if event["event"] == "measured":
             event["sums"] = event["sums"][:1]
-    one = np.array([10])
+    one = TokenCounts(np.array([10]))
     study.examples = HeldOut(one, study.examples.base_N[:1], one)
     assert study.said("range", "never_learned") == []
     assert study.said("limits")[0].startswith("1 held-out row: ")

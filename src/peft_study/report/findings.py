@@ -93,7 +93,7 @@ def find(
     found += _order(config, state, results)
     if results.pruning.pruned or results.pruning.audited:
         found.append(_pruning(config, state, results))
-    return (*found, *untested(config, None), *limits(config, state, results))
+    return (*found, *untested(config, None), *limits(config, state, examples, results))
 
 
 def texts(findings: Iterable[Finding], language: str = "en", topics: Sequence[str] = MAIN) -> list[str]:

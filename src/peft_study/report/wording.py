@@ -257,6 +257,16 @@ TEMPLATES: dict[str, Wording] = {
         "{n} held-out row: 95 % intervals over so few are wide, and of skewed losses still a little too narrow: they "
         "cover about 92 % with 8 rows and 94 % with 24 and more",
     ),
+    "sources_resampled": Wording(
+        "intervals resample the {sources} sources of the {rows} held-out rows, not single rows",
+        "区间按 {rows} 条留出样本的 {sources} 个来源重抽样，而不是按单条样本",
+    ),
+    "few_sources": Wording(
+        "the {rows} held-out rows come from {sources} sources, too few to resample whole ones (from {least} on): "
+        "intervals resample rows, and are too narrow where rows of one source resemble each other",
+        "{rows} 条留出样本只有 {sources} 个来源，不足以按来源重抽样（至少 {least} 个）：区间按单条样本重抽样，"
+        "同一来源的样本彼此相似时会偏窄",
+    ),
     "one_seed": Wording(
         "nothing was retrained with new seeds: each number is of one seed, and the best of many is partly luck",
         "没有用新的随机种子重训：每个数值只来自 1 个随机种子，多组中最好的一组有运气成分",
