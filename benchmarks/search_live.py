@@ -178,7 +178,7 @@ def _study_facts(config: StudyConfig, scale: Scale, state: StudyState) -> dict[s
         "steps": scale.steps,
         "slots": StudyFolder(config.output).run.read("capacity.json")["slots"],
         "row_tokens": StudyFolder(config.output).run.read("capacity.json")["row_tokens"],
-        "counts": split.held_out.counts().tolist(),
+        "counts": split.held_out.counts().tokens_N.tolist(),
         "start": _rounded(reference.sums[0]),
         "dev_tokens": int(split.held_out.lengths().sum()),
         "lengths": [list(map(len, batch)) for batch in training_batches(split, config, scale.steps)],

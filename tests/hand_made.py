@@ -13,7 +13,8 @@ import numpy.typing as npt
 from peft_study.config import NoneConfig, StudyConfig, TrialSettings, validate
 from peft_study.report.findings import TOPICS, Finding, find
 from peft_study.report.results import Results, collect
-from peft_study.search.trials import StudyState
+from peft_study.search.trials import StudyState, best_first
+from peft_study.statistics import TokenCounts
 from peft_study.storage import held_out
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.journal import Event, Journal
@@ -56,7 +57,7 @@ class HandMade:
         }
         self.config = validate(StudyConfig, values, where="study.yaml").filled()
         self.folder = StudyFolder(folder)
-        self.examples = HeldOut(COUNTS, BASE, COUNTS)
+        self.examples = HeldOut(TokenCounts(COUNTS), BASE, TokenCounts(COUNTS))
         self.events: list[Event] = []
         self.asked("none", "none", "reference", 0, None, {})
         self.measured("none", 0, BASE.tolist())
@@ -114,6 +115,11 @@ class HandMade:
             self.ended(name, "diverged" if gain is None else "finished", NAN if gain is None else None)
             names.append(name)
         return names
+
+    def numbers(self, method: str) -> list[int]:
+        """Returns the numbers of a method's finished settings of the search, best first."""
+        state = self.state
+        return [trial.number for trial in best_first(state.of(method, "search"))]
 
     def chosen(self, **finalists: Sequence[int]) -> None:
         for method, numbers in finalists.items():

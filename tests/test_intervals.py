@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from peft_study.statistics import Estimate, difference, few_examples, mean_loss
+from peft_study.report.limit_findings import few_examples
+from peft_study.statistics import Estimate, difference, mean_loss
 
 Sums = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
@@ -109,5 +110,5 @@ def test_what_is_said_of_few_examples_is_so(examples: int, least: float, most: f
 
 def test_few_examples_are_told_and_many_are_not() -> None:
     assert few_examples(64) is None
-    assert str(few_examples(63)).startswith("63 held-out rows: 95 % intervals over so few are wide")
-    assert str(few_examples(1)).startswith("1 held-out row: ")
+    assert (few_examples(63) or {})["en"].startswith("63 held-out rows: 95 % intervals over so few are wide")
+    assert (few_examples(1) or {})["en"].startswith("1 held-out row: ")

@@ -1,7 +1,8 @@
-"""Held-out losses with their noise."""
+"""Held-out losses and accuracies with their noise."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +19,54 @@ of 8 skewed examples, the interval would be 3.9 times as wide for 1 % more cover
 FEW_EXAMPLES = 64
 """Below so many, an interval over examples is too narrow to pass over in silence."""
 
+LEAST_SOURCES = 20
+"""From so many sources of the held-out examples on, whole sources are resampled; an interval over fewer is too wide."""
+
 Losses = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Supervised tokens of each held-out example, and which examples may depend on each other.
+
+    Attributes:
+        tokens_N: of each example.
+        sources_N: the number of each example's source, from 0 in order of appearance; None where it is not known.
+    """
+
+    tokens_N: npt.NDArray[np.int64]
+    sources_N: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens_N)
+
+    def sum(self) -> int:
+        """Returns the supervised tokens of all examples."""
+        return int(self.tokens_N.sum())
+
+    @property
+    def sources(self) -> int | None:
+        """How many sources there are; None where that is not known."""
+        return None if self.sources_N is None else len(np.unique(self.sources_N))
+
+    def units(self, sums_N: Losses) -> tuple[Losses, Losses]:
+        """Returns sums and tokens of what is resampled: sources, where there are enough of them, or examples."""
+        if self.sources_N is None or (self.sources or 0) < LEAST_SOURCES:
+            return sums_N, self.tokens_N.astype(np.float64)
+        sums_U, tokens_U = (np.bincount(self.sources_N, weights=each) for each in (sums_N, self.tokens_N))
+        return sums_U.astype(np.float64), tokens_U.astype(np.float64)
+
+
+Counts = TokenCounts | npt.NDArray[np.int64]
+"""Supervised tokens of each example: a plain array where every example stands for itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over supervised tokens, in nats a token, and its 95 % interval over examples.
+    """A value and its 95 % interval: a loss or difference in nats a supervised token, or a share between 0 and 1.
 
-    A single example has no interval: its ends are infinite.
+    The loss of a single example has no interval: its ends are infinite.
     """
 
     value: float
@@ -54,23 +95,11 @@ class Estimate:
         return f"95 % {self.low:{form}} to {self.high:{form}}" if self.bounded else "no interval: a single example"
 
 
-def few_examples(count: int) -> str | None:
-    """Returns what to know about intervals over so few held-out examples; None where they are enough.
-
-    The figures are those of tests/test_coverage.py: losses of a gamma distribution of shape 1 to 4.
-    """
-    if count >= FEW_EXAMPLES:
-        return None
-    return (
-        f"{count} held-out row{'' if count == 1 else 's'}: 95 % intervals over so few are wide, and of skewed losses "
-        "still a little too narrow: they cover about 92 % with 8 rows and 94 % with 24 and more"
-    )
-
-
-def mean_loss(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+def mean_loss(sums_N: Losses, counts_N: Counts) -> Estimate:
     """Returns the loss a supervised token, with an interval on the log scale from resampling examples.
 
-    Tokens of one example depend on each other, so examples are resampled, not tokens.
+    Tokens of one example depend on each other, so examples are resampled, not tokens; and so may examples of one
+    source, so whole sources are, where `counts_N` tells of `LEAST_SOURCES` and more (as in all functions below).
 
     Args:
         sums_N: summed token loss of each example, in nats.
@@ -79,44 +108,49 @@ def mean_loss(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
     return _ratio(sums_N, counts_N, log=True)
 
 
-def loss_value(sums_N: Losses, counts_N: npt.NDArray[np.int64]) -> float:
+def loss_value(sums_N: Losses, counts_N: Counts) -> float:
     """Returns the loss a supervised token, in nats, without its interval; arguments as of `mean_loss`."""
     return float(sums_N.sum() / counts_N.sum())
 
 
-def difference(sums_N: Losses, others_N: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+def difference(sums_N: Losses, others_N: Losses, counts_N: Counts) -> Estimate:
     """Returns how much the first loss is above the second, paired by example, with its interval."""
     return _ratio(sums_N - others_N, counts_N)
 
 
-def _ratio(numerators_N: Losses, counts_N: npt.NDArray[np.int64], *, log: bool = False) -> Estimate:
-    """Returns sum(numerators) / sum(counts) with its interval over examples; `log`: on the log scale, for a loss."""
+def _ratio(numerators_N: Losses, counts_N: Counts, *, log: bool = False) -> Estimate:
+    """Returns sum(numerators) / sum(counts) with its interval over units; `log`: on the log scale, for a loss."""
     value = float(numerators_N.sum() / counts_N.sum())
     if not np.isfinite(value) or len(counts_N) < 2:
         return Estimate(value, -math.inf, math.inf)
-    below, above = _Studentised(numerators_N, counts_N, log=log).distances(1 - CONFIDENCE)
+    below, above = _Studentised(*_units(numerators_N, counts_N), log=log).distances(1 - CONFIDENCE)
     if log and value > 0:
         return Estimate(value, value * math.exp(-below), value * math.exp(min(above, 50.0)))
     return Estimate(value, value - below, value + above)
 
 
+def _units(numerators_N: Losses, counts_N: Counts) -> tuple[Losses, Losses]:
+    if isinstance(counts_N, TokenCounts):
+        return counts_N.units(numerators_N)
+    return numerators_N, counts_N.astype(np.float64)
+
+
 class _Studentised:
-    """The studentised bootstrap of a ratio of sums over examples (Efron & Tibshirani 1993, section 12.5).
+    """The studentised bootstrap of a ratio of sums over examples or sources (Efron & Tibshirani 1993, section 12.5).
 
     Each resample's distance from the value is divided by the resample's own standard error, the delta method's. Of
     skewed losses that covers what BCa and percentiles do not: with 24 examples 94 % in place of 90 %. scipy's
     `bootstrap` does not have it. Where examples are too few or many to be resampled, the distances are Student's.
 
     Args:
-        numerators_N: of each example.
-        counts_N: supervised tokens of each example.
+        numerators_N: of each example or source.
+        counts_N: its supervised tokens.
         log: take the logarithm of the ratio, which must be positive; else the log scale is left alone.
     """
 
-    def __init__(self, numerators_N: Losses, counts_N: npt.NDArray[np.int64], *, log: bool) -> None:
-        counts = counts_N.astype(np.float64)
-        number = len(counts)
-        moments = np.stack([numerators_N, counts, numerators_N**2, numerators_N * counts, counts**2])
+    def __init__(self, numerators_N: Losses, counts_N: Losses, *, log: bool) -> None:
+        number = len(counts_N)
+        moments = np.stack([numerators_N, counts_N, numerators_N**2, numerators_N * counts_N, counts_N**2])
         value, error = _delta(moments.sum(1))
         log = log and bool(value > 0)
         self.error = float(error / value if log else error)
@@ -125,8 +159,7 @@ class _Studentised:
         if self.error <= 1e-12 * max(1.0, abs(float(value))):  # every example has the same ratio
             self.error = 0.0
         elif (LEAST_RESAMPLED_LOG if log else LEAST_RESAMPLED) <= number <= MOST_RESAMPLED:
-            drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
-            values, errors = _delta(moments @ drawn.T)
+            values, errors = _delta(moments @ _drawn(number))
             with np.errstate(divide="ignore", invalid="ignore"):
                 found = np.log(values / value) / (errors / values) if log else (values - value) / errors
             self._distances = np.sort(found[np.isfinite(found)])
@@ -145,6 +178,13 @@ class _Studentised:
         return max(0.0, float(high)) * self.error, max(0.0, -float(low)) * self.error
 
 
+@functools.lru_cache(maxsize=2)
+def _drawn(number: int) -> Losses:
+    """Returns how often each example is in each resample, kept for a study's two parts: drawing takes the longest."""
+    drawn = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
+    return np.ascontiguousarray(drawn.T, dtype=np.float64)
+
+
 def _delta(sums: Losses) -> tuple[Losses, Losses]:
     """Returns a ratio and its standard error by the delta method, from the sums of a, b, a², ab and b²."""
     value = sums[0] / sums[1]
@@ -152,7 +192,7 @@ def _delta(sums: Losses) -> tuple[Losses, Losses]:
     return value, np.sqrt(np.maximum(squares, 0)) / sums[1]
 
 
-def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+def mean_over_seeds(sums_SN: Losses, counts_N: Counts) -> Estimate:
     """Returns the mean loss over seeds, with a 95 % interval that counts examples and seeds.
 
     The two half-widths are added as the sides of a right angle, on the log scale: a loss is positive, and so is its
@@ -182,7 +222,7 @@ def mean_over_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimat
     )
 
 
-def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Estimate:
+def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: Counts) -> Estimate:
     """Returns how much the first mean over seeds is above the second, paired by example; seeds count as above.
 
     The seeds' degrees of freedom are Welch's: two methods need not vary alike.
@@ -195,7 +235,7 @@ def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[n
     return Estimate(paired.value, paired.value - math.hypot(below, half), paired.value + math.hypot(above, half))
 
 
-def chance_of_equals(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[np.int64]) -> float:
+def chance_of_equals(sums_SN: Losses, others_SN: Losses, counts_N: Counts) -> float:
     """Returns the p-value of "no difference": the least alpha whose interval, as of `seeds_difference`, excludes zero.
 
     It is at least 1 / RESAMPLES, and 1 for a single example.
@@ -207,7 +247,7 @@ def chance_of_equals(sums_SN: Losses, others_SN: Losses, counts_N: npt.NDArray[n
     value = float(paired_N.sum() / counts_N.sum())
     if value == 0 or not math.isfinite(value) or len(counts_N) < 2:
         return 1.0
-    examples = _Studentised(paired_N, counts_N, log=False)
+    examples = _Studentised(*_units(paired_N, counts_N), log=False)
     error, freedom = _seeds_error(_of_seeds(sums_SN, counts_N), _of_seeds(others_SN, counts_N))
 
     def beyond(alpha: float) -> float:
@@ -227,23 +267,58 @@ def holm(chances: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(chances, method="holm")[1]] if len(chances) else []
 
 
-def smallest_difference(sums_N: Losses, others_N: Losses, counts_N: npt.NDArray[np.int64], examples: int) -> float:
+def accuracy(successes: int, number: int) -> Estimate:
+    """Returns the share of successes with its exact 95 % interval (Clopper & Pearson 1934), for any number of trials.
+
+    It never covers less than 95 %. The normal interval, of the central limit theorem, is too narrow below a few hundred
+    trials (Bowyer, Aitchison & Ivanova 2025, arXiv 2503.01747), and has no width where all succeed.
+
+    Args:
+        successes: 0 to `number`.
+        number: of trials that do not depend on each other, at least 1.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    assert 0 <= successes <= number
+    assert number > 0
+    low, high = proportion_confint(successes, number, alpha=1 - CONFIDENCE, method="beta")
+    return Estimate(successes / number, float(low), float(high))
+
+
+def mcnemar(first_N: Flags, second_N: Flags) -> float:
+    """Returns the exact p-value of "equally accurate" for two systems on the same examples (McNemar 1947).
+
+    Only the examples that one alone answers count: of these, each is as likely the first's as the second's. It is the
+    pair to `accuracy` (arXiv 2503.01747 on why no normal approximation); 1 where the systems agree everywhere.
+
+    Args:
+        first_N, second_N: whether each answered each example rightly.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar as test
+
+    assert first_N.shape == second_N.shape
+    table = [[np.sum((first_N == a) & (second_N == b)) for b in (True, False)] for a in (True, False)]
+    return float(min(1.0, test(table, exact=True).pvalue))
+
+
+def smallest_difference(sums_N: Losses, others_N: Losses, counts_N: Counts, examples: int) -> float:
     """Returns the difference in nats a token that so many examples show with a power of 80 %; paired, alpha 5 %.
 
     Args:
         sums_N, others_N: summed token loss of each held-out example, of two settings whose differences vary as usual.
         counts_N: supervised tokens of each example.
-        examples: of the held-out part that is asked about.
+        examples: of the held-out part that is asked about; where sources are resampled, with as many sources more.
     """
     from statsmodels.stats.power import TTestPower
 
-    paired_N = sums_N - others_N
-    residuals = paired_N - paired_N.sum() / counts_N.sum() * counts_N
-    spread = float(np.std(residuals, ddof=1)) / float(counts_N.mean())
-    return spread * float(TTestPower().solve_power(nobs=examples, alpha=1 - CONFIDENCE, power=POWER))
+    paired_U, counts_U = _units(sums_N - others_N, counts_N)
+    residuals = paired_U - paired_U.sum() / counts_U.sum() * counts_U
+    spread = float(np.std(residuals, ddof=1)) / float(counts_U.mean())
+    units = examples * len(counts_U) / len(counts_N)
+    return spread * float(TTestPower().solve_power(nobs=units, alpha=1 - CONFIDENCE, power=POWER))
 
 
-def _of_seeds(sums_SN: Losses, counts_N: npt.NDArray[np.int64]) -> Losses:
+def _of_seeds(sums_SN: Losses, counts_N: Counts) -> Losses:
     losses: Losses = sums_SN.sum(1) / counts_N.sum()
     return losses
 

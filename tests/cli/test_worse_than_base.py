@@ -57,7 +57,7 @@ def finished(before: float, after: float, above: tuple[float, float, float]) -> 
     level = Estimate(before, before - 0.1, before + 0.1), Estimate(after, after - 0.1, after + 0.1)
     values = {"model": {"name": "m"}, "data": {"train": "d"}, "method": {"method": "lora"}, "output": "out"}
     config = validate(TrainConfig, values, where="test")
-    return Finished(Path("out"), *level, Estimate(*above), 64, None, config, 9, 9, None, 0, 1.0)
+    return Finished(Path("out"), *level, Estimate(*above), 64, None, None, config, 9, 9, None, 0, 1.0)
 
 
 def test_only_a_whole_interval_above_zero_counts() -> None:

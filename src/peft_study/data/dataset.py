@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peft_study.data.conversation import Example
 from peft_study.data.tokens import TokenizedData
+from peft_study.statistics import TokenCounts
 
 Place = tuple[TokenizedData, int]
 """Data, and a row of it."""
@@ -37,9 +38,12 @@ class Rows:
         """Returns the tokens of each row."""
         return np.array([int(data.lengths_N[row]) for data, row in self.places], dtype=np.int64)
 
-    def counts(self) -> npt.NDArray[np.int64]:
-        """Returns the supervised tokens of each row."""
-        return np.array([int(data.supervised_N[row]) for data, row in self.places], dtype=np.int64)
+    def counts(self) -> TokenCounts:
+        """Returns the supervised tokens of each row, and which rows name the same source."""
+        numbers: dict[str, int] = {}
+        sources = [numbers.setdefault(data.sources[row], len(numbers)) for data, row in self.places]
+        tokens = [int(data.supervised_N[row]) for data, row in self.places]
+        return TokenCounts(np.array(tokens, dtype=np.int64), np.array(sources, dtype=np.int64))
 
     def fingerprint(self) -> str:
         """Returns a digest of which rows these are."""

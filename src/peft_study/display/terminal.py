@@ -313,7 +313,8 @@ class RunDisplay(LiveDisplay):
 
     def conclude(self, finished: Finished, report: Path | None) -> None:
         """Prints how the run ended and what to do next; `report`: its page, where there is one."""
-        from peft_study.statistics import duration, few_examples
+        from peft_study.report.limit_findings import about_sources, few_examples
+        from peft_study.statistics import duration
 
         self.loudness = max(self.loudness, NORMAL)  # these are the results
         folder, best = finished.folder, finished.best_step
@@ -334,8 +335,9 @@ class RunDisplay(LiveDisplay):
             self.say(f"{early}the held-out loss was lowest after step {best}, whose adapter is kept")
         self.say(f"held-out loss {finished.before} before, {finished.after} after (95 % over examples)")
         self.say(f"against the untouched base: {finished.minus_base}")
-        if note := few_examples(finished.examples):
-            self.say(note)
+        for note in (few_examples(finished.examples), about_sources(finished.examples, finished.sources)):
+            if note is not None:
+                self.say(note["en"])
         self.say(f"{where}; everything else: {folder}")
         self.say(f"adapter: {folder / 'adapter'}")
         for what, command in next_commands(finished.config, folder):

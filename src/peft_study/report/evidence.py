@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft_study.config import Choices, Range, StudyConfig
-from peft_study.report.results import Finalist, Results, Row, settings_of
+from peft_study.config import TRAINING_DIMENSIONS, Choices, Range, StudyConfig
+from peft_study.report.results import Finalist, Results, Row
 from peft_study.report.wording import Text, joined, setting
 from peft_study.search.trials import StudyState, TrialRecord, value_of
 from peft_study.statistics import Estimate
@@ -83,7 +83,8 @@ def best_finals(results: Results) -> dict[str, Finalist]:
 
 def at(trial: TrialRecord, name: str) -> float | str | bool:
     """Returns the value that a trial had for a setting; a list of names as one text."""
-    value = settings_of(trial).get(name)
+    own = trial.settings.training if name in TRAINING_DIMENSIONS else trial.settings.method
+    value = getattr(own, name, None)
     if isinstance(value, (bool, int, float, str)):
         return value
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else json.dumps(value)

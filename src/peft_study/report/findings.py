@@ -93,7 +93,7 @@ def find(
     found += _order(config, state, results)
     if results.pruning.pruned or results.pruning.audited:
         found.append(_pruning(config, state, results))
-    return (*found, *untested(config, None), *limits(config, state, results))
+    return (*found, *untested(config, None), *limits(config, state, examples, results))
 
 
 def texts(findings: Iterable[Finding], language: str = "en", topics: Sequence[str] = MAIN) -> list[str]:
@@ -153,7 +153,10 @@ def _no_search(own: Sequence[Row], method: str) -> Text:
     if not own:
         return say("search_none", method=title(method))
     reasons = [row.trial.reason for row in own if row.trial.reason]
-    why = say("reason", reason=reasons[0]) if reasons else say("under_way")
+    if reasons:
+        why = say("reason", reason=reasons[0])
+    else:
+        why = say("not_finite") if any(diverged(row.trial) for row in own) else say("under_way")
     return say("search_lost", method=title(method), n=len(own), reason=why)
 
 

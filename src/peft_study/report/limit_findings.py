@@ -9,7 +9,8 @@ from peft_study.report.evidence import Finding, names
 from peft_study.report.results import Results
 from peft_study.report.wording import Text, joined, listed, same, say, setting, title
 from peft_study.search.trials import StudyState
-from peft_study.statistics import FEW_EXAMPLES
+from peft_study.statistics import FEW_EXAMPLES, LEAST_SOURCES
+from peft_study.storage.held_out import HeldOut
 
 _TRAINING = ("schedule", "batch_size", "clip_norm")
 """Settings of the training that no method's space has."""
@@ -59,12 +60,36 @@ def _length(config: StudyConfig) -> Text:
     return say("epochs", n=config.training.epochs)
 
 
-def limits(config: StudyConfig, state: StudyState, results: Results) -> list[Finding]:
+def few_examples(rows: int) -> Text | None:
+    """Returns what to know about intervals over so few held-out examples; None where they are enough.
+
+    The figures are those of tests/test_coverage.py: losses of a gamma distribution of shape 1 to 4.
+    """
+    return say("few_examples", n=rows) if rows < FEW_EXAMPLES else None
+
+
+def about_sources(rows: int, sources: int | None) -> Text | None:
+    """Returns what to know where held-out rows share sources: whether rows or whole sources are resampled.
+
+    None where sources are not known, or there is one, or one a row.
+    """
+    if sources is None or sources in (1, rows):
+        return None
+    if sources >= LEAST_SOURCES:
+        return say("sources_resampled", sources=sources, rows=rows)
+    return say("few_sources", sources=sources, rows=rows, least=LEAST_SOURCES)
+
+
+def limits(config: StudyConfig, state: StudyState, examples: HeldOut, results: Results) -> list[Finding]:
     """Returns what the study cannot say, and what happened to its plan."""
     said: list[tuple[str, Text, dict[str, Any]]] = []
-    rows = [results.dev_examples, *([results.test_examples] if results.base_test is not None else [])]
-    if min(rows) < FEW_EXAMPLES:
-        said.append(("few_examples", say("few_examples", n=min(rows)), {"examples": min(rows)}))
+    parts = (examples.counts_N, examples.test_counts_N)[: 1 if results.base_test is None else 2]
+    rows = min(len(part) for part in parts)
+    if (note := few_examples(rows)) is not None:
+        said.append(("few_examples", note, {"examples": rows}))
+    for number, sources in dict.fromkeys((len(part), part.sources) for part in parts):
+        if (note := about_sources(number, sources)) is not None:
+            said.append(("sources", note, {"examples": number, "sources": sources}))
     if not results.finalists and any(trial.kind == "search" for trial in state.trials.values()):
         said.append(("one_seed", say("one_seed"), {}))
     length = {"steps": config.training.steps, "tokens": config.budget.tokens}

@@ -205,7 +205,7 @@ def _values(dimension: Range | Choices) -> str:
 def environment(record: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Returns what the record holds by its parts, a name and a value each; not where the base lies on this machine."""
     alone = {name: value for name, value in record.items() if not isinstance(value, Mapping)}
-    parts = {**({"": alone} if alone else {}), **{n: v for n, v in record.items() if isinstance(v, Mapping)}}
+    parts = {**({"record": alone} if alone else {}), **{n: v for n, v in record.items() if isinstance(v, Mapping)}}
     return [
         (part, [(name, value) for name, value in flattened(values) if (part, name) != ("base", "path")])
         for part, values in parts.items()

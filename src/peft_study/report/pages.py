@@ -183,7 +183,7 @@ def _run(view: RunView, t: Words) -> str:
         for point in status.curve
     ]
     settings = [
-        (name, list(flattened(getattr(config, name).model_dump(mode="json"))))
+        (name, list(flattened(getattr(config, name).model_dump(mode="json", exclude_none=True))))
         for name in ("method", "training", "data", "model")
     ]
     values = {

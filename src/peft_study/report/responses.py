@@ -153,7 +153,7 @@ def _shares(settings_TD: npt.NDArray[np.float64], losses_T: npt.NDArray[np.float
         if len(unseen) < 2:
             continue
         grown = permutation_importance(
-            tree, settings_TD[unseen], losses_T[unseen], scoring="neg_mean_squared_error", n_repeats=2, random_state=0
+            tree, settings_TD[unseen], losses_T[unseen], scoring="neg_mean_squared_error", n_repeats=1, random_state=0
         )
         found.append(grown.importances_mean / 2 / np.var(losses_T))
     return np.clip(np.array(found), 0.0, 1.0)

@@ -22,7 +22,7 @@ from peft_study.report.results import Results, Row
 from peft_study.report.wording import Text, interval, joined, listed, same, say, title
 from peft_study.search import range_expansion
 from peft_study.search.trials import StudyState, TrialRecord
-from peft_study.statistics import difference
+from peft_study.statistics import Estimate, difference
 from peft_study.storage.held_out import HeldOut
 
 FEW = 6
@@ -124,8 +124,8 @@ def sensitivity(config: StudyConfig, curves: Sequence[Response], state: StudySta
             said[f"{which}_loss"] = say("mean_of", value=value, interval=interval(point.loss), trials=trials)
         importance = say("nothing")
         if (share := curve.importance) is not None:
-            ends = say("interval", low=f"{share.low:.0%}", high=f"{share.high:.0%}")
-            importance = say("importance", share=f"{share.value:.0%}", interval=ends)
+            in_percent = Estimate(100 * share.value, 100 * share.low, 100 * share.high)
+            importance = say("importance", share=f"{in_percent.value:.0f}", interval=interval(in_percent, ".0f"))
         others = say("others_vary") if len(own) > 1 else say("nothing")
         text = say(
             "sensitivity", method=title(method), name=curve.setting, others=others, importance=importance, **said

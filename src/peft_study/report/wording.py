@@ -34,7 +34,6 @@ TEMPLATES: dict[str, Wording] = {
     "no_interval": Wording("no interval: a single example", "只有一条样本，没有区间"),
     "nothing": Wording("", ""),
     "comma": Wording(", ", "，"),
-    "semicolon": Wording("; ", "；"),
     "enumeration": Wording(", ", "、"),
     "and": Wording(" and ", "和"),
     "then": Wording("; then ", "；其次是 "),
@@ -67,6 +66,7 @@ TEMPLATES: dict[str, Wording] = {
         "{method}: its only setting did not finish ({reason})",
     ),
     "reason": Wording("{reason}", "程序信息：“{reason}”"),
+    "not_finite": Wording("the loss is no finite number", "损失不是有限数值"),
     "under_way": Wording("none has ended yet", "试验尚未结束"),
     "search": Wording(
         "{method}: {setting} is {rank}: dev loss {loss} ({interval}, over {examples}, one seed){more}",
@@ -158,7 +158,8 @@ TEMPLATES: dict[str, Wording] = {
     "mean_of": Wording("{value} ({interval}, {trials})", "{value}（{interval}，{trials}）"),
     "others_vary": Wording("; the other settings vary from trial to trial", "；其余设置随试验而变"),
     "importance": Wording(
-        "; it accounts for {share} of the variance of the loss ({interval})", "；它占损失方差的 {share}（{interval}）"
+        "; it takes part in {share} % of the variance of the log loss ({interval})",
+        "；对数损失的方差中有 {share} % 与它有关（{interval}）",
     ),
     "no_importance": Wording(
         "{method}: {n} trials ran to their end; how important each setting is takes {least} and is not given",
@@ -201,7 +202,7 @@ TEMPLATES: dict[str, Wording] = {
         "mean {part} loss against {cost}: {front}{dominated}", "平均{part}损失与{cost}的权衡：{front}{dominated}"
     ),
     "on_front": Wording(
-        "{methods} are on the Pareto front", "{methods} 都在帕累托前沿上", "{methods} alone is on the Pareto front"
+        "{methods} are on the Pareto front", "帕累托前沿上有 {methods}", "{methods} alone is on the Pareto front"
     ),
     "dominated": Wording("; {method} is dominated by {by}", "；{method} 被 {by} 支配"),
     "cost_trainable": Wording("trainable parameters", "可训练参数量"),
@@ -255,6 +256,16 @@ TEMPLATES: dict[str, Wording] = {
         "只有 {n} 条留出样本：95 % 区间很宽，而对偏态的损失仍略窄：8 条时覆盖约 92 %，24 条以上约 94 %",
         "{n} held-out row: 95 % intervals over so few are wide, and of skewed losses still a little too narrow: they "
         "cover about 92 % with 8 rows and 94 % with 24 and more",
+    ),
+    "sources_resampled": Wording(
+        "intervals resample the {sources} sources of the {rows} held-out rows, not single rows",
+        "区间按 {rows} 条留出样本的 {sources} 个来源重抽样，而不是按单条样本",
+    ),
+    "few_sources": Wording(
+        "the {rows} held-out rows come from {sources} sources, too few to resample whole ones (from {least} on): "
+        "intervals resample rows, and are too narrow where rows of one source resemble each other",
+        "{rows} 条留出样本只有 {sources} 个来源，不足以按来源重抽样（至少 {least} 个）：区间按单条样本重抽样，"
+        "同一来源的样本彼此相似时会偏窄",
     ),
     "one_seed": Wording(
         "nothing was retrained with new seeds: each number is of one seed, and the best of many is partly luck",

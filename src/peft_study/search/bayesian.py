@@ -17,6 +17,7 @@ from peft_study.search.design import Bounds, Values, decoded, distributions, sob
 from peft_study.search.lr_range_test import central
 from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import Recommendation, TrialRecord
+from peft_study.statistics import Counts
 
 Array = npt.NDArray[np.float64]
 
@@ -42,9 +43,7 @@ class BayesianSearch:
         seed: of the candidates.
     """
 
-    def __init__(
-        self, space: MethodSpace, counts_N: npt.NDArray[np.int64], prior: tuple[float, float] | None, seed: int
-    ) -> None:
+    def __init__(self, space: MethodSpace, counts_N: Counts, prior: tuple[float, float] | None, seed: int) -> None:
         self._space, self._counts_N, self._prior, self._seed = space, counts_N, prior, seed
         self._known: tuple[Any, Surrogate] | None = None
 

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peft_study.config import METHODS, Choices, MethodSpace, Range, StudyConfig
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.trials import TrialRecord
-from peft_study.statistics import difference
+from peft_study.statistics import Counts, difference
 
 TEST_SHARE = 0.1
 """Share of the search's steps that automatic range tests may cost."""
@@ -69,7 +68,7 @@ def central(space: MethodSpace) -> dict[str, Any]:
 
 
 def verdict(
-    rates: Sequence[float], trials: Sequence[TrialRecord], counts_N: npt.NDArray[np.int64]
+    rates: Sequence[float], trials: Sequence[TrialRecord], counts_N: Counts
 ) -> tuple[tuple[float, float] | None, str]:
     """Returns the range that a range test leaves (None: all of it), and its result in words.
 
@@ -104,7 +103,7 @@ def verdict(
     return (rates[low], rates[high]), f"range test: {', '.join(said)}; searched: {rates[low]:g} to {rates[high]:g}"
 
 
-def _movement(trial: TrialRecord, counts_N: npt.NDArray[np.int64]) -> str:
+def _movement(trial: TrialRecord, counts_N: Counts) -> str:
     if trial.last is None or trial.start is None:
         return "worse"
     change = difference(trial.last, trial.start, counts_N)

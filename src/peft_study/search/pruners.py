@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import TrialRecord
-from peft_study.statistics import difference
+from peft_study.statistics import Counts, difference
 
 RUNGS = 2
 """Times a trial is judged at most."""
@@ -38,9 +37,7 @@ STARTUP = 5
 class Pruner(Protocol):
     """Decides at a rung whether a trial stops."""
 
-    def judge(
-        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
-    ) -> str | None:
+    def judge(self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: Counts) -> str | None:
         """Returns why the trial stops, or None.
 
         Args:
@@ -57,9 +54,7 @@ class SuccessiveHalving:
 
     reduction: int
 
-    def judge(
-        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
-    ) -> str | None:
+    def judge(self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: Counts) -> str | None:
         """Compares with the last trial that is kept."""
         order = _ranked([trial, *others], step)
         return _worse(trial, order[max(len(order) // self.reduction, 1) - 1], step, counts_N)
@@ -69,9 +64,7 @@ class SuccessiveHalving:
 class Median:
     """Stops what is worse than the median of the others."""
 
-    def judge(
-        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
-    ) -> str | None:
+    def judge(self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: Counts) -> str | None:
         """Compares with the trial at the median (of an even number, the worse of the two in the middle)."""
         order = _ranked(others, step)
         return None if len(order) < STARTUP else _worse(trial, order[len(order) // 2], step, counts_N)
@@ -89,9 +82,7 @@ class Unlikely:
 
     model: Callable[[str], Surrogate]
 
-    def judge(
-        self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: npt.NDArray[np.int64]
-    ) -> str | None:
+    def judge(self, trial: TrialRecord, others: Sequence[TrialRecord], step: int, counts_N: Counts) -> str | None:
         """Compares with the trial of the least expected loss."""
         from scipy.stats import norm
 
@@ -116,9 +107,7 @@ class Unlikely:
 class Never:
     """Runs everything to the end."""
 
-    def judge(
-        self, _trial: TrialRecord, _others: Sequence[TrialRecord], _step: int, _counts_N: npt.NDArray[np.int64]
-    ) -> str | None:
+    def judge(self, _trial: TrialRecord, _others: Sequence[TrialRecord], _step: int, _counts_N: Counts) -> str | None:
         """Stops nothing."""
         return None
 
@@ -159,7 +148,7 @@ def _ranked(trials: Sequence[TrialRecord], step: int) -> Sequence[TrialRecord]:
     return sorted((t for t in trials if step in t.sums), key=lambda t: float(t.sums[step].sum()))
 
 
-def _worse(trial: TrialRecord, cutoff: TrialRecord, step: int, counts_N: npt.NDArray[np.int64]) -> str | None:
+def _worse(trial: TrialRecord, cutoff: TrialRecord, step: int, counts_N: Counts) -> str | None:
     if float(trial.sums[step].sum()) <= float(cutoff.sums[step].sum()):
         return None
     found = difference(trial.sums[step], cutoff.sums[step], counts_N)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -23,7 +22,7 @@ from peft_study.search.bayesian import BayesianSearch
 from peft_study.search.design import Bounds, Values, decoded, distributions, fits, label, sobol_points
 from peft_study.search.trials import StudyState, TrialRecord
 from peft_study.seeds import key
-from peft_study.statistics import loss_value
+from peft_study.statistics import Counts, loss_value
 
 STARTUP = 10
 """Trials before a sampler that models the space has something to learn from; they are quasi-random."""
@@ -57,7 +56,7 @@ class SpaceSampler:
         space: MethodSpace,
         sampler: str,
         seed: int,
-        counts_N: npt.NDArray[np.int64],
+        counts_N: Counts,
         prior: tuple[float, float] | None = None,
     ) -> None:
         self._method, self._space, self._sampler, self._seed = method, space, sampler, seed

@@ -28,6 +28,7 @@ from peft_study.search.samplers import SpaceSampler
 from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, value_of
 from peft_study.seeds import key
+from peft_study.statistics import Counts
 from peft_study.storage.journal import Event, Journal
 from peft_study.training.loop import Ended, Evaluated, TrialEvent
 
@@ -47,7 +48,7 @@ class Scheduler:
         config: StudyConfig,
         journal: Journal,
         steps: Callable[[TrainingConfig], int],
-        counts_N: npt.NDArray[np.int64],
+        counts_N: Counts,
     ) -> None:
         self.config, self._journal = config, journal
         self._steps, self._counts_N = steps, counts_N

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from peft_study.config import Choices, MethodSpace
 from peft_study.search.trials import TrialRecord
-from peft_study.statistics import loss_value
+from peft_study.statistics import Counts, loss_value
 
 Values = Mapping[str, Any]
 Array = npt.NDArray[np.float64]
@@ -91,7 +91,7 @@ class Surrogate:
         counts_N: supervised tokens of each held-out example.
     """
 
-    def __init__(self, space: MethodSpace, trials: Sequence[TrialRecord], counts_N: npt.NDArray[np.int64]) -> None:
+    def __init__(self, space: MethodSpace, trials: Sequence[TrialRecord], counts_N: Counts) -> None:
         self._columns = _columns(space)
         known = [measured(trial, counts_N) for trial in trials]
         starts = [loss_value(trial.start, counts_N) for trial in trials if trial.start is not None]
@@ -178,7 +178,7 @@ class Surrogate:
             return model.fit(inputs_MD, (logs_M - self._mean) / self._spread)
 
 
-def measured(trial: TrialRecord, counts_N: npt.NDArray[np.int64]) -> dict[float, float]:
+def measured(trial: TrialRecord, counts_N: Counts) -> dict[float, float]:
     """Returns a trial's losses (nats a token) by share of its steps, at its rungs and its end.
 
     A diverged trial has an infinite loss at the end; a failed one says nothing.

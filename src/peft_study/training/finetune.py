@@ -36,7 +36,7 @@ class Finished:
         after: held-out loss of the adapter: after the last step, or after the best one with early stopping; None where
             the run diverged.
         minus_base: `after` minus the untouched base's loss, paired by example; None where the run diverged.
-        examples: held out.
+        examples, sources: held out, and how many sources they come from.
         diverged: the reason, where it ended early.
         config: of the run, with its learning rate.
         steps: optimizer steps taken, of `planned`.
@@ -50,6 +50,7 @@ class Finished:
     after: Estimate | None
     minus_base: Estimate | None
     examples: int
+    sources: int | None
     diverged: str | None
     config: TrainConfig
     steps: int
@@ -230,6 +231,7 @@ def _run(
         None if end_N is None else mean_loss(end_N, counts_N),
         None if end_N is None else difference(end_N, base_N, counts_N),
         len(counts_N),
+        counts_N.sources,
         outcome.reason,
         config=config,
         steps=outcome.steps,

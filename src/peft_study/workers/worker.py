@@ -21,7 +21,7 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
-from peft_study.statistics import Losses
+from peft_study.statistics import Losses, TokenCounts
 from peft_study.storage.held_out import HeldOut
 from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
@@ -41,9 +41,9 @@ class Facts:
     """
 
     train_lengths: npt.NDArray[np.int64]
-    counts_N: npt.NDArray[np.int64]
+    counts_N: TokenCounts
     base_N: Losses
-    test_counts_N: npt.NDArray[np.int64]
+    test_counts_N: TokenCounts
     record: dict[str, dict[str, object]]
     notes: tuple[str, ...]
 
