@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -114,7 +115,7 @@ def test_headings_go_down_one_level_at_a_time(finished: str) -> None:
     levels = [int(tag[1]) for tag, _ in Outline(finished).elements if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
 
 
 def test_the_table_has_every_trial_and_its_failures(finished: str) -> None:

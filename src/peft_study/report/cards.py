@@ -162,7 +162,7 @@ def _tags(results: Results, t: Words, method: str, final: Finalist | None, row: 
         if row is None:
             return (t("not_ranked_none"),)
         count = sum(each.trial.method == method and each.trial.kind == "search" for each in results.rows)
-        return (t("not_ranked_search", n=count),)
+        return (t("not_ranked_search", n=count) if count > 1 else t("not_ranked_only"),)
     if final.untuned:
         return (t("not_ranked_untuned"),)
     if final.failed:

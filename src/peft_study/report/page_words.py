@@ -66,6 +66,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "not ranked: one seed, chosen among {n} settings",
         "未排名：只有 1 个随机种子，从 {n} 组设置中选出",
     ),
+    "not_ranked_only": ("not ranked: one seed, the only setting", "未排名：只有 1 个随机种子和 1 组设置"),
     "not_ranked_none": ("no setting finished", "没有设置完成"),
     "test_loss": ("test loss", "测试集损失"),
     "dev_loss": ("dev loss", "开发集损失"),
