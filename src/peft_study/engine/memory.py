@@ -25,6 +25,7 @@ from peft_study.engine.trial import Examples
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
 from peft_study.methods.registry import create, size, smallest
+from peft_study.model.cpu.allocator import give_back_freed_memory
 from peft_study.storage.environment import resident
 
 MARGIN = 0.1
@@ -218,6 +219,7 @@ def _peak(device: torch.device) -> Iterator[list[int]]:
         yield found
         found[0] = torch.cuda.max_memory_allocated(device) - before
         return
+    give_back_freed_memory()  # what the block takes again of it would not be seen
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
     before = resident("VmRSS") or 0

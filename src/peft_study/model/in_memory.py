@@ -77,20 +77,27 @@ def refuse_adapter(model: Any) -> None:
 
 @contextmanager
 def lent(model: nn.Module) -> Iterator[None]:
-    """Gives a model back as it was: what `wrap` and the engine change in it is undone at the end of the block."""
+    """Gives a model back as it was: what `wrap`, the engine and PEFT change in it is undone at the end of the block.
+
+    Weights are no part of it: nothing but a trial of all weights changes them, and it puts them back itself.
+    """
     refuse_adapter(model)
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # an attribute of a module: its mode, its forward, a dropout's share, recomputation; and hooks
-    modules = [(module, dict(module.__dict__), set(module._forward_hooks)) for module in model.modules()]
+    # an attribute of a module: its mode, its forward, a dropout's share, recomputation; its parts; and hooks
+    modules = [
+        (module, dict(module.__dict__), dict(module._modules), set(module._forward_hooks)) for module in model.modules()
+    ]
     loaded_with = model.config._attn_implementation  # type: ignore[union-attr]
     try:
         yield
     finally:
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
-        for module, attributes, hooks in modules:
+        for module, attributes, parts, hooks in modules:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+            module._modules.clear()  # PEFT puts its layers in the place of the model's
+            module._modules.update(parts)
             for hook in set(module._forward_hooks) - hooks:
                 del module._forward_hooks[hook]
         model.set_attn_implementation(loaded_with)  # type: ignore[operator]

@@ -38,6 +38,7 @@ class Base:
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
         positions: size of its table of positions; None: it computes them.
         context: positions that it was made for, by its configuration; None: not given there.
+        attention: name of the attention that it was loaded with; with that one it generates.
     """
 
     model: Any
@@ -56,6 +57,7 @@ class Base:
     hidden: int
     positions: int | None
     context: int | None
+    attention: str
     name: str
     revision: str | None = None
     tokenizer_name: str | None = None
@@ -282,6 +284,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
 def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantization: str | None = None) -> Base:
     """Makes a Base of a model that is already in memory."""
     attention.register()
+    loaded_with = model.config._attn_implementation
     model.requires_grad_(False)
     # bitsandbytes repacks 4-bit weights on CPU in eval mode for a kernel without gradient; dropouts are off below
     model.train(quantization is not None)
@@ -315,6 +318,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         name=path,
         positions=learned_positions(model, segmented=proof.segmented),
         context=getattr(config, "max_position_embeddings", None),
+        attention=loaded_with,
     )
 
 

@@ -181,14 +181,14 @@ def _costs(view: StudyView, results: Results, t: Words, method: str, final: Fina
     if final is not None:
         trained = [r.trial.facts.get("trainable") for r in results.rows if _is(r, final)]
     cost = view.costs.get(method)
-    trainable = getattr(cost, "trainable", None) or next((number for number in trained if number), None)
+    trainable = cost.trainable if cost else next((number for number in trained if number), None)
     if trainable:
         found.append((t("trainable"), f"{trainable:,}"))
-    for key in ("adapter_bytes", "peak_bytes"):
-        if number := getattr(cost, key, None):
+    for key, number in (("adapter_bytes", cost and cost.adapter_bytes), ("peak_bytes", cost and cost.peak_bytes)):
+        if number:
             found.append((t(key), size(number)))
-    if speed := getattr(cost, "tokens_per_second", None):
-        found.append((t("tokens_per_second"), f"{float(f'{speed:.3g}'):,.10g}"))
+    if cost:
+        found.append((t("tokens_per_second"), f"{float(f'{cost.tokens_per_second:.3g}'):,.10g}"))
     found.append((t("data_tokens"), f"{results.tokens.get(method, 0):,}"))
     return tuple(found)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_study.errors import ConfigError, ModelError
+from peft_study.report.costs import costs
 from peft_study.report.findings import LANGUAGES, Finding, find, texts
 from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
@@ -190,7 +191,7 @@ class StudyResult:
         record = self._record
         if self._results is None or record.examples is None:
             return ()
-        return find(record.config, record.state, record.examples, self._results, {})
+        return find(record.config, record.state, record.examples, self._results, costs(self.folder))
 
     def trials_dataframe(self) -> pandas.DataFrame:
         """Returns a row a trial, in the columns of ``results.csv``; losses in nats a supervised token."""

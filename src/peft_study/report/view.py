@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_study.report.answers import Answers, answers
 from peft_study.report.chart_data import Charts, charts_of, run_charts
+from peft_study.report.costs import MethodCost, costs
 from peft_study.report.evidence import Finding
 from peft_study.report.findings import find
 from peft_study.report.responses import responses
@@ -36,8 +38,8 @@ class StudyView:
     status: StudyStatus
     results: Results | None
     findings: tuple[Finding, ...]
-    costs: Mapping[str, Any]
-    answers: Any | None
+    costs: Mapping[str, MethodCost]
+    answers: Answers | None
     charts: Charts
     environment: Mapping[str, Any]
 
@@ -88,7 +90,8 @@ def study_view(record: StudyRecord) -> StudyView:
     if record.examples is None:
         return StudyView(record, status, None, (), {}, None, {}, environment)
     results = collect(record.config, record.state, record.examples, record.folder)
-    costs: Mapping[str, Any] = {}
-    found = find(record.config, record.state, record.examples, results, costs)
-    charts = charts_of(record, results, responses(record.config, record.state, record.examples), costs)
-    return StudyView(record, status, results, found, costs, None, charts, environment)
+    folder = record.folder.path
+    measured = costs(folder)
+    found = find(record.config, record.state, record.examples, results, measured)
+    charts = charts_of(record, results, responses(record.config, record.state, record.examples), measured)
+    return StudyView(record, status, results, found, measured, answers(folder), charts, environment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +156,7 @@ def _values(view: View) -> dict[str, Any]:
         "config": view.record.config.model_dump(mode="json"),
         "results": None if results is None else finite(summary(results)),
         "findings": plain(view.findings),
+        "costs": {method: asdict(cost) for method, cost in view.costs.items()},
         "trials": [] if results is None else [flat(row) for row in results.rows],
         "record": dict(view.environment),
     }

@@ -50,6 +50,8 @@ def identity(resolved: Mapping[str, Any]) -> str:
     """Returns a digest of the settings that decide a run's numbers: not its place, logs, processes or slots."""
     values = {name: value for name, value in resolved.items() if name not in FREE}
     values["data"] = {name: value for name, value in values["data"].items() if name != "workers"}
+    if "finals" in values:  # what the finals answer is only for the report
+        values["finals"] = {name: value for name, value in values["finals"].items() if name != "answers"}
     if values.pop("early_stopping", None):  # absent where it is off, as in runs that were begun before there was any
         # where the held-out losses are measured then decides which adapter is kept
         values["early_stopping"] = [resolved["early_stopping"], resolved["logging"]["evaluate_every"]]

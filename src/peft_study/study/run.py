@@ -16,6 +16,7 @@ from peft_study.engine.checkpoint import Checkpoint
 from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import ModelInMemory
+from peft_study.report.costs import costs
 from peft_study.report.findings import Finding, find, plain
 from peft_study.report.results import Results, collect, summary, write_rows
 from peft_study.report.writing import try_page
@@ -29,6 +30,7 @@ from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.callbacks import Callback, Callbacks
 from peft_study.study.clock import StudyClock
+from peft_study.study.closing import forget, keep_answers, keep_costs
 from peft_study.study.recommend import Recommended, Scale, write_recommended
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
@@ -184,6 +186,7 @@ class _Study:
         if changes:
             self._elapsed_before = 0.0
             folder.optuna.unlink(missing_ok=True)  # choices of another space cannot be added to it
+            forget(folder)
             methods = sorted(
                 {change.split(".")[1].split(":")[0] for change in changes if change.startswith("methods.")}
             )
@@ -229,13 +232,22 @@ class _Study:
         self._export()
         results = collect(self._config, state, self._facts.examples, self._folder)
         write_rows(results, self._folder)
-        found = find(self._config, state, self._facts.examples, results, {})
+        self._close(results, stop)
+        found = find(self._config, state, self._facts.examples, results, costs(self._folder.path))
         self._folder.run.write("results.json", summary(results))
         self._folder.run.write("findings.json", plain(found))
         recommended = write_recommended(
             self._config, state, results, found, self._folder.path, self._scale(results, decided["seconds"])
         )
         return FinishedStudy(self._folder.path, results, found, recommended, None)
+
+    def _close(self, results: Results, stop: StopRequest) -> None:
+        """Measures what only the report needs; the same command measures later what a stop leaves out."""
+        folder, state, backend, say = self._folder, self._scheduler.state, self._backend, self._watcher.say
+        if not stop.asked:
+            keep_costs(folder, state, results, backend, say)
+        if not stop.asked:
+            keep_answers(self._config, folder, state, self._facts.examples, results, backend, say)
 
     def _scale(self, results: Results, seconds: float) -> Scale:
         """Returns what longer runs depend on; the study took so many seconds, in all its starts."""

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_study.config import MethodConfig
+from peft_study.config import MethodConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.statistics import Losses
+from peft_study.training.cost import TrialCost
 from peft_study.training.loop import Commands
 from peft_study.training.trial_run import TrialPlan
 from peft_study.workers.worker import Facts, Report
@@ -115,3 +116,9 @@ class Backend(AbstractContextManager["Backend"], Protocol):
 
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Returns the test losses of trained adapters and of the untouched base (``none``), by example."""
+
+    def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
+        """Returns what a trial of each of these settings costs, when no trial is running."""
+
+    def answers(self, systems: Trained, examples: Sequence[int], max_new_tokens: int) -> list[dict[str, Any]]:
+        """Returns test rows with the answers of base and adapters, as `answer_rows`, when no trial is running."""

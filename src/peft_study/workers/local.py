@@ -6,15 +6,16 @@ With several workers (workers/pool.py) the journal is kept, and each trial resum
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_study.config import StudyConfig
+from peft_study.config import StudyConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.search.space_check import check_spaces, largest
 from peft_study.statistics import Losses
 from peft_study.storage.study_dir import StudyFolder, basis
+from peft_study.training.cost import TrialCost
 from peft_study.training.loop import Commands
 from peft_study.training.session import Say, measure_base, open_session
 from peft_study.training.slot_count import settle
@@ -95,3 +96,11 @@ class LocalBackend:
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Measures the test part."""
         return self._worker.test(trained)
+
+    def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
+        """Measures what trials cost."""
+        return self._worker.costs(settings)
+
+    def answers(self, systems: Trained, examples: Sequence[int], max_new_tokens: int) -> list[dict[str, Any]]:
+        """Has base and adapters answer."""
+        return self._worker.answers(self._config.data, systems, examples, max_new_tokens)

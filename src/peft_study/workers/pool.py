@@ -13,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_study.config import StudyConfig
+from peft_study.config import StudyConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.statistics import Losses
 from peft_study.storage.study_dir import StudyFolder, basis
 from peft_study.training import slot_count
+from peft_study.training.cost import TrialCost
 from peft_study.training.loop import Commands
 from peft_study.training.session import Say, refuse_other_inputs, timed
 from peft_study.training.slot_count import Capacity
@@ -183,18 +184,31 @@ class WorkerPool:
 
     def test(self, trained: Trained) -> dict[str, Losses]:
         """Has one worker measure the test part; where it dies, the next one."""
+        losses: dict[str, Losses] = self._by_one("test", trained)
+        return losses
+
+    def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
+        """Has one worker measure what trials cost."""
+        costs: dict[str, TrialCost] = self._by_one("costs", settings)
+        return costs
+
+    def answers(self, systems: Trained, examples: Sequence[int], max_new_tokens: int) -> list[dict[str, Any]]:
+        """Has one worker answer with base and adapters."""
+        rows: list[dict[str, Any]] = self._by_one("answers", self._config.data, systems, examples, max_new_tokens)
+        return rows
+
+    def _by_one(self, method: str, *arguments: Any) -> Any:
+        """Returns what a call of an idle worker returns; where it dies, of the next one."""
         while True:
             worker = next((worker for worker in self._workers if worker.state == "idle"), None)
             if worker is None:
                 self.reports()  # of one that is loading
                 continue
-            self._call(worker, "test", trained)
+            self._call(worker, method, *arguments)
             try:
-                losses: dict[str, Losses] = _value(worker.link.answer())
+                return _value(worker.link.answer())
             except WorkerDied as died:
                 self._say(self._replace_dead(worker, died).lines[0])
-                continue
-            return losses
 
     def _sweep(self, kept: set[str]) -> None:
         for folder in self._folder.checkpoints.glob("worker-*"):

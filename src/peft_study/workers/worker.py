@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.torch import load_file
 
-from peft_study.config import LoggingConfig, MethodConfig
+from peft_study.config import DataConfig, LoggingConfig, MethodConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.engine.guards import Trainable
 from peft_study.engine.row import DoesNotFit
@@ -23,6 +23,8 @@ from peft_study.methods.reference import FullAdapter, NoAdapter
 from peft_study.methods.registry import create, is_exclusive
 from peft_study.statistics import Losses, TokenCounts
 from peft_study.storage.held_out import HeldOut
+from peft_study.training.answers import answer_rows
+from peft_study.training.cost import TrialCost, measure_costs
 from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
 from peft_study.training.trial_run import TrialPlan
@@ -191,6 +193,20 @@ class Worker:
             return session.engine.losses([NoAdapter()], session.test, range(len(session.test)))[0]
         finally:
             adapter.detach()
+
+    def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
+        """Returns what a trial of each setting costs; no trial may be running here."""
+        return measure_costs(self.session, settings)
+
+    def answers(
+        self,
+        data: DataConfig,
+        systems: Sequence[tuple[str, MethodConfig, Path]],
+        examples: Sequence[int],
+        max_new_tokens: int,
+    ) -> list[dict[str, Any]]:
+        """Returns test rows with the answers of base and adapters, as `answer_rows`; no trial may be running here."""
+        return answer_rows(self.session, data, systems, examples, max_new_tokens)
 
     def _report(self, events: Sequence[TrialEvent]) -> Report:
         new, slots = self._collector, self._slots

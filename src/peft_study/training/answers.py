@@ -1,0 +1,130 @@
+"""Answers of the base and of finalists to test prompts, on the base that the session has loaded.
+
+base --own attention, eval mode--> + adapter, as PEFT puts it on --> answers --> base as it was, the next adapter
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from peft_study.config import DataConfig, MethodConfig, NoneConfig
+from peft_study.data.conversation import Conversation, Message
+from peft_study.data.stream import find_conversations
+from peft_study.errors import TemplateError, first_line
+from peft_study.evaluation.generation import AdapterBase, Answerer, put_on
+from peft_study.methods.reference import FullAdapter
+from peft_study.methods.registry import create, is_exclusive
+from peft_study.model.in_memory import lent
+from peft_study.model.load import Base
+from peft_study.training.session import Session
+
+
+def answer_rows(
+    session: Session,
+    data: DataConfig,
+    systems: Sequence[tuple[str, MethodConfig, Path]],
+    examples: Sequence[int],
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """Returns test rows with their prompt, their reference and the greedy answers to the prompt.
+
+    Args:
+        session: of the study; no trial is in its engine.
+        data: where the rows' texts are read again.
+        systems: name, setting and adapter folder of each; of the untouched base the folder is not looked at. One that
+            cannot answer is left out, with a warning.
+        examples: of the test part; one whose text is not found, or that the template refuses, is left out.
+        max_new_tokens: tokens an answer may have.
+
+    Returns:
+        A row an example: ``example``, ``id``, ``source``, ``prompt`` ({role, content} turns), ``reference`` and
+        ``answers`` by system.
+
+    Raises:
+        DataError: when the data can no longer be read.
+    """
+    rows: list[dict[str, Any]] = []
+    prompts: list[list[int]] = []
+    for example, conversation in _conversations(session, data, examples).items():
+        turns, reference = _parted(conversation)
+        try:
+            prompts.append(session.encoder.prompt_tokens(turns, conversation.tools))
+        except TemplateError as error:
+            warnings.warn(f"test row {example} is not answered: {error}", stacklevel=2)
+            continue
+        prompt = [turn.to_dict() for turn in turns]
+        named = {"example": example, "id": conversation.id, "source": conversation.source}
+        rows.append({**named, "prompt": prompt, "reference": reference, "answers": {}})
+    for name, method, folder in systems if rows else ():
+        try:
+            answers = _answers(session, method, folder, prompts, max_new_tokens)
+        except Exception as error:  # noqa: BLE001  (of an architecture that cannot generate, of PEFT, out of memory)
+            warnings.warn(f"{name} does not answer the test prompts: {first_line(error)}", stacklevel=2)
+            continue
+        for row, answer in zip(rows, answers, strict=True):
+            row["answers"][name] = answer
+    return rows
+
+
+def _conversations(session: Session, data: DataConfig, examples: Sequence[int]) -> dict[int, Conversation]:
+    """Returns the conversations of test rows, in the order given; only their tokens were kept."""
+    assert session.test is not None
+    wanted = {}
+    for example in examples:
+        tokens, row = session.test.places[example]
+        wanted[example] = (tokens.ids[row], tokens.digests[row])
+    files = [path for path in (data.test, data.held_out) if isinstance(path, str)]
+    sources = [*files, *(source.path for source in data.train)]
+    found = find_conversations(sources, set(wanted.values()), split=data.split, mapping=data.mapping)
+    return {example: found[name] for example, name in wanted.items() if name in found}
+
+
+def _parted(conversation: Conversation) -> tuple[list[Message], str]:
+    """Returns the turns before the last assistant turn, and its text."""
+    turns = conversation.messages
+    last = max(place for place, turn in enumerate(turns) if turn.role == "assistant")
+    return list(turns[:last]), turns[last].content
+
+
+def _answers(
+    session: Session, method: MethodConfig, folder: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[str]:
+    """Returns one system's answers; the base is then as it was."""
+    base = session.base
+    if is_exclusive(method.method):
+        weights = create(method, base, session.material, 0)
+        assert isinstance(weights, FullAdapter)
+        weights.load(load_file(folder / "model.safetensors"))
+        weights.attach()
+        try:
+            return _answers(session, NoneConfig(), folder, prompts, max_new_tokens)
+        finally:
+            weights.detach()
+    with _generating(base):
+        model = base.model
+        if not isinstance(method, NoneConfig):
+            model = put_on(folder, AdapterBase(model, base.tokenizer, base.path, base.quantization))
+        _to_eval(model)
+        return Answerer(model, base.tokenizer, session.encoder).answers(prompts, max_new_tokens)
+
+
+@contextmanager
+def _generating(base: Base) -> Iterator[None]:
+    """Gives the base's model its own attention back, and takes off at the end whatever was put on it."""
+    with lent(base.model):
+        base.model.set_attn_implementation(base.attention)
+        yield
+
+
+def _to_eval(model: Any) -> None:
+    """Turns dropout off; 4-bit layers stay in training mode, as bitsandbytes repacks them on CPU in the other one."""
+    model.eval()
+    for module in model.modules():
+        if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+            module.training = True
