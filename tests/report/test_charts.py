@@ -91,6 +91,7 @@ def simulated(count: int) -> tuple[list[Curve], list[ScatterPoint]]:
 
 def test_a_curve_ends_where_its_trial_ended() -> None:
     curves = [
+        Curve("lora-003", "lora", "diverged", ((0, math.nan),)),
         Curve("lora-000", "lora", "finished", ((0, 2.0), (500, 1.5), (1000, 1.25))),
         Curve("lora-001", "lora", "pruned", ((0, 2.0), (500, 1.9))),
         Curve("lora-002", "lora", "diverged", ((0, 2.0), (500, math.nan))),
@@ -103,15 +104,17 @@ def test_a_curve_ends_where_its_trial_ended() -> None:
     assert lines["lora-000"]["y"] == [2.0, 1.5, 1.25]
     assert lines["lora-001"]["x"] == [0, 500]
     assert lines["lora-002"]["y"] == [2.0], "what is no number is not drawn"
-    assert [row["best"] for row in lines.values()] == [False, False, True], "the best one lies on top"
+    assert [row["best"] for row in lines.values()] == [False, False, False, True]
+    assert list(lines)[-1] == "lora-000", "the best one lies on top"
     ends = {row["trial"]: row for row in rows if "mark" in row}
     assert {name: row["mark"] for name, row in ends.items()} == {
         "lora-000": "full",
         "lora-001": "hollow",
         "lora-002": "lost",
+        "lora-003": "lost",
     }
     assert (ends["lora-001"]["x"], ends["lora-001"]["y"]) == (500, 1.9)
-    assert "stopped early (1); crossed: diverged or failed (1)" in subtitle(chart)
+    assert "stopped early (1); crossed: diverged or failed (2)" in subtitle(chart)
     assert [row["text"] for row in rows if "text" in row] == [["base", "2.000"]]
 
 
@@ -163,11 +166,11 @@ def test_of_many_trials_the_best_and_a_spread_are_drawn(count: int) -> None:
 
 
 def test_10_000_trials_are_drawn_in_a_second_and_300_kilobytes() -> None:
-    """Measured on 2 cores: 0.32 s and 130 kB."""
+    """Measured: 0.3 s and 115 kB. Seconds of the processor, as a busy machine is no failure."""
     curves, points = simulated(10_000)
-    started = time.perf_counter()
+    started = time.process_time()
     made = [spec(learning_curves(curves, 2.2, COLOURS)), spec(rates(points, 2.2, COLOURS))]
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert sum(len(json.dumps(values)) for values in made) < 300_000
     assert seconds < 1
 
@@ -221,6 +224,8 @@ def test_pareto_plots_name_their_points_and_draw_the_front() -> None:
         steps = [row for row in drawn(chart) if set(row) == {"x", "y"}]
         beaten = {"trainable": 2, "adapter_bytes": 2, "peak_bytes": 2, "tokens_per_second": 1}
         assert len(steps) == beaten[what]
+        (line,) = [layer["mark"] for layer in spec(chart)["layer"] if layer["mark"].get("style") == "front"]
+        assert line["interpolate"] == ("step-after" if what != "tokens_per_second" else "step-before")
         labels = [layer for layer in spec(chart)["layer"] if layer["mark"].get("style") == "label"]
         assert len(labels) == 3
 

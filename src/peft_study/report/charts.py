@@ -294,7 +294,7 @@ def paired(
     names = [shortened_text(name, 40) for name in (first, second)]
     said = [f"Left of zero {names[0]} is better, right of it {names[1]}. Bars: 95 % intervals."]
     found = chart(layers, "Paired differences", said, f"Differences of {part} loss of {len(rows)} settings")
-    return found.properties(height=alt.Step(34))
+    return found.properties(height=34 * max(len(rows), 1))
 
 
 def training(train: Sequence[RunPoint], held_out: Sequence[RunPoint], base: float | None) -> alt.LayerChart:
