@@ -155,7 +155,7 @@ def test_accuracies_by_hand() -> None:
 
 @pytest.mark.parametrize(("number", "mean", "normal"), [(10, 0.983, 0.183), (50, 0.968, 0.635), (200, 0.960, 0.874)])
 def test_accuracies_are_covered_whatever_the_truth(number: int, mean: float, normal: float) -> None:
-    """Over all outcomes, for truths of 2 % to 98 %: never below 95 %, where the normal interval's least is far below."""
+    """Over all outcomes, for truths of 2 % to 98 %: never below 95 %; of the normal interval the least is far below."""
     k = np.arange(number + 1)
     found = [accuracy(int(successes), number) for successes in k]
     half = 1.96 * np.sqrt(k * (number - k) / number**3)
