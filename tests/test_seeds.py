@@ -107,8 +107,8 @@ def drawn(
 def test_intervals_cover_what_they_say(seeds: int, spreads: tuple[float, float]) -> None:
     """With normal intervals it was 82 % (2 seeds), 87 % (3) and 91 % (5).
 
-    Of 300 studies 285 are expected; three standard deviations are 11, and BCa's own error over 48 skewed examples some
-    more. With seeds that differ little beside the examples the interval is too wide rather than too narrow.
+    Of 300 studies 285 are expected; three standard deviations are 11, and the bootstrap's own error over 48 skewed
+    examples is some more. With seeds that differ little beside the examples the interval is rather too wide.
     """
     generator, means, differences = np.random.default_rng(seeds), 0, 0
     for _ in range(300):
