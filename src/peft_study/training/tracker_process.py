@@ -26,6 +26,8 @@ from peft_study.errors import first_line
 
 PROJECT = "peft-study"
 """The project (of mlflow: the experiment), unless the tool's own variable names another."""
+ALONE_SECONDS = 120
+"""What is left after a kill of the parent is sent for so long at most."""
 _FLUSH_SECONDS = 5.0
 _LONGEST = 500  # characters of a text; mlflow refuses more than 6000 in a parameter
 
@@ -244,6 +246,8 @@ def serve(tool: Tool, own: str, lines: Iterable[str]) -> None:
             whole = True
             break
         getattr(runs, what)(*arguments)
+    if not whole:
+        signal.alarm(ALONE_SECONDS)  # nobody else ends this process where the network hangs
     runs.close(whole=whole)
 
 
