@@ -27,7 +27,7 @@ $(PROGRAM): pyproject.toml constraints.txt
 	touch $@
 
 $(TOOLS): $(PROGRAM)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,quantized,dashboard]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,quantized,dashboard,trackers]'
 	touch $@
 
 # one thread a process: two processes with two threads each on two cores wait for each other (docs/negative-results.md)

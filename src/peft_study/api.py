@@ -8,7 +8,7 @@ finetune(model, data, method) ------------------------------> TrainedAdapter
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -140,6 +140,7 @@ class Study:
         from peft_study.display.study import StudyDisplay
         from peft_study.study.callbacks import check_callbacks
         from peft_study.study.run import run_study
+        from peft_study.study.trackers import TrackerCallback
         from peft_study.training.interrupt import StopRequest
 
         check_callbacks(callbacks)
@@ -152,6 +153,7 @@ class Study:
                 _surroundings(memory),
                 StopRequest().listening() as stop,
                 StudyDisplay(silent=not verbose) as display,
+                closing(TrackerCallback(self._config, display.say)) as trackers,
             ):
                 self._write_inputs(overwrite=overwrite)
                 self._plan(display.say, overwrite=overwrite)
@@ -162,9 +164,10 @@ class Study:
                     stop,
                     overwrite=overwrite,
                     go_on=extend,
-                    callbacks=callbacks,
+                    callbacks=(*callbacks, trackers) if self._config.logging.trackers else callbacks,
                     in_memory=memory,
                 )
+                trackers.on_study_end(open_study(self._config.output))
         except UserError as error:
             raise self._file.pointed(error) from None
         result = open_study(self._config.output)
@@ -182,9 +185,11 @@ class Study:
         """
         from peft_study.display.terminal import LiveDisplay
         from peft_study.study.dry_run import estimate
+        from peft_study.training.trackers import check_trackers
 
         memory = self._inputs.in_memory
         try:
+            check_trackers(self._config.logging.trackers)
             with (
                 _surroundings(memory),
                 LiveDisplay(silent=not verbose) as display,

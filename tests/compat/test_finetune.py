@@ -186,14 +186,20 @@ def test_tracking() -> None:
     assert not run("--use_lora", "--with_tracking", "--report_to", "none").config.logging.tensorboard
     made = run("--use_lora", "--with_tracking", "--report_to", "wandb")
     assert made.config.logging.tensorboard
-    assert any("--report_to wandb" in note for note in made.notes)
+    assert made.config.logging.trackers == ("wandb",)
+    assert not any("--report_to" in note for note in made.notes)
+    assert run("--use_lora", "--report_to", "wandb").config.logging.trackers == ()
+    assert run("--use_lora", "--with_tracking").config.logging.trackers == (), "`all` is TensorBoard, as before"
+    made = run("--use_lora", "--with_tracking", "--report_to", "mlflow,aim", "trackio")
+    assert made.config.logging.trackers == ("mlflow", "trackio")
+    assert any("--report_to aim: written" in note for note in made.notes)
 
 
 def test_what_has_no_meaning_is_named_in_one_line_if_it_differs_from_the_default() -> None:
     words = ["--push_to_hub", "--hf_entity", "me", "--no_use_flash_attn", "--use_slow_tokenizer", "--timeout", "9",
-             "--wandb_entity", "us", "--num_virtual_tokens", "4", "--hf_metadata_dataset", "x"]  # fmt: skip
+             "--num_virtual_tokens", "4", "--hf_metadata_dataset", "x"]  # fmt: skip
     (line,) = [note for note in run("--use_lora", *words).notes if note.startswith("accepted without effect")]
-    for name in ("push_to_hub", "hf_entity", "use_flash_attn", "timeout", "wandb_entity", "num_virtual_tokens"):
+    for name in ("push_to_hub", "hf_entity", "use_flash_attn", "timeout", "num_virtual_tokens"):
         assert f"--{name}" in line
     assert "use_slow_tokenizer" not in line, "it was given its default"
     assert not any(note.startswith("accepted") for note in run("--use_lora", "--use_flash_attn").notes)

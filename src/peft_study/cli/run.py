@@ -160,6 +160,8 @@ def finetune(context: typer.Context) -> None:
         set_loudness(QUIET if quiet else VERBOSE)
     quiet_libraries()
     planned = to_run(command)
+    if command.arguments.wandb_entity is not None:
+        os.environ["WANDB_ENTITY"] = command.arguments.wandb_entity
     with (
         joined(os.environ) as processes,
         StopRequest().listening() as stop,

@@ -84,10 +84,10 @@ class FinetuneArguments:
     load_balancing_loss: bool = _arg(False, NO_EFFECT + "no auxiliary loss here")
     load_balancing_weight: float = _arg(0.5, NO_EFFECT + "no auxiliary loss here")
     # tracking and checkpoints
-    wandb_entity: str | None = _arg(None, NO_EFFECT + "no W&B here")
+    wandb_entity: str | None = _arg(None, "W&B team of --report_to wandb")
     resume_from_checkpoint: str | None = _arg(None, "continue from this checkpoint folder")
-    with_tracking: bool = _arg(False, "write TensorBoard files too; metrics.jsonl is always written")
-    report_to: str | list[str] = _arg("all", "trackers of --with_tracking")
+    with_tracking: bool = _arg(False, "write TensorBoard files and to --report_to; metrics.jsonl is always written")
+    report_to: str | list[str] = _arg("all", "with --with_tracking: wandb, trackio, mlflow; all: TensorBoard alone")
     save_to_hub: str | None = _arg(None, NO_EFFECT + "hub upload")
     checkpointing_steps: str | None = _arg(None, "optimizer steps between checkpoints, or epoch")
     overwrite_output_dir: bool = _arg(False, "replace the run that output_dir holds")

@@ -18,17 +18,19 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from peft_study.compat.arguments import NO_EFFECT, FinetuneArguments
 from peft_study.compat.command_line import Command
-from peft_study.config import METHODS, TrainConfig, validate
+from peft_study.config import METHODS, Tracker, TrainConfig, validate
 from peft_study.data.formats import parse_mapping
 from peft_study.errors import ConfigError, UserError, nearest
 
 _DATA = ("train_file", "dataset_name", "dataset_mixer", "dataset_mixer_list")
 _FLAGS = {"use_lora": "lora", "use_prefix_tuning": "prefix_tuning", "use_prompt_tuning": "prompt_tuning"}
 _LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+
+_OURS = get_args(Tracker)
 
 _Bound = tuple[str, Callable[[Any], bool], str]
 _BOUNDS: tuple[_Bound, ...] = (
@@ -99,6 +101,7 @@ def to_run(command: Command) -> Run:
             "checkpoint_every": every if every in (None, "epoch") else int(every),
             "keep_checkpoints": arguments.keep_last_n_checkpoints,
             "tensorboard": arguments.with_tracking and "none" not in _trackers(arguments),
+            "trackers": [name for name in _trackers(arguments) if name in _OURS] if arguments.with_tracking else [],
         },
         "early_stopping": extra.early_stopping,
         "output": Path(arguments.output_dir),
@@ -121,7 +124,7 @@ def given_arguments(command: Command) -> dict[str, Any]:
 def pointed(error: UserError, command: Command) -> UserError:
     """Returns an error about a setting (``data.held_out``) with the argument that gave it instead."""
     template = "chat_template_name" if command.extra.chat_template is None else "chat_template"
-    arguments = {"data.chat_template": template, "data.held_out": "held_out"}
+    arguments = {"data.chat_template": template, "data.held_out": "held_out", "logging.trackers": "report_to"}
     setting, comma, rest = (error.where or "").partition(",")
     if setting not in arguments:
         return error
@@ -358,7 +361,7 @@ def _notes(command: Command) -> Iterator[str]:
         yield f"the loss is the sum over the batch / {steps * count} accumulation steps, logged per token beside it"
     if arguments.max_train_samples is not None:
         yield f"--max_train_samples draws {arguments.max_train_samples} rows at random, not the first ones"
-    others = [name for name in _trackers(arguments) if name not in ("all", "none", "tensorboard")]
+    others = [name for name in _trackers(arguments) if name not in ("all", "none", "tensorboard", *_OURS)]
     if arguments.with_tracking and others:
         yield f"--report_to {' '.join(others)}: written to metrics.jsonl and TensorBoard instead"
 

@@ -12,6 +12,7 @@ from peft_study.config.methods import MethodConfig
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tracker = Literal["wandb", "trackio", "mlflow"]
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
@@ -144,7 +145,13 @@ class LoggingConfig(Strict):
     )
     keep_checkpoints: int = Field(3, ge=-1, description="newest checkpoints kept, at least 1; -1: all")
     tensorboard: bool = Field(True, description="write event files beside metrics.jsonl")
+    trackers: tuple[Tracker, ...] = Field((), description="experiment trackers that get settings, curves and results")
     base_loss: bool = Field(True, description="log the loss minus the untouched base's on the same examples")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _trackers(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("keep_checkpoints")
     @classmethod

@@ -12,6 +12,7 @@ RUN/
     best/                 while it runs with early stopping: the adapter of the best step so far
     adapter/              in PEFT's format
     data/                 rows that the caller had in memory, as JSON lines
+    trackers.json         with logging.trackers: the number in the ids of its runs there
     status.json           running, finished, diverged, failed or interrupted, with the reason
     report.html           the same for a browser (report/pages.py)
     lock, owner.json      held by the process that writes; its id and machine

@@ -31,6 +31,7 @@ class LiveTrial:
         name, method, kind: ``lora-003``, ``lora``; ``reference``, ``range_test``, ``search`` or ``final``.
         settings: every setting of its method, and the optimizer's searched ones.
         step, total_steps: optimizer steps taken, and planned.
+        tokens: data tokens of these steps.
         loss: of the last batch, nats a supervised token; None before step 1.
         dev: held-out loss when it was last measured, nats a supervised token.
         dev_minus_base: the same minus the untouched base's.
@@ -43,6 +44,7 @@ class LiveTrial:
     settings: dict[str, Any]
     step: int = 0
     total_steps: int | None = None
+    tokens: int = 0
     loss: float | None = None
     dev: float | None = None
     dev_minus_base: float | None = None
@@ -121,6 +123,7 @@ class Callbacks:
         for name, pace in report.paces.items():
             trial = self._trial(name, state)
             trial.step, trial.total_steps, trial.loss = pace.step, pace.total, pace.loss
+            trial.tokens = pace.all_tokens
             told.append(self._tell("on_step", trial))
         for event in report.events:
             trial = self._trial(event.name, state)

@@ -23,6 +23,7 @@ from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Slots
 from peft_study.training.session import Session, bos_losses, describe, measure_base, open_session, refuse_other_inputs
 from peft_study.training.slot_count import settle
+from peft_study.training.trackers import TrackedWatcher, Trackers
 from peft_study.training.trial_run import Outcome, TrialPlan, Watcher
 
 
@@ -111,12 +112,14 @@ def train(
         in_memory: a base in memory, instead of the one that the configuration names.
 
     Raises:
+        ConfigError: when the package of a tracker is not installed.
         OutputError: when the output folder holds another run, or a finished one, or another process writes to it.
         Interrupted: when asked to stop; a checkpoint was written.
     """
     started = time.perf_counter()
     config = resolve(config)
     folder = RunFolder(config.output)
+    trackers = Trackers(config.logging.trackers if processes.writes else (), folder.path, watcher.say)
     # looked up before the folder is claimed: a wrong path must leave nothing behind, and overwriting must not delete it
     resume = _checkpoint(resume_from, identity(config.model_dump(mode="json"))) if resume_from else None
     if resume is not None and overwrite and folder.path.resolve() in resume.folder.resolve().parents:
@@ -128,7 +131,9 @@ def train(
         session = open_session(
             config.model, config.data, config.training, watcher.say, processes=processes, in_memory=in_memory
         )
-        finished = _train(config, given, folder, session, watcher, stop, resume, begun=begun, overwrite=overwrite)
+        with contextlib.closing(TrackedWatcher(watcher, trackers, config)) as tracked:
+            finished = _train(config, given, folder, session, tracked, stop, resume, begun=begun, overwrite=overwrite)
+            tracked.end(finished.diverged, finished.after, finished.minus_base)
     return replace(finished, seconds=time.perf_counter() - started)
 
 

@@ -57,12 +57,16 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Where a trial in a slot stands: its last optimizer step of `total`, with loss and data tokens of its batch."""
+    """Where a trial in a slot stands: its last optimizer step of `total`, with loss and data tokens of its batch.
+
+    `all_tokens` are the data tokens of all its steps.
+    """
 
     step: int
     total: int
     loss: float
     tokens: int
+    all_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ class _Collector:
     def stepped(self, trial: Trial, report: StepReport, base_loss: float | None) -> None:
         before = self.paces.get(trial.name)
         tokens = report.tokens + (before.tokens if before else 0)
-        self.paces[trial.name] = Pace(report.step, trial.total_steps, report.loss, tokens)
+        self.paces[trial.name] = Pace(report.step, trial.total_steps, report.loss, tokens, trial.tokens)
 
     def evaluated(self, trial: Trial, loss: float, minus_base: float) -> None:
         pass  # the event has the losses
