@@ -7,6 +7,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import patch
 
@@ -73,6 +75,24 @@ def test_the_browser_is_opened_at_the_page(trained: Path, cli: CommandLine, tmp_
     with patch("webbrowser.open") as opened:
         cli("report", trained, "--open", "-o", tmp_path / "a b.html").ok()
     opened.assert_called_once_with((tmp_path / "a b.html").as_uri())
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["status"], ["torch", "altair", "jinja2", "pyarrow"]),
+        (["show", "lora-000", "-s"], ["torch", "altair", "jinja2", "pyarrow"]),
+        (["report"], ["torch", "transformers", "optuna"]),
+    ],
+)
+def test_looking_at_a_study_loads_little(copy: Path, words: list[str], missing: list[str]) -> None:
+    program = (
+        f"import sys\nsys.argv = ['peft-study', *{words}, {str(copy)!r}]\nfrom peft_study.cli import main\n"
+        f"try: main()\nexcept SystemExit as end: assert not end.code\n"
+        f"print('LOADED', [name for name in {missing} if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout.splitlines()[-1:] == ["LOADED []"], ran.stdout + ran.stderr
 
 
 # -- mistakes are one line

@@ -9,11 +9,9 @@ import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 
 from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
@@ -34,6 +32,9 @@ from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.study_dir import StudyFolder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +282,9 @@ def _pruning(config: StudyConfig, state: StudyState) -> Pruning:
 
 def write_rows(results: Results, folder: StudyFolder) -> None:
     """Writes ``results.parquet`` and ``results.csv``: one row a trial, every setting a column."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
     table = pa.Table.from_pylist([flat(row) for row in results.rows], schema=_schema())
     text = io.StringIO()
     write_csv(results.rows, text)
@@ -351,6 +355,8 @@ _WHOLE = {"number", "seed", "best_step", "steps", "data_tokens", "virtual_tokens
 
 def _schema() -> pa.Schema:
     """Returns fixed column types, so that a column has its type also where it is empty."""
+    import pyarrow as pa
+
     settings = {name: str(field.annotation) for c in METHODS.values() for name, field in c.model_fields.items()}
 
     def kind(name: str) -> pa.DataType:
