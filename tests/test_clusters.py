@@ -10,6 +10,9 @@ import numpy.typing as npt
 import pytest
 
 from hand_made import BASE, COUNTS, RATE, HandMade, N
+from peft_study.data.chat import ChatEncoder
+from peft_study.data.dataset import Rows
+from peft_study.data.tokens import tokenize
 from peft_study.report.compare import compare
 from peft_study.report.limit_findings import about_sources
 from peft_study.report.study_reader import read_study
@@ -29,6 +32,7 @@ from peft_study.statistics import (
 from peft_study.storage import held_out
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.run_dir import RunFolder
+from tiny_tokenizer import tiny_tokenizer
 
 SOURCES = np.arange(N) % 32
 CLUSTERED = TokenCounts(COUNTS, SOURCES)
@@ -157,3 +161,15 @@ def test_sources_are_kept_beside_the_tokens_and_old_folders_have_none(tmp_path: 
     assert old is not None
     assert old[0].counts_N.tokens_N.tolist() == COUNTS.tolist()
     assert old[0].counts_N.sources is None
+
+
+def test_rows_know_which_of_them_name_the_same_source(tmp_path: Path) -> None:
+    """Rows 5, 0 and 2 are of the sources 2, 0 and 2, which are numbered as they come."""
+    said = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": said, "source": f"s{n % 3}"}) + "\n" for n in range(6)))
+    data = tokenize([path], ChatEncoder(tiny_tokenizer(), template="tulu"), cache_dir=tmp_path / "cache")
+    counts = Rows(((data, 5), (data, 0), (data, 2))).counts()
+    assert counts.sources_N is not None
+    assert counts.sources_N.tolist() == [0, 1, 0]
+    assert (len(counts), counts.sources, counts.sum()) == (3, 2, 3 * data.supervised_N[0])

@@ -270,8 +270,9 @@ def holm(chances: Sequence[float]) -> list[float]:
 def accuracy(successes: int, number: int) -> Estimate:
     """Returns the share of successes with its exact 95 % interval (Clopper & Pearson 1934), for any number of trials.
 
-    It never covers less than 95 %. The normal interval, of the central limit theorem, is too narrow below a few hundred
-    trials (Bowyer, Aitchison & Ivanova 2025, arXiv 2503.01747), and has no width where all succeed.
+    It never covers less than 95 %: on average 98 % of 10 trials, 96.8 % of 50, 96 % of 200. The normal interval, of the
+    central limit theorem, is too narrow below a few hundred (Bowyer et al. 2025, arXiv 2503.01747): for some truths it
+    covers 18, 64 and 87 % (tests/test_second_implementation.py), and where all succeed it has no width.
 
     Args:
         successes: 0 to `number`.

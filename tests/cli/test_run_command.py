@@ -18,6 +18,7 @@ import yaml
 from pyarrow import parquet
 
 from command_line import CommandLine, Ran, dev_losses, listing
+from peft_study.report.findings import MAIN
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.training.interrupt import StopRequest
 
@@ -97,6 +98,10 @@ def test_a_study_ends_in_tables_and_sentences(cli: CommandLine, study: Path, tmp
         assert (row["start"] is None) == (row["kind"] == "final")
     assert (tmp_path / "out/trials/lora-000/adapter/adapter_model.safetensors").exists()
     assert not (tmp_path / "out/trials/none/adapter").exists()
+    findings = json.loads((tmp_path / "out/findings.json").read_text())
+    said = [finding["text"]["en"] for finding in findings if finding["topic"] in MAIN]
+    assert [" ".join(line.split()) for line in said] == [line.removeprefix("- ") for line in sentences(ran)]
+    assert {name for finding in findings for name in finding["trials"]} == set(found)
     record = json.loads((tmp_path / "out/record.json").read_text())
     assert record["base"]["proof"]["packs"]
     assert record["data"]["held_out_rows"] == 8

@@ -306,6 +306,10 @@ def test_a_recommended_file_is_a_run(
     text = (result.folder / "recommended.yaml").read_text()
     assert f"The best of 2 settings of {result.best.method.replace('_', ' ')}" in text
     assert "which found them at 4 steps" in text
+    said = {finding.topic: finding.text["en"] for finding in result.evidence if finding.method == result.best.method}
+    assert f"# - {said['final']}\n" in text
+    assert f"# - {said['cost']}\n" in text
+    assert "# - untouched base: dev loss " in text
     assert "# Steps: one pass over 50 rows is 13." in text
     assert "held_out: 10\n" in text
     ran = cli("finetune", result.folder / "recommended.yaml", "-o", tmp_path / "long").ok()

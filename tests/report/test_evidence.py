@@ -112,8 +112,9 @@ def test_pareto_fronts_follow_from_losses_and_costs(findings: tuple[Finding, ...
 def test_costs_are_those_measured_and_else_those_of_the_trials(findings: tuple[Finding, ...]) -> None:
     texts_of = {f.method: f.text["en"] for f in findings if f.topic == "cost"}
     assert texts_of["lora"] == (
-        "lora: 4,884,480 trainable parameters, adapter of 18.7 MiB, peak memory 1.4 GiB, 410 tokens a second in rows "
-        "of 1,024 tokens, 190,000 data tokens trained on, range tests and finals included"
+        "lora: 4,884,480 trainable parameters, adapter of 18.7 MiB, 1.4 GiB of memory a trial beside the base, 410 "
+        "data tokens a second alone (a row of 1,024 tokens), 190,000 data tokens trained on, range tests and finals "
+        "included"
     )
     assert texts_of["prefix_tuning"].startswith("prefix tuning: 7 trainable parameters, 35,000 data tokens")
 

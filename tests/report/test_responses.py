@@ -89,15 +89,15 @@ def test_importances_are_the_shares_of_the_variance(tmp_path: Path) -> None:
     """Of a + b with uniform a and b over 1 and 0.5 the shares are 1 / 1.25 and 0.25 / 1.25."""
     trials = made(tmp_path, 150, 1.0, 0.5)
     space = HandMade(tmp_path / "other", SPACE).config.methods["lora"].dimensions()
-    began = time.process_time()
     found = importances(trials, space)
-    assert time.process_time() - began < 5
     assert found["learning_rate"].value == pytest.approx(0.8, abs=0.1)
     assert found["rank"].value == pytest.approx(0.2, abs=0.06)
     assert found["dropout"].value < 0.02
     for share, true in ((found["learning_rate"], 0.8), (found["rank"], 0.2), (found["dropout"], 0.0)):
         assert 0 <= share.low <= true <= share.high <= 1
+    began = time.process_time()
     assert importances(trials, space) == found, "the same trials give the same numbers"
+    assert time.process_time() - began < 1, "0.2 s on one free core"
 
 
 def test_importances_take_thirty_trials_and_two_settings(tmp_path: Path) -> None:

@@ -189,9 +189,10 @@ TEMPLATES: dict[str, Wording] = {
     "cost": Wording("{method}: {parts}", "{method}：{parts}"),
     "trainable": Wording("{n:,} trainable parameters", "可训练参数 {n:,} 个", "{n:,} trainable parameter"),
     "adapter_bytes": Wording("adapter of {size}", "适配器 {size}"),
-    "peak_bytes": Wording("peak memory {size}", "峰值内存 {size}"),
+    "peak_bytes": Wording("{size} of memory a trial beside the base", "每次试验在基座模型之外占内存 {size}"),
     "tokens_per_second": Wording(
-        "{speed:,.0f} tokens a second in rows of {n:,} tokens", "每行 {n:,} token 时每秒 {speed:,.0f} token"
+        "{speed:,.0f} data tokens a second alone (a row of {n:,} tokens)",
+        "单独训练时每秒 {speed:,.0f} 个数据 token（一行 {n:,} token）",
     ),
     "data_tokens": Wording(
         "{n:,} data tokens trained on, range tests and finals included",
@@ -207,7 +208,7 @@ TEMPLATES: dict[str, Wording] = {
     "dominated": Wording("; {method} is dominated by {by}", "；{method} 被 {by} 支配"),
     "cost_trainable": Wording("trainable parameters", "可训练参数量"),
     "cost_adapter_bytes": Wording("the adapter's size", "适配器大小"),
-    "cost_peak_bytes": Wording("peak memory", "峰值内存"),
+    "cost_peak_bytes": Wording("memory beside the base", "基座模型之外的内存"),
     "cost_tokens_per_second": Wording("speed", "训练速度"),
     # the order
     "no_winner": Wording(
