@@ -40,8 +40,25 @@ PLAIN: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_data: Path) -> Path:
-    return write_study(tmp_path_factory.mktemp("closing"), tiny_model_folder, tiny_data, **PLAIN)
+def rows() -> dict[str, list[dict[str, str]]]:
+    """Returns conversations of several lengths and of one or two answers, by their ids."""
+    found = {}
+    for i in range(60):
+        question, answer = (turn["content"] for turn in conversation(i)["messages"][-2:])
+        turns = [("user", "please " * (i % 6) + question), ("assistant", answer)]
+        turns += [("user", "sure?"), ("assistant", f"yes, {answer}")] if i % 4 == 0 else []
+        found[f"row-{i}"] = [{"role": role, "content": text} for role, text in turns]
+    return found
+
+
+@pytest.fixture(scope="module")
+def study(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, rows: dict[str, list[dict[str, str]]]
+) -> Path:
+    folder = tmp_path_factory.mktemp("closing")
+    lines = [json.dumps({"id": name, "messages": turns, "source": "sums"}) for name, turns in rows.items()]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return write_study(folder, tiny_model_folder, folder / "rows.jsonl", **PLAIN)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +142,7 @@ def test_answers_are_those_of_peft_to_each_prompt_alone(out: Path, tiny_model_fo
     assert len(said) > 3, "adapters change what is answered"
 
 
-def test_rows_are_the_wins_and_losses_with_their_texts(out: Path, tiny_data: Path) -> None:
+def test_rows_are_the_wins_and_losses_with_their_texts(out: Path, rows: dict[str, list[dict[str, str]]]) -> None:
     found, best = answers(out), best_of(out)
     assert found is not None
     (opened,) = [event for event in journal.read(out / "journal.jsonl") if event["event"] == "opened"]
@@ -133,9 +150,9 @@ def test_rows_are_the_wins_and_losses_with_their_texts(out: Path, tiny_data: Pat
     difference = (np.array(opened["sums"][next(iter(best.values()))[1]]) - opened["sums"]["none"]) / counts
     by_hand = sorted(range(len(counts)), key=lambda i: difference[i])
     assert [row.example for row in found.rows] == [*by_hand[:3], *by_hand[-1:-3:-1]]
-    texts = {line["id"]: line["messages"] for line in map(json.loads, tiny_data.read_text().splitlines())}
     for row in found.rows:
-        assert [*row.prompt, {"role": "assistant", "content": row.reference}] == texts[str(row.id)]
+        assert [*row.prompt, {"role": "assistant", "content": row.reference}] == rows[str(row.id)]
+        assert row.source == "sums"
         for setting, trial in {"none": "none", **dict(best.values())}.items():
             expected = opened["sums"][trial][row.example] / counts[row.example]
             assert row.losses[setting] == pytest.approx(expected)
