@@ -29,7 +29,7 @@ def picture(browser: Browser, page: Path, width: int, scheme: str, part: str = "
     context = browser.new_context(viewport={"width": width, "height": SIZES[width]}, color_scheme=scheme)  # type: ignore[arg-type]
     tab = context.new_page()
     tab.goto(page.as_uri())
-    tab.wait_for_function("document.documentElement.dataset.charts")
+    tab.wait_for_selector("html[data-charts]", state="attached")
     if part:
         tab.locator(part).evaluate("part => part.scrollIntoView({behavior: 'instant'})")
     found = tab.screenshot()

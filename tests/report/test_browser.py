@@ -81,7 +81,7 @@ class Opened:
         self.page.goto(path.as_uri())
 
     def drawn(self) -> Page:
-        self.page.wait_for_function(DRAWN)
+        self.page.wait_for_selector("html[data-charts]", state="attached")
         return self.page
 
 
@@ -125,12 +125,12 @@ def test_it_changes_with_the_system_and_prints_light(browser: Browser, path: Pat
     page = one.drawn()
     dark = page.evaluate(BACKGROUND), page.evaluate(TITLES)
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"{DRAWN} === 'light'")
+    page.wait_for_selector("html[data-charts='light']", state="attached")
     light = page.evaluate(BACKGROUND), page.evaluate(TITLES)
     assert all(a != b for a, b in zip(dark, light, strict=True))
     page.emulate_media(color_scheme="dark", media="print")
     page.wait_for_timeout(300)
-    page.wait_for_function(f"{DRAWN} === 'light'")
+    page.wait_for_selector("html[data-charts='light']", state="attached")
     assert page.evaluate(BACKGROUND) == "rgb(255, 255, 255)"
     assert page.locator(".tools").is_hidden()
     assert page.locator(".trials tbody tr").last.is_visible()

@@ -39,8 +39,8 @@ def test_what_was_measured_is_in_the_cards_and_the_charts(tmp_path: Path) -> Non
     cards = re.findall(r'<article class="card.*?</article>', text, re.S)
     facts = [dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", card)) for card in cards]
     assert facts[0]["trainable parameters"] == "4,884,480"
-    assert facts[0]["adapter size"] == "19.5 MB"
-    assert facts[0]["peak memory"] == "812 MB"
+    assert facts[0]["adapter size"] == "18.6 MiB"
+    assert facts[0]["peak memory"] == "774 MiB"
     assert facts[0]["tokens a second"] == "412"
     assert facts[1]["tokens a second"] == "1,230"
     assert "adapter size" not in facts[1]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from peft_study.report.page_values import Shown, Strip, setting, shown, size, strips
+from peft_study.report.cost_findings import size_text
+from peft_study.report.page_values import Shown, Strip, setting, shown, strips
 from peft_study.report.page_words import Words
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.report.view import StudyView
@@ -186,7 +187,7 @@ def _costs(view: StudyView, results: Results, t: Words, method: str, final: Fina
         found.append((t("trainable"), f"{trainable:,}"))
     for key, number in (("adapter_bytes", cost and cost.adapter_bytes), ("peak_bytes", cost and cost.peak_bytes)):
         if number:
-            found.append((t(key), size(number)))
+            found.append((t(key), size_text(number)))
     if cost:
         found.append((t("tokens_per_second"), f"{float(f'{cost.tokens_per_second:.3g}'):,.10g}"))
     found.append((t("data_tokens"), f"{results.tokens.get(method, 0):,}"))

@@ -12,7 +12,6 @@ from peft_study.statistics import Estimate
 
 LONGEST = 4000
 """Letters of a text that the page shows; of more it shows the beginning and the end."""
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +55,6 @@ def minus(text: str) -> str:
     if not text.strip("+-0."):
         text = text.lstrip("+-")
     return text.replace("-", "−")
-
-
-def size(count: float) -> str:
-    """Returns bytes in the unit that suits them."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} B"
 
 
 def setting(value: object) -> str:
