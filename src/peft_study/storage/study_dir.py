@@ -17,6 +17,8 @@ STUDY/
     workers.json          only of a study that several workers ran: the next worker's number
     results.parquet, results.csv   a row a trial
     results.json          the table of finalists and what it says
+    cost.json             what each method's best setting costs (report/costs.py)
+    answers.json          answers of base and finalists to test prompts (report/answers.py)
     lock, owner.json      held by the process that writes; its id and machine
 """
 
