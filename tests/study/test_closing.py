@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_study
 from command_line import CommandLine, conversation
 from peft_study import LoRA, PrefixTuning, PromptTuning, Study
 from peft_study.errors import OutputError
-from peft_study.report.answers import Answers, answers
+from peft_study.evaluation.generation import put_on
+from peft_study.report.answers import answers
 from peft_study.report.costs import costs
 from peft_study.storage import journal
-from peft_study.study import closing
 from peft_study.study.closing import wins_and_losses
 from worker_cases import kill, start, until, write_study
 
@@ -97,7 +95,7 @@ def test_costs_are_those_of_peft_and_of_the_disk(out: Path, tiny_model_folder: P
         weights = "model" if method == "full" else "adapter_model"
         assert cost.setting == setting
         assert cost.trainable == trained
-        assert cost.adapter_bytes == os.stat(adapter / f"{weights}.safetensors").st_size
+        assert cost.adapter_bytes == (adapter / f"{weights}.safetensors").stat().st_size
         assert cost.peak_bytes is not None
         assert cost.peak_bytes > 16 * trained
         assert cost.tokens_per_second > 0
@@ -165,9 +163,7 @@ def test_half_are_wins_and_half_are_losses(count: int, expected: list[int]) -> N
     assert wins_and_losses(np.array([-1.0, 0.5, -2.0, 0.1]), count) == expected
 
 
-def test_a_worker_of_several_answers_the_same(
-    out: Path, study: Path, cli: CommandLine, tmp_path: Path
-) -> None:
+def test_a_worker_of_several_answers_the_same(out: Path, study: Path, cli: CommandLine, tmp_path: Path) -> None:
     cli("run", study, "--workers", 2, "-o", tmp_path / "two").ok()
     ours, theirs = answers(tmp_path / "two"), answers(out)
     assert ours is not None
@@ -181,9 +177,7 @@ def test_a_worker_of_several_answers_the_same(
     }
 
 
-def test_what_is_there_is_not_measured_again_and_what_is_missing_is(
-    out: Path, study: Path, cli: CommandLine
-) -> None:
+def test_what_is_there_is_not_measured_again_and_what_is_missing_is(out: Path, study: Path, cli: CommandLine) -> None:
     names = ("cost.json", "answers.json")
     before = [(out / name).read_bytes() for name in names]
     numbers = (out / "results.csv").read_bytes()
@@ -197,3 +191,113 @@ def test_what_is_there_is_not_measured_again_and_what_is_missing_is(
     assert "answers of the base and 5 finalists to 5 test prompts" in said
     assert (out / "answers.json").read_bytes() == before[1]
     assert (out / "results.csv").read_bytes() == numbers
+
+
+def test_a_kill_in_between_measures_what_is_missing(study: Path, out: Path, cli: CommandLine, tmp_path: Path) -> None:
+    log, killed = tmp_path / "log", tmp_path / "killed"
+    process = start(("run", study, "-o", killed), log)
+    until((killed / "cost.json").exists, process)
+    kill(process.pid)
+    process.wait()
+    assert not (killed / "answers.json").exists()
+    cost = (killed / "cost.json").read_bytes()
+    cli("run", study, "-o", killed).ok()
+    assert (killed / "cost.json").read_bytes() == cost
+    assert (killed / "answers.json").read_bytes() == (out / "answers.json").read_bytes()
+    assert (killed / "results.json").read_bytes() == (out / "results.json").read_bytes()
+
+
+def test_a_model_in_memory_answers_and_comes_back_bit_by_bit(
+    tiny_model_folder: Path, rows: dict[str, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [(name, id(module), dict(vars(module))) for name, module in model.named_modules()]
+    data = {"train": [{"messages": turns} for turns in rows.values()], "held_out": 10, "test": 10}
+    methods = ["full", LoRA(rank=2), PrefixTuning(tokens=3), PromptTuning(tokens=3)]
+    settings: dict[str, Any] = {"trials": 1, "steps": 2, "finals": {"best": 1, "seeds": 1, "answers": 2}}
+    Study(model, data, methods, output=tmp_path, **settings).run(verbose=False)
+    found = answers(tmp_path)
+    assert found is not None
+    assert len(found.rows) == 2
+    assert all(len(row.answers) == 5 for row in found.rows)
+    assert set(costs(tmp_path)) == {"full", "lora", "prefix_tuning", "prompt_tuning"}
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert [(name, id(module), dict(vars(module))) for name, module in model.named_modules()] == modules
+
+
+SMALL: dict[str, Any] = {
+    "budget": {"trials": 1},
+    "finals": {"best": 1, "seeds": 1, "answers": 1},
+    "training": {"steps": 2, "batch_size": 2},
+    "methods": {"lora": {"rank": 2, "learning_rate": 1e-2}, "prompt_tuning": {"tokens": 3, "learning_rate": 0.1}},
+}
+
+
+def test_a_changed_study_is_measured_anew_and_another_number_of_answers_is_no_change(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    study, out = write_study(tmp_path, tiny_model_folder, tiny_data, **SMALL), tmp_path / "out"
+    cli("run", study, "--set", "finals.answers=0").ok()
+    assert not (out / "answers.json").exists()
+    before = costs(out)
+    cli("run", study).ok()
+    assert (out / "answers.json").exists()
+    assert costs(out) == before
+    cli("run", study, "--continue", "--set", "methods.lora.rank=4").ok()
+    wider, found = costs(out), answers(out)
+    assert wider["lora"].setting == "lora-001" or wider["lora"] != before["lora"]
+    assert wider["prompt_tuning"] != before["prompt_tuning"], "measured anew"
+    assert found is not None
+    assert set(found.systems) == {"none", *(cost.setting for cost in wider.values())}
+
+
+def test_without_finals_the_best_of_the_search_is_measured(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    changed = {**SMALL, "finals": {"best": 0}}
+    cli("run", write_study(tmp_path, tiny_model_folder, tiny_data, **changed)).ok()
+    found = costs(tmp_path / "out")
+    assert {cost.setting for cost in found.values()} == {"lora-000", "prompt_tuning-000"}
+    assert answers(tmp_path / "out") is None
+
+
+def test_what_fails_is_a_warning_and_the_rest_is_there(
+    cli: CommandLine, tmp_path: Path, tiny_model_folder: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, out = write_study(tmp_path, tiny_model_folder, tiny_data, **SMALL), tmp_path / "out"
+
+    def refuse(adapter: Path, base: Any) -> Any:
+        if "lora" in str(adapter):
+            raise AttributeError("no such layer")
+        return put_on(adapter, base)
+
+    monkeypatch.setattr("peft_study.training.answers.put_on", refuse)
+    ran = cli("run", study).ok()
+    found = answers(out)
+    assert found is not None
+    assert "lora-000 does not answer the test prompts: no such layer" in ran.out + ran.err
+    assert [set(row.answers) for row in found.rows] == [{"none", "prompt_tuning-000"}]
+    assert set(found.rows[0].losses) == {"none", "lora-000", "prompt_tuning-000"}
+    (out / "answers.json").unlink()
+    (out / "cost.json").unlink()
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr("peft_study.workers.worker.measure_costs", fail)
+    monkeypatch.setattr("peft_study.workers.worker.answer_rows", fail)
+    ran = cli("run", study).ok()
+    assert (ran.out + ran.err).count("the device is gone") == 2
+    assert costs(out) == {}
+    assert (out / "results.csv").exists()
+
+
+def test_damaged_files_are_an_error_and_missing_ones_are_not(tmp_path: Path) -> None:
+    assert costs(tmp_path) == {}
+    assert answers(tmp_path) is None
+    for name, text in (("cost.json", '{"lora": {"setting": 1}}'), ("answers.json", '{"rows": [3]}')):
+        for damage in (text, "{", "[1]"):
+            (tmp_path / name).write_text(damage)
+            with pytest.raises(OutputError, match=f"{name} is damaged"):
+                costs(tmp_path) if name == "cost.json" else answers(tmp_path)

@@ -91,7 +91,7 @@ def test_minutes_that_do_not_reach_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_the_search_ends_when_running_trials_and_finals_need_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 tokens a step at 100 tokens a second: a trial of 90 steps takes 90 s, two finals of one seed 180 s."""
+    """At 100 tokens a second a trial of 90 steps takes 90 s, two finals of one seed 180 s; the report takes 10 s."""
     now = [0.0]
     monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
     config = study(
@@ -115,7 +115,7 @@ def test_the_search_ends_when_running_trials_and_finals_need_the_rest(
     # the fourth trial ends at 360 s, and 180 s of finals would end at 540: a fifth begins, and is the last
     assert over.index(True) + 1 == 361
     assert len(said) == 1, "the plan is said again once, after the first rung"
-    assert "at the measured 100 tokens/s: search until minute 7.0 of 10" in said[0]
+    assert "at the measured 100 tokens/s: search until minute 6.8 of 10" in said[0]
     assert "the finals, 3.0 minutes" in said[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -14,7 +14,6 @@ from peft_study.data import skills
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Conversation
 from peft_study.data.formats import Format, detect_format, to_conversation
-from peft_study.data.parallel import row_digest
 from peft_study.data.readers import RawRow, read_file
 from peft_study.data.sources import Source, open_sources
 from peft_study.errors import DataError
@@ -104,33 +103,6 @@ def read_conversations(
     """
     for row in parsed_rows(open_sources(sources, split), mapping, on_progress):
         yield row.conversation()
-
-
-def find_conversations(
-    sources: Sequence[str],
-    wanted: Collection[tuple[str, bytes]],
-    *,
-    split: str | None = None,
-    mapping: Mapping[str, str] | None = None,
-) -> dict[tuple[str, bytes], Conversation]:
-    """Returns the conversations with these ids and digests (`row_digest`); reads no further than the last of them.
-
-    Args:
-        sources: files, folders, hub ids or the embedded data set.
-        wanted: id and digest of each; what is not found is left out.
-        split, mapping: as of `read_conversations`.
-
-    Raises:
-        DataError: as `read_conversations`.
-    """
-    found: dict[tuple[str, bytes], Conversation] = {}
-    ids = {row_id for row_id, _ in wanted}
-    for conversation in chain.from_iterable(_conversations(source, split, mapping) for source in sources):
-        if conversation.id in ids and (name := (conversation.id, row_digest(conversation))) in wanted:
-            found.setdefault(name, conversation)
-        if len(found) == len(set(wanted)):
-            break
-    return found
 
 
 def check_heads(
@@ -231,8 +203,8 @@ def survey(
     return Survey(rows, whole, np.array(lengths, dtype=np.int64))
 
 
-def _conversations(source: str, split: str | None, mapping: Mapping[str, str] | None = None) -> Iterator[Conversation]:
+def _conversations(source: str, split: str | None) -> Iterator[Conversation]:
     if source == skills.EMBEDDED_NAME:
         yield from skills.generate()
     else:
-        yield from read_conversations([source], split=split, mapping=mapping)
+        yield from read_conversations([source], split=split)

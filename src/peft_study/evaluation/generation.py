@@ -202,7 +202,9 @@ class Answerer:
         prepare = self._model.prepare_inputs_for_generation
         self._model.prepare_inputs_for_generation = partial(_with_positions, prepare)
         try:
-            return self._generate(prompts, max_new_tokens)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Position ids are not supported")  # they are given behind PEFT's back
+                return self._generate(prompts, max_new_tokens)
         finally:
             del self._model.prepare_inputs_for_generation
 
@@ -238,6 +240,8 @@ def _with_positions(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs
     PEFT gives prompt tuning none; the model would then count the pads between virtual tokens and text.
     """
     inputs = prepare(*args, **kwargs)
+    if inputs.get("attention_mask") is None:  # prompts of one length: nothing is padded
+        return inputs
     given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
     positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
     return {**inputs, "position_ids": positions[:, -given.shape[1] :]}

@@ -16,8 +16,11 @@ STUDY/
     checkpoints/          of the engine, while it runs; of several workers in worker-N/
     workers.json          only of a study that several workers ran: the next worker's number
     results.parquet, results.csv   a row a trial
-    results.json          the table of finalists and what it says
+    results.json          the table of finalists
+    findings.json         every finding with its numbers and its trials
     report.html, report.zh.html, charts/   what it says, for a browser (report/pages.py)
+    cost.json             what each method's best setting costs (report/costs.py)
+    answers.json          answers of base and finalists to test prompts (report/answers.py)
     lock, owner.json      held by the process that writes; its id and machine
 """
 

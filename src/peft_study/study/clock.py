@@ -1,6 +1,6 @@
 """Ends the search of a study with a time limit while there is time left for the finals, by the speed it runs at.
 
-elapsed + (tokens left of running trials + tokens of the finals) x seconds a token  >  the limit
+elapsed + (tokens left of running trials + tokens of the finals) x seconds a token + the report's measurements  >  limit
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from peft_study.workers.worker import Pace, Report
 
 RESERVED = 0.5
 """Share of the limit that is kept for the finals at most: a short limit still leaves time for a search."""
+
+
+CLOSING = 10.0
+"""Seconds a method at the end, for what it costs and its answers (study/closing.py); the quickstart on 2 cores."""
 
 
 class StudyClock:
@@ -53,7 +57,8 @@ class StudyClock:
         running = [self._paces[trial.name] for trial in state.running() if trial.name in self._paces]
         left = sum(pace.total - pace.step for pace in running) * self._step_tokens
         finals = self._finals(state)
-        reserve = min((left + finals) * a_token, RESERVED * self._limit)
+        closing = CLOSING * len(self._config.searched)
+        reserve = min((left + finals) * a_token + closing, RESERVED * self._limit)
         if not self._told and any(isinstance(event, Evaluated) and event.step > 0 for event in report.events):
             self._told = True
             self._plan(state, a_token, finals * a_token)
@@ -69,7 +74,8 @@ class StudyClock:
 
     def _plan(self, state: StudyState, a_token: float, finals: float) -> None:
         """Says when the search will end at this speed, and with how many settings."""
-        end = max(self._limit - finals, (1 - RESERVED) * self._limit)
+        closing = CLOSING * len(self._config.searched)
+        end = max(self._limit - finals - closing, (1 - RESERVED) * self._limit)
         steps = sum(_steps(state, method) for method in self._config.searched)
         settings = end / max(SHARE * steps * self._step_tokens * a_token, 1e-9)
         self._say(

@@ -14,8 +14,10 @@ from typing import Any
 from safetensors.torch import load_file
 
 from peft_study.config import DataConfig, MethodConfig, NoneConfig
+from peft_study.data import skills
 from peft_study.data.conversation import Conversation, Message
-from peft_study.data.stream import find_conversations
+from peft_study.data.parallel import row_digest
+from peft_study.data.stream import read_conversations
 from peft_study.errors import TemplateError, first_line
 from peft_study.evaluation.generation import AdapterBase, Answerer, put_on
 from peft_study.methods.reference import FullAdapter
@@ -73,16 +75,31 @@ def answer_rows(
 
 
 def _conversations(session: Session, data: DataConfig, examples: Sequence[int]) -> dict[int, Conversation]:
-    """Returns the conversations of test rows, in the order given; only their tokens were kept."""
+    """Returns the conversations of test rows, in the order given, read again: only their tokens were kept."""
     assert session.test is not None
     wanted = {}
     for example in examples:
         tokens, row = session.test.places[example]
         wanted[example] = (tokens.ids[row], tokens.digests[row])
+    ids, missing = {name for name, _ in wanted.values()}, set(wanted.values())
+    found: dict[tuple[str, bytes], Conversation] = {}
+    for conversation in _read(data):
+        if conversation.id in ids and (own := (conversation.id, row_digest(conversation))) in missing:
+            found[own] = conversation
+            missing.remove(own)
+        if not missing:
+            break
+    return {example: found[own] for example, own in wanted.items() if own in found}
+
+
+def _read(data: DataConfig) -> Iterator[Conversation]:
+    """Yields all conversations of the data; those that test rows are most likely among come first."""
     files = [path for path in (data.test, data.held_out) if isinstance(path, str)]
-    sources = [*files, *(source.path for source in data.train)]
-    found = find_conversations(sources, set(wanted.values()), split=data.split, mapping=data.mapping)
-    return {example: found[name] for example, name in wanted.items() if name in found}
+    for path in (*files, *(source.path for source in data.train)):
+        if path == skills.EMBEDDED_NAME:
+            yield from skills.generate()
+        else:
+            yield from read_conversations([path], split=data.split, mapping=data.mapping)
 
 
 def _parted(conversation: Conversation) -> tuple[list[Message], str]:
