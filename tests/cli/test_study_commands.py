@@ -20,6 +20,7 @@ import pytest
 
 from command_line import CommandLine, listing, study_file
 from hand_made import RATE, HandMade
+from peft_study.statistics import TokenCounts
 from peft_study.storage.study_dir import StudyFolder
 
 
@@ -232,7 +233,7 @@ def test_unknown_trials_are_told_the_nearest(cli: CommandLine, trained: Path) ->
 def test_numbers_of_the_list_are_finite_json(cli: CommandLine, tmp_path: Path) -> None:
     """A single held-out example has an interval without ends."""
     study = HandMade(tmp_path / "s", {"lora": RATE})
-    study.examples = type(study.examples)(np.array([10]), np.array([20.0]), np.array([10]))
+    study.examples = type(study.examples)(TokenCounts(np.array([10])), np.array([20.0]), TokenCounts(np.array([10])))
     study.events = study.events[:1]
     study.measured("none", 0, [20.0])
     study.ended("none", "finished")
