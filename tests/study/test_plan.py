@@ -91,7 +91,7 @@ def test_minutes_that_do_not_reach_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_the_search_ends_when_running_trials_and_finals_need_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At 100 tokens a second a trial of 90 steps takes 90 s, two finals of one seed 180 s; the report takes 10 s."""
+    """At 100 tokens a second a trial of 90 steps takes 90 s, two finals of one seed 180 s; the report takes 15 s."""
     now = [0.0]
     monkeypatch.setattr(clock.time, "monotonic", lambda: now[0])
     config = study(

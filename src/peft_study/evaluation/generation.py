@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,8 +135,7 @@ class Answerer:
         self._model, self._tokenizer, self._encoder = model, tokenizer, encoder
         config = getattr(model, "active_peft_config", None)  # none where all weights were trained
         self._virtual: int = getattr(config, "num_virtual_tokens", None) or 0
-        self._base = model if config is None else model.get_base_model()
-        self._positions = learned_positions(self._base)
+        self._positions = learned_positions(model if config is None else model.get_base_model())
 
     @classmethod
     def load(cls, adapter: Path, *, base: str | None = None, device: str = "auto") -> Answerer:
@@ -176,75 +173,38 @@ class Answerer:
         if stream is not None:
             streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
             streamer.on_finalized_text = lambda text, stream_end=False: stream(text)
-        return self._generate([self._encoder.prompt_tokens(turns)], max_new_tokens, streamer)[0]
+        return self.continue_tokens(self._encoder.prompt_tokens(turns), max_new_tokens, streamer)
 
-    def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Returns the answers to prompts of tokens, generated side by side: on a CPU four take the time of one.
-
-        Each answer has the tokens that the prompt alone would get, up to rounding: shorter prompts are padded on the
-        left, behind virtual tokens, and positions count neither pad nor gap.
+    def continue_tokens(self, prompt: Sequence[int], max_new_tokens: int, streamer: Any = None) -> str:
+        """Returns the answer to a prompt of tokens.
 
         Args:
-            prompts: as `ChatEncoder.prompt_tokens` returns them.
+            prompt: as `ChatEncoder.prompt_tokens` returns it.
             max_new_tokens: as of `answer`.
+            streamer: of transformers; receives the tokens one by one.
 
         Raises:
-            ModelError: when the longest prompt leaves no position for an answer.
+            ModelError: when the prompt leaves no position for an answer.
         """
-        window = getattr(self._base.config.get_text_config(), "sliding_window", None)
-        longest = self._virtual + max(map(len, prompts)) + max_new_tokens
-        takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
-        # a window counts pads, and a model without positions may see them
-        if not takes_positions or (window is not None and longest > window):
-            return [self._generate([prompt], max_new_tokens)[0] for prompt in prompts]
-        if not self._virtual:
-            return self._generate(prompts, max_new_tokens)
-        prepare = self._model.prepare_inputs_for_generation
-        self._model.prepare_inputs_for_generation = partial(_with_positions, prepare)
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Position ids are not supported")  # they are given behind PEFT's back
-                return self._generate(prompts, max_new_tokens)
-        finally:
-            del self._model.prepare_inputs_for_generation
-
-    def _generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: Any = None) -> list[str]:
-        """Returns the answers to prompts of tokens as one batch."""
-        longest = max(map(len, prompts))
+        ids = torch.tensor([list(prompt)], device=self._model.device)
         if self._positions is not None:
-            max_new_tokens = min(max_new_tokens, self._positions - self._virtual - longest)
+            max_new_tokens = min(max_new_tokens, self._positions - self._virtual - ids.shape[1])
             if max_new_tokens < 1:
                 virtual = f" and {self._virtual} virtual tokens" if self._virtual else ""
-                what = f"{longest} tokens of the prompt{virtual} leave none of the model's {self._positions} "
+                what = f"{ids.shape[1]} tokens of the prompt{virtual} leave none of the model's {self._positions} "
                 remedy = "give a shorter prompt, or begin a new conversation"
                 raise ModelError(f"{what}positions for an answer", remedy=remedy)
-        pad = self._tokenizer.pad_token_id or self._tokenizer.eos_token_id
-        gaps = [longest - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[pad or 0] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)])
-        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
         with torch.inference_mode():
             out = self._model.generate(
-                input_ids=ids.to(self._model.device),
-                attention_mask=mask.to(self._model.device),
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
-                pad_token_id=pad,
+                pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
             )
-        return [self._tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
-
-
-def _with_positions(prepare: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Returns what PEFT gives the model for its next tokens, with positions that do not count what is masked.
-
-    PEFT gives prompt tuning none; the model would then count the pads between virtual tokens and text.
-    """
-    inputs = prepare(*args, **kwargs)
-    if inputs.get("attention_mask") is None:  # prompts of one length: nothing is padded
-        return inputs
-    given = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-    positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp_min(0)
-    return {**inputs, "position_ids": positions[:, -given.shape[1] :]}
+        text: str = self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return text
 
 
 @dataclass(frozen=True, slots=True)

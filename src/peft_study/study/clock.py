@@ -18,7 +18,7 @@ RESERVED = 0.5
 """Share of the limit that is kept for the finals at most: a short limit still leaves time for a search."""
 
 
-CLOSING = 10.0
+CLOSING = 15.0
 """Seconds a method at the end, for what it costs and its answers (study/closing.py); the quickstart on 2 cores."""
 
 
