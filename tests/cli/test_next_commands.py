@@ -32,7 +32,7 @@ def test_the_commands_after_a_lora_run(
     flags = ("finetune", "--model_name_or_path", tiny_model_folder, "--train_file", data, "--max_train_steps", 1)
     ran = cli(*flags, "--use_lora", "--output_dir", out, "--with_tracking").ok()
     (line,) = [line for line in ran.out.splitlines() if line.startswith("total time ")]
-    files = f"losses by step: {out / 'metrics.jsonl'}; report: {out / 'report.html'}; everything else: {out}"
+    files = f"losses by step: {out / 'metrics.jsonl'}, as a page: {out / 'report.html'}; everything else: {out}"
     assert f"s; {files}" in line
     found = commands(ran)
     assert tuple(found) == LABELS
