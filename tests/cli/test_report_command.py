@@ -241,7 +241,10 @@ def test_two_studies_on_the_same_rows_have_paired_differences(cli: CommandLine, 
 
 @pytest.mark.parametrize(
     ("digests", "why"),
-    [(("a", "b"), "their held-out rows are not the same"), ((None, "b"), "does not name its held-out rows")],
+    [
+        (("a", "b"), "their records do not name the same held-out rows"),
+        ((None, "b"), "does not name its held-out rows"),
+    ],
 )
 def test_studies_on_other_rows_are_not_subtracted(
     cli: CommandLine, tmp_path: Path, digests: tuple[str | None, str], why: str

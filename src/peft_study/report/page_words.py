@@ -143,7 +143,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "{first} and {second}: no paired differences, as {why}.",
         "{first} 与 {second}：没有配对差值，因为{why}。",
     ),
-    "why_rows": ("their held-out rows are not the same", "两者的留出样本不同"),
+    "why_rows": (
+        "their records do not name the same held-out rows (other data, another split, another version of the program)",
+        "两者的记录所列的留出样本不同（数据、划分或程序版本不同）",
+    ),
     "why_unknown": ("the record of one of them does not name its held-out rows", "其中一个没有记录留出样本"),
     "why_finals": ("they have no method that was retrained in both", "没有在两者中都重新训练的方法"),
     "paired_note": (
