@@ -29,6 +29,7 @@ _COUNTED = ("running", "interrupted", "finished", "pruned", "diverged", "failed"
 def show_status(study: StudyRecord, found: StudyStatus) -> None:
     """Prints the state of a study."""
     from peft_study.report.findings import recommendation
+    from peft_study.search.trials import setting_name
 
     output = console()
     write(output, state_text(study.folder.path, found.state, found.reason, study.owner))
@@ -53,8 +54,7 @@ def show_status(study: StudyRecord, found: StudyStatus) -> None:
     for name in study.state.recommended:
         write(output, recommendation(name, study.state).text["en"])
     if study.state.winner is not None:
-        name, number = study.state.winner
-        write(output, f"winner by mean dev loss of its seeds: {name}-{number:03d}")
+        write(output, f"winner by mean dev loss of its seeds: {setting_name(*study.state.winner)}")
     if found.unfinished:
         shown = ", ".join(f"{name} {steps_text(step, total)}" for name, step, total in found.unfinished[:8])
         more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""

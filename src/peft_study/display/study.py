@@ -285,7 +285,7 @@ def finals_table(results: Results) -> Table:
     for f in results.finalists:
         mark = " *" if f.winner else " (untuned)" if f.untuned else f" ({f.failed} failed)" if f.failed else ""
         rows.add_row(
-            f"{f.method}-{f.number:03d}{mark}",
+            f"{f.name}{mark}",
             plus_minus(f.dev),
             plus_minus(f.test),
             plus_minus(f.test_minus_base),

@@ -122,8 +122,7 @@ def _card(
     row = best_row(results, method) if final is None else None
     settings = final.settings if final is not None else row.settings if row is not None else {}
     loss, above = _loss(view, results, final, method, on_test=on_test)
-    name = None if final is None else f"{method}-{final.number:03d}"
-    name = row.trial.name if row is not None else name
+    name = final.name if final is not None else row.trial.name if row is not None else None
     use_test = final is not None and on_test
     base = shown(results.base_test if use_test else results.base_dev, t)
     verdict, mood = _verdict(above)

@@ -122,7 +122,7 @@ def _pareto(results: Results, costs: Mapping[str, Any], colours: Mapping[str, st
     for what in COSTS:
         points = []
         for final in finalists:
-            name, measured = f"{final.method}-{final.number:03d}", costs.get(final.method)
+            name, measured = final.name, costs.get(final.method)
             cost = getattr(measured, what, None) if measured is not None and measured.setting == name else None
             if what == "trainable":
                 cost = cost or trained.get((final.method, final.number))

@@ -204,7 +204,7 @@ def _finals(config: StudyConfig, state: StudyState, results: Results, method: st
         return []
     trials = state.finals_of(method, best.number)
     values = {
-        "setting": f"{method}-{best.number:03d}",
+        "setting": best.name,
         "settings": best.settings,
         "dev": numbers(best.dev),
         "dev_of_seeds": list(best.dev_of_seeds),
@@ -266,7 +266,7 @@ def _order(config: StudyConfig, state: StudyState, results: Results) -> list[Fin
         trials = [trial for final in ranked for trial in state.finals_of(final.method, final.number)]
         values = {
             "part": _part(results),
-            "groups": [[f"{final.method}-{final.number:03d}" for final in group] for group in results.groups],
+            "groups": [[final.name for final in group] for group in results.groups],
             "smallest": None if results.smallest is None else list(results.smallest),
             "examples": results.test_examples if results.on_test else results.dev_examples,
         }
@@ -296,8 +296,13 @@ def _winner(config: StudyConfig, state: StudyState, results: Results) -> Finding
         setting=label(winner.settings, config, winner.method),
         more=joined(more, "nothing"),
     )
-    name = f"{winner.method}-{winner.number:03d}"
-    values = {"winner": name, "settings": winner.settings, "seeds": seeds, "dev": numbers(winner.dev), "alike": close}
+    values = {
+        "winner": winner.name,
+        "settings": winner.settings,
+        "seeds": seeds,
+        "dev": numbers(winner.dev),
+        "alike": close,
+    }
     return Finding("winner", winner.method, text, names(finals), values)
 
 
@@ -320,7 +325,7 @@ def _ranking(results: Results) -> Text:
 
 def _final_name(final: Finalist, results: Results) -> Text:
     several = sum(other.method == final.method for group in results.groups for other in group) > 1
-    return same(f"{final.method}-{final.number:03d}") if several else title(final.method)
+    return same(final.name) if several else title(final.method)
 
 
 def _pruning(config: StudyConfig, state: StudyState, results: Results) -> Finding:

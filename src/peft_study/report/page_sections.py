@@ -258,7 +258,7 @@ def examples(view: StudyView, t: Words) -> list[ShownExample]:
     """Returns the prompts with the answers of base and finalists; none where they were not kept."""
     if view.answers is None or view.results is None:
         return []
-    places_of = {f"{f.method}-{f.number:03d}": view.results.methods.index(f.method) for f in view.results.finalists}
+    places_of = {f.name: view.results.methods.index(f.method) for f in view.results.finalists}
     found = []
     for row in view.answers.rows:
         title = ", ".join(str(part) for part in (row.source, row.id or f"#{row.example}") if part)

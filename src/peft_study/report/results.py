@@ -15,7 +15,7 @@ import numpy as np
 
 from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.search import range_expansion
-from peft_study.search.trials import StudyState, TrialRecord, best_first
+from peft_study.search.trials import StudyState, TrialRecord, best_first, setting_name
 from peft_study.statistics import (
     CONFIDENCE,
     Estimate,
@@ -88,6 +88,11 @@ class Finalist:
     edges: dict[str, str]
     untuned: bool
     winner: bool
+
+    @property
+    def name(self) -> str:
+        """Of the setting: ``lora-003``."""
+        return setting_name(self.method, self.number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,7 +163,7 @@ class StudyResult:
         seeds, paired by example, corrected for all pairs (Holm), on the test part where it was opened, else on dev.
         """
         found = () if self._results is None else self._results.groups
-        return tuple(tuple(_name(final) for final in group) for group in found)
+        return tuple(tuple(final.name for final in group) for group in found)
 
     @property
     def findings(self) -> str:
@@ -230,9 +230,9 @@ class StudyResult:
     def _final(self, final: Finalist) -> TrainedAdapter:
         trials = self._record.state.finals_of(final.method, final.number)
         seeds = sorted((trial for trial in trials if trial.last is not None), key=value_of) or trials
-        name = seeds[0].name if seeds else _name(final)
+        name = seeds[0].name if seeds else final.name
         return TrainedAdapter(
-            _name(final),
+            final.name,
             final.method,
             final.settings,
             self._record.folder.trial(name).adapter,
@@ -253,7 +253,3 @@ def open_study(path: str | Path | None = None) -> StudyResult:
         OutputError: when there is none, or its files are damaged.
     """
     return StudyResult(read_study(None if path is None else Path(path)))
-
-
-def _name(final: Finalist) -> str:
-    return f"{final.method}-{final.number:03d}"

@@ -26,7 +26,7 @@ from peft_study.search.prior import rate_prior
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import SpaceSampler
 from peft_study.search.surrogate import Surrogate
-from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, value_of
+from peft_study.search.trials import StudyState, TrialRecord, best_first, final_seeds, setting_name, value_of
 from peft_study.seeds import key
 from peft_study.statistics import Counts
 from peft_study.storage.journal import Event, Journal
@@ -212,7 +212,7 @@ class Scheduler:
             rungs=self._rungs(space, training),
             keep=not is_exclusive(space.kind),
         )
-        return self._ask(f"{method}-{len(trials):03d}", method, "search", len(trials), values, settings)
+        return self._ask(setting_name(method, len(trials)), method, "search", len(trials), values, settings)
 
     def _next_final(self, methods: Sequence[str]) -> TrialRecord | None:
         for method in methods:
@@ -228,7 +228,7 @@ class Scheduler:
                     settings = TrialSettings(
                         method=found.settings.method, training=self._counted(training), measure_start=False
                     )
-                    name = f"{method}-{number:03d}-seed-{seed}"
+                    name = f"{setting_name(method, number)}-seed-{seed}"
                     return self._ask(name, method, "final", number, found.values, settings)
         return None
 

@@ -301,6 +301,11 @@ def final_seeds(config: StudyConfig) -> tuple[int, ...]:
     return tuple(range(first, first + config.finals.seeds))
 
 
+def setting_name(method: str, number: int) -> str:
+    """Returns the name of a searched setting, which is that of its trial."""
+    return f"{method}-{number:03d}"
+
+
 def best_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Returns the finished ones of some trials, least held-out loss first."""
     return sorted((trial for trial in trials if trial.last is not None), key=value_of)

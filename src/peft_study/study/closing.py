@@ -15,7 +15,7 @@ from peft_study.errors import OutputError, first_line
 from peft_study.report.answers import ANSWERS_FILE, AnsweredRow, Answers, write_answers
 from peft_study.report.costs import COST_FILE, MethodCost, write_costs
 from peft_study.report.results import Results
-from peft_study.search.trials import StudyState, TrialRecord, best_first
+from peft_study.search.trials import StudyState, TrialRecord, best_first, setting_name
 from peft_study.statistics import Losses
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.study_dir import StudyFolder
@@ -118,7 +118,7 @@ def wins_and_losses(difference_N: Losses, count: int) -> list[int]:
 
 
 def _setting(trial: TrialRecord) -> str:
-    return f"{trial.method}-{trial.number:03d}"
+    return setting_name(trial.method, trial.number)
 
 
 def _weights(folder: StudyFolder, trial: TrialRecord) -> int | None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_study.config import StudyConfig
 from peft_study.report.study_reader import read_study
+from peft_study.search.trials import setting_name
 from peft_study.study.callbacks import Callback, LiveTrial
 from peft_study.training.session import Say
 from peft_study.training.trackers import Trackers
@@ -55,7 +56,7 @@ class TrackerCallback(Callback):
             return
         trials, best = read_study(result.folder).state.trials, result.best
         for row in result.trials_dataframe().to_dict("records"):
-            name, winner = row["name"], best is not None and f"{row['method']}-{row['number']:03d}" == best.name
+            name, winner = row["name"], best is not None and setting_name(row["method"], row["number"]) == best.name
             if row["kind"] == "final" or (row["kind"] == "search" and winner):
                 self._begin(name, row["method"], row["kind"], trials[name].settings.flat)
                 values = {key: _plain(row[key]) for key in ("reason", "dev", "dev_minus_base", "test")}
