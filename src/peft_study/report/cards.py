@@ -125,7 +125,7 @@ def _card(
     name = final.name if final is not None else row.trial.name if row is not None else None
     use_test = final is not None and on_test
     base = shown(results.base_test if use_test else results.base_dev, t)
-    verdict, mood = _verdict(above)
+    verdict, mood = verdict_of(above)
     searched = list(view.record.config.methods[method].dimensions()) or ["learning_rate"]
     seeds = len(final.dev_of_seeds) if final is not None else 1
     return Card(
@@ -149,7 +149,8 @@ def _card(
     )
 
 
-def _verdict(above: Estimate | None) -> tuple[str | None, str]:
+def verdict_of(above: Estimate | None) -> tuple[str | None, str]:
+    """Returns the key of what a difference from the base says, None without an interval, and its mood."""
     if above is None or not above.bounded:
         return None, ""
     if not above.excludes_zero():
@@ -194,7 +195,7 @@ def _costs(view: StudyView, results: Results, t: Words, method: str, final: Fina
 
 
 def _commands(view: StudyView, t: Words, method: str, final: Finalist | None, row: Row | None) -> Pairs:
-    """Returns what can be done with a method's best adapter, where it lies there."""
+    """Returns what can be done with a method's best adapter, where it is there."""
     trials: Sequence[Any] = [row.trial] if row is not None else []
     if final is not None:
         trials = sorted(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
+from peft_study.config import StudyConfig, TrainConfig
 from peft_study.report import page_sections
-from peft_study.report.cards import Card, Pairs, cards, command
+from peft_study.report.cards import Card, Pairs, cards, command, verdict_of
 from peft_study.report.chart_data import Charts
 from peft_study.report.charts import colours, paired
 from peft_study.report.findings import TOPICS
@@ -67,12 +69,24 @@ def _study(view: StudyView, t: Words) -> str:
 
 
 def _subtitle(view: StudyView, t: Words) -> str:
-    config, elapsed, began = view.record.config, view.status.elapsed, view.record.began
+    status, methods = view.status, ", ".join(view.record.config.methods)
+    return _line(shortened(methods, 300), view.record.config, status.state, view.record.began, status.elapsed, t)
+
+
+def _line(
+    what: str,
+    config: StudyConfig | TrainConfig,
+    state: str,
+    began: datetime | None,
+    elapsed: timedelta | None,
+    t: Words,
+) -> str:
+    """Returns what was trained, on which model and data, and when; of an unfinished one the page tells the state."""
     parts = [
-        shortened(", ".join(config.methods), 300),
+        what,
         shortened(config.model.name, 100),
         ", ".join(shortened(str(source.path), 100) for source in config.data.train),
-        *([t("state_finished")] if view.status.state == "finished" else []),
+        *([t("state_finished")] if state == "finished" else []),
         *([began.strftime("%Y-%m-%d %H:%M UTC")] if began else []),
         *([t("took", time=duration(elapsed.total_seconds()))] if elapsed else []),
     ]
@@ -188,7 +202,7 @@ def _run(view: RunView, t: Words) -> str:
     ]
     values = {
         "view": view,
-        "subtitle": _run_subtitle(view, t),
+        "subtitle": _line(config.method.method, config, status.state, status.began, status.elapsed, t),
         "card_": _run_card(view, t),
         "curve": curve,
         "settings": settings,
@@ -199,19 +213,6 @@ def _run(view: RunView, t: Words) -> str:
     return render("run.html.jinja", t, f"{view.name} – peft-study", view.charts, values)
 
 
-def _run_subtitle(view: RunView, t: Words) -> str:
-    status, config = view.status, view.status.config
-    parts = [
-        config.method.method,
-        shortened(config.model.name, 100),
-        ", ".join(shortened(str(source.path), 100) for source in config.data.train),
-        *([t("state_finished")] if status.state == "finished" else []),
-        *([status.began.strftime("%Y-%m-%d %H:%M UTC")] if status.began else []),
-        *([t("took", time=duration(status.elapsed.total_seconds()))] if status.elapsed else []),
-    ]
-    return " · ".join(parts)
-
-
 def _run_card(view: RunView, t: Words) -> Card | None:
     """Returns the card of a run's adapter; None before its first held-out loss."""
     status, kept = view.status, view.status.kept
@@ -219,8 +220,7 @@ def _run_card(view: RunView, t: Words) -> Card | None:
         return None
     base = kept.loss.value - kept.minus_base.value
     first = shown(status.curve[0].loss, t)
-    told = kept.minus_base.bounded and kept.minus_base.excludes_zero()
-    better = kept.minus_base.value < 0
+    verdict, mood = verdict_of(kept.minus_base)
     folder, method = status.folder, status.config.method.method
     commands: list[tuple[str, str]] = []
     if folder.adapter.is_dir():
@@ -229,7 +229,6 @@ def _run_card(view: RunView, t: Words) -> Card | None:
             commands.append((t("merge"), command("merge", folder.adapter, "-o", f"{folder.path}_merged")))
     settings: Pairs = tuple(flattened(status.config.method.model_dump(mode="json")))
     drawn: dict[str, Strip] = strips({"": kept.loss}, Estimate(base, base, base))
-    verdict = "verdict_same" if not told else "verdict_better" if better else "verdict_worse"
     return Card(
         method,
         0,
@@ -245,8 +244,8 @@ def _run_card(view: RunView, t: Words) -> Card | None:
         shown(kept.loss, t),
         shown(kept.minus_base, t, sign=True),
         f"{base:.2f}",
-        verdict if kept.minus_base.bounded else None,
-        ("good" if better else "bad") if told else "",
+        verdict,
+        mood,
         f"{t('step').lower()} {kept.step:,}",
         drawn.get(""),
         (),

@@ -78,7 +78,7 @@ def write_page(views: Sequence[View], lang: str = "en", path: Path | None = None
 
 
 def try_page(folder: Path, say: Callable[[str], None]) -> Path | None:
-    """Writes the page of a study or run that has just ended; where that fails, says so and returns None.
+    """Writes the page of a study or run that has just ended; where that fails, warns and returns None.
 
     What was trained is not to be lost for its report.
     """
@@ -173,10 +173,9 @@ def _curve(view: RunView) -> list[dict[str, Any]]:
 
 
 def _pair_values(found: Any) -> dict[str, Any]:
-    def ends(each: Estimate) -> dict[str, float]:
-        return {"value": each.value, "low": each.low, "high": each.high}
-
-    differences = [{"label": each.label, "method": each.method, **ends(each.difference)} for each in found.differences]
+    differences = [
+        {"label": each.label, "method": each.method, **asdict(each.difference)} for each in found.differences
+    ]
     return {"first": found.first, "second": found.second, "part": found.part, "differences": differences}
 
 

@@ -115,14 +115,8 @@ def _answers(
     """Returns one system's answers; the base is then as it was."""
     base = session.base
     if is_exclusive(method.method):
-        weights = create(method, base, session.material, 0)
-        assert isinstance(weights, FullAdapter)
-        weights.load(load_file(folder / "model.safetensors"))
-        weights.attach()
-        try:
+        with whole_model(session, method, folder):
             return _answers(session, NoneConfig(), folder, prompts, max_new_tokens)
-        finally:
-            weights.detach()
     with _generating(base):
         model = base.model
         if not isinstance(method, NoneConfig):
@@ -131,6 +125,19 @@ def _answers(
         answerer = Answerer(model, base.tokenizer, session.encoder)
         # one at a time: beside others a prompt gets other tokens in half precision (4 of 12 on the quickstart)
         return [answerer.continue_tokens(prompt, max_new_tokens) for prompt in prompts]
+
+
+@contextmanager
+def whole_model(session: Session, method: MethodConfig, folder: Path) -> Iterator[None]:
+    """Gives the base the weights of a trained model for the block."""
+    weights = create(method, session.base, session.material, 0)
+    assert isinstance(weights, FullAdapter)
+    weights.load(load_file(folder / "model.safetensors"))
+    weights.attach()
+    try:
+        yield
+    finally:
+        weights.detach()
 
 
 @contextmanager

@@ -4,7 +4,7 @@
              <--the first thing that went wrong--
 
 A trial of a study is a run of the group that has the study's name. The id of a run is made of its name and of a number
-in trackers.json of the folder: a study that resumes continues its runs, and one that begins anew makes new ones.
+in trackers.json of the folder: a study that resumes continues its runs, and one that starts again makes new ones.
 """
 
 from __future__ import annotations

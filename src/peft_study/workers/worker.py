@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.torch import load_file
 
 from peft_study.config import DataConfig, LoggingConfig, MethodConfig, TrialSettings
 from peft_study.engine import checkpoint
@@ -19,11 +18,11 @@ from peft_study.engine.guards import Trainable
 from peft_study.engine.row import DoesNotFit
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
-from peft_study.methods.reference import FullAdapter, NoAdapter
-from peft_study.methods.registry import create, is_exclusive
+from peft_study.methods.reference import NoAdapter
+from peft_study.methods.registry import is_exclusive
 from peft_study.statistics import Losses, TokenCounts
 from peft_study.storage.held_out import HeldOut
-from peft_study.training.answers import answer_rows
+from peft_study.training.answers import answer_rows, whole_model
 from peft_study.training.cost import TrialCost, measure_costs
 from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
@@ -183,20 +182,9 @@ class Worker:
                 break
         for name, method, folder in trained:
             if is_exclusive(method.method):
-                sums[name] = self._test_alone(method, folder)
+                with whole_model(session, method, folder):
+                    sums[name] = session.engine.losses([NoAdapter()], session.test, everything)[0]
         return sums
-
-    def _test_alone(self, method: MethodConfig, folder: Path) -> Losses:
-        session = self.session
-        assert session.test is not None
-        adapter = create(method, session.base, session.material, 0)
-        assert isinstance(adapter, FullAdapter)
-        adapter.load(load_file(folder / "model.safetensors"))
-        adapter.attach()
-        try:
-            return session.engine.losses([NoAdapter()], session.test, range(len(session.test)))[0]
-        finally:
-            adapter.detach()
 
     def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
         """Returns what a trial of each setting costs; no trial may be running here."""
