@@ -24,7 +24,7 @@ from peft_study.report.evidence import (
     searched,
 )
 from peft_study.report.limit_findings import limits, untested
-from peft_study.report.responses import responses
+from peft_study.report.responses import Response, responses
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.report.wording import (
     LANGUAGES,
@@ -64,7 +64,12 @@ TOPICS = (*MAIN, "sensitivity", "pareto", "untested")
 
 
 def find(
-    config: StudyConfig, state: StudyState, examples: HeldOut, results: Results, costs: Mapping[str, Any]
+    config: StudyConfig,
+    state: StudyState,
+    examples: HeldOut,
+    results: Results,
+    costs: Mapping[str, Any],
+    curves: Sequence[Response] | None = None,
 ) -> tuple[Finding, ...]:
     """Returns what a study has found so far.
 
@@ -74,9 +79,10 @@ def find(
         examples: held out.
         results: of these (`collect`).
         costs: what each method costs (`report.costs`); empty where it was not measured.
+        curves: of `responses`, where the caller has them.
     """
     found = [_base(state, results)]
-    curves = responses(config, state, examples)
+    curves = responses(config, state, examples) if curves is None else curves
     for method in results.methods:
         found += _search(config, state, results, method)
         found += _finals(config, state, results, method)

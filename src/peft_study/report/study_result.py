@@ -214,7 +214,9 @@ class StudyResult:
         from peft_study.report.view import study_view
         from peft_study.report.writing import write_page
 
-        return WrittenReport(write_page([study_view(self._record)], lang, None if path is None else Path(path)))
+        return WrittenReport(
+            write_page([study_view(self._record, self._results)], lang, None if path is None else Path(path))
+        )
 
     def __repr__(self) -> str:
         best = "nothing is ranked" if self.best is None else f"best: {self.best.name}, dev loss {self.best.dev}"

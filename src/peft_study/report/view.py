@@ -83,15 +83,16 @@ def view_of(path: Path | None) -> StudyView | RunView:
     return study_view(read_study(path))
 
 
-def study_view(record: StudyRecord) -> StudyView:
-    """Returns what a report says about a study."""
+def study_view(record: StudyRecord, results: Results | None = None) -> StudyView:
+    """Returns what a report says about a study; `results`: where the caller has collected them."""
     environment = record.folder.run.record() or {}
     status = study_status(record)
     if record.examples is None:
         return StudyView(record, status, None, (), {}, None, {}, environment)
-    results = collect(record.config, record.state, record.examples, record.folder)
+    results = results or collect(record.config, record.state, record.examples, record.folder)
     folder = record.folder.path
     measured = costs(folder)
-    found = find(record.config, record.state, record.examples, results, measured)
-    charts = charts_of(record, results, responses(record.config, record.state, record.examples), measured)
+    curves = responses(record.config, record.state, record.examples)
+    found = find(record.config, record.state, record.examples, results, measured, curves)
+    charts = charts_of(record, results, curves, measured)
     return StudyView(record, status, results, found, measured, answers(folder), charts, environment)
