@@ -20,6 +20,7 @@ LAYERS = (
     "statistics",
     "config",
     "storage",
+    "doctor",
     "model",
     "methods",
     "data",
