@@ -34,7 +34,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Climb:
-    """The largest rise from the lowest level so far: `size` nats up to `peak`, beginning at `step`."""
+    """The largest rise from the lowest level so far: `size` nats up to `peak`, beginning at `step`.
+
+    `sudden`: half of it comes within one window.
+    """
 
     size: float
     errors: float
@@ -42,6 +45,7 @@ class Climb:
     before: float
     peak: float
     peak_step: int
+    sudden: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,23 +125,24 @@ class Series:
         place = int(rises.argmax())
         low = int(levels[: place + 1].argmin())
         peak = place + width
-        begin = self._jump(low, peak, width)
+        begin, jump = self._jump(low, peak, width)
         # a median's error is 1.25 times a mean's
         error = self.noise * math.sqrt(2 * self.inflation / width) * (1.25 if width < 8 else 1.0)
         size = float(rises[place])
         errors = size / error if error > 0 else (math.inf if size > 0 else 0.0)
         peak_step = int(self.steps[peak + width // 2])
-        return Climb(size, errors, int(self.steps[begin]), float(levels[low]), float(levels[peak]), peak_step)
+        sudden = jump >= size / 2
+        return Climb(size, errors, int(self.steps[begin]), float(levels[low]), float(levels[peak]), peak_step, sudden)
 
-    def _jump(self, low: int, peak: int, width: int) -> int:
-        """Returns the point at which the level rises most between two windows."""
+    def _jump(self, low: int, peak: int, width: int) -> tuple[int, float]:
+        """Returns the point at which the level rises most between two neighbouring windows, and by how much."""
         best, where = -math.inf, low + width
         for point in range(low + 1, min(peak + width, len(self))):
             before, after = self.values[max(0, point - width) : point], self.values[point : point + width]
             rise = float(np.median(after) - np.median(before)) + 1e-3 * float(after[0] - before[-1])
             if rise > best:
                 best, where = rise, point
-        return where
+        return where, best
 
 
 def series_of(steps: Floats, values: Floats, *, paired: bool = False) -> Series | None:
@@ -175,6 +180,15 @@ def training_series(curve: LossCurve) -> Series | None:
     return series_of(curve.steps, curve.loss)
 
 
+def held_out_fall(curve: LossCurve) -> float:
+    """Returns the fall of the held-out loss from its first value to its least, as a share; 0 where not known."""
+    losses = curve.held_out_loss
+    known = losses[np.isfinite(losses)] if losses is not None else np.empty(0)
+    if len(known) < 2 or known[0] <= 0:
+        return 0.0
+    return float((known[0] - known.min()) / known[0])
+
+
 def _noise(values: Floats) -> tuple[float, float]:
     """Returns the standard deviation of a point about its level, and the inflation of a mean's variance.
 
@@ -184,7 +198,7 @@ def _noise(values: Floats) -> tuple[float, float]:
     if number < 8:
         seconds = np.diff(values, 2)
         return float(np.sqrt(np.mean(seconds**2) / 6)), 1.0
-    half = max(2, number // 16)
+    half = max(3, number // 8)
     rest = np.array([_residual(values, place, half) for place in range(1, number - 1)])
     # a median of few points lies nearer to its own middle point than the level does
     few = 1 + 0.6 / (2 * half + 1)
@@ -192,7 +206,8 @@ def _noise(values: Floats) -> tuple[float, float]:
     if rest.std() == 0:
         return 0.0, 1.0
     lag = float(np.corrcoef(rest[:-1], rest[1:])[0, 1]) if np.ptp(rest[:-1]) and np.ptp(rest[1:]) else 0.0
-    lag = min(max(lag, 0.0), 0.8)
+    # of a short series the correlation is estimated too low (Kendall 1954)
+    lag = min(max(lag + (1 + 4 * max(lag, 0.0)) / number, 0.0), 0.8)
     return spread, (1 + lag) / (1 - lag)
 
 

@@ -10,7 +10,7 @@ from peft_study.doctor.diagnosis import Problem, Said
 from peft_study.doctor.observations import Observations
 from peft_study.doctor.rates import lower_rate, rates_said
 from peft_study.doctor.rule import rule
-from peft_study.doctor.trend import LEAST_POINTS, Series, training_series
+from peft_study.doctor.trend import LEAST_POINTS, Series, held_out_fall, training_series
 
 RISES = 4.0
 """Standard errors by which the end lies above the beginning: chance gives that to one run in 30,000."""
@@ -134,6 +134,8 @@ def undecided(seen: Observations) -> Problem | None:
     curve = seen.curve
     assert curve is not None
     series = training_series(curve)
+    if held_out_fall(curve) > WORTHWHILE:
+        return None
     if series is None:
         count = int(np.isfinite(curve.loss).sum())
         needed, spread = LEAST_POINTS, Said(f"it has {count}", f"只有 {count} 个点")
