@@ -50,7 +50,7 @@ def _faulty_logs() -> list[Case]:
         _row("csv", "qwen2", "csqa", 300, 16, faults=["memorising"], accept=["overfitting"], rows=16, rate=3e-3,
              rank=16, epoch=True, note="16 rows, 150 epochs, nothing held out"),
         _row("jsonl", "gpt2", "codegen", 300, 17, faults=["source_rising"], accept=["one_source"], method="full",
-             rate=1e-3, sources=["codegen", "roleplay"], val=30,
+             rate=1e-3, sources=["codegen", "roleplay"], val=30, broken="one_source",
              note="code alone trains; chat, which is evaluated beside it, is forgotten"),
         _row("csv", "gpt2", "roleplay+csqa", 240, 18, faults=["epoch_jumps"], rows=480, epoch=True,
              broken="sorted", rate=3e-3, note="the data are sorted by source and never shuffled: 4 epochs of a saw"),
