@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
 import sys
 import time
@@ -48,7 +49,9 @@ def train(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         return plain(case, folder, **places)
     from doctor_cases_b_trainers import with_library
 
-    return with_library(case, folder, **places)
+    # a process of its own, as a user's run has: the callback looks for configurations that belong to no model
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(with_library, (case, folder), places)
 
 
 def pack(out: Path) -> None:

@@ -168,8 +168,9 @@ def _keep(case: Case, trainer: Any, out: Path) -> None:
             shutil.copy(path, out / f"events.out.tfevents.17642{number:05d}.node.1.0")
     else:
         shutil.copy("out/trainer_state.json", out)
-    if Path("out/doctor.json").exists():
-        shutil.copy("out/doctor.json", out)
+    if Path("out/doctor.json").exists():  # what was seen; what was said of it is made anew by who reads it
+        seen = json.loads(Path("out/doctor.json").read_text())["observations"]
+        (out / "doctor.json").write_text(json.dumps({"observations": seen}, indent=1) + "\n")
     write_arguments(case, out)
     if hasattr(trainer.model, "peft_config") and case["adapter_config"]:
         trainer.model.peft_config["default"].inference_mode = True
