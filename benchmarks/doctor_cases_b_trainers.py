@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from doctor_cases_b_loop import Run, measured, task_of, write_arguments
-from doctor_cases_b_worlds import BOS, EOS, Pair, attach, base, collate, encode, held_out_loss, split
+from doctor_cases_b_worlds import BOS, EOS, Pair, attach, base, collate, encode, fitting, held_out_loss, split
 
 Case = dict[str, Any]
 
@@ -38,7 +38,7 @@ def _trained(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: 
     held = task_of({**case, "broken": None}, tokenizer, data).all_held
     untouched = held_out_loss(built, held, device)
     unattached = attach_as_broken(case, built, tokenizer)
-    train, evaluation = broken_pairs(case, data)
+    train, evaluation = (fitting(part[:1200], tokenizer, _fits(case)) for part in broken_pairs(case, data))
     os.environ["TENSORBOARD_LOGGING_DIR"] = "out/runs"
     make = _sft if case["kind"] == "trl" else _plain_trainer
     trainer = make(case, unattached[0], tokenizer, train, evaluation[:32])
@@ -55,6 +55,11 @@ def _trained(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: 
     result = measured(untouched, found, history)
     result["eval"] = [[h["step"], round(h["eval_loss"], 4)] for h in history if "eval_loss" in h]
     return result
+
+
+def _fits(case: Case) -> int:
+    """Returns the tokens that a pair may have: the scripts leave out what does not fit, but for the one that cuts."""
+    return 10_000 if case["broken"] == "truncate" else {"toolformer": 160, "codegen": 144}.get(case["data"], 112)
 
 
 def attach_as_broken(case: Case, built: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -123,7 +128,7 @@ def _plain_trainer(case: Case, model: Any, tokenizer: Any, train: list[Pair], he
 
 def _encoded(case: Case, pair: Pair, tokenizer: Any) -> dict[str, list[int]]:
     if case["broken"] != "truncate":
-        return encode(pair, tokenizer, 96)
+        return encode(pair, tokenizer, 300)
     asked = tokenizer(f"Q: {pair[0]}\nA: ")["input_ids"]
     answered = tokenizer(pair[1], add_special_tokens=False)["input_ids"]
     labels = [-100] * len(asked) + answered
@@ -150,12 +155,10 @@ def _sft(case: Case, model: Any, tokenizer: Any, train: list[Pair], held: list[P
             return Dataset.from_list([{"text": f"{question}\n{answer}"} for question, answer in pairs])
         return Dataset.from_list([{"prompt": f"{first}Q: {q}\nA: ", "completion": a} for q, a in pairs])
 
-    short = [pair for pair in train if len(pair[0]) + len(pair[1]) < 260 or case["data"] == "toolformer"]
-    length = 256 if case["data"] == "toolformer" else 128
     return SFTTrainer(
         model=model,
-        args=SFTConfig(**_arguments(case), max_length=length),
-        train_dataset=rows(short[:600]),
+        args=SFTConfig(**_arguments(case), max_length=256),
+        train_dataset=rows(train),
         eval_dataset=rows(held),
         processing_class=tokenizer,
     )

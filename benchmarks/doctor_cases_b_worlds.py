@@ -17,6 +17,7 @@ FILES = {
     "toolformer": "gpteacher/toolformer.jsonl.gz",
     "csqa": "commonsenseqa/train.jsonl.gz",
     "codealpaca": "codealpaca-2k/train.jsonl.gz",
+    "p3": "p3-t0/train.jsonl.gz",
 }
 PAD, BOS, EOS = 0, 1, 2
 HELD_OUT = 48
@@ -65,7 +66,9 @@ def tiny_tokenizer(work: Path, data: Path, *, bos: bool) -> Any:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        made.train_from_iterator([text for name in FILES for pair in pairs(name, data)[:600] for text in pair], trainer)
+        made.train_from_iterator(
+            [text for name in [*FILES][:6] for pair in pairs(name, data)[:600] for text in pair], trainer
+        )
         made.save(str(path))
     built = Tokenizer.from_file(str(path))
     if bos:
@@ -124,6 +127,12 @@ def _pretrain(model: Any, tokenizer: Any, data: Path, steps: int = 900) -> None:
         optimizer.step()
         schedule.step()
         model.zero_grad()
+
+
+def fitting(found: list[Pair], tokenizer: Any, length: int) -> list[Pair]:
+    """Returns the pairs that fit whole."""
+    whole = ["".join((*as_text(q, tokenizer)[:1], a, tokenizer.eos_token)) for q, a in found]
+    return [pair for pair, text in zip(found, whole, strict=True) if len(tokenizer(text)["input_ids"]) <= length]
 
 
 def as_text(question: str, tokenizer: Any) -> tuple[str, str]:
