@@ -217,6 +217,8 @@ def to_json(value: Any) -> Any:
         return {name: item for name, item in found.items() if item is not None}
     if isinstance(value, np.ndarray):
         return [to_json(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return to_json(value.item())
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
