@@ -24,7 +24,7 @@ _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<
 _NEAR_END = 3
 """An end token is looked for among so many last supervised tokens: chat templates put a line break after it."""
 _FEWEST_FOR_UNIGRAM = 500
-_FORWARD_WORK = 1e11
+_FORWARD_WORK = 4e10
 """Numbers of the model times tokens that are spent on the losses before step 1 on a CPU: about half a second."""
 _DEVICE_SPEED = 50
 
@@ -132,7 +132,7 @@ def count_batches(
     begins = decoder_only and not pieces
     first = [row for row in rows if ends.bos is not None and row.ids[0] == ends.bos]
     missing = begins and ends.adds_bos and len(first) < len(rows) / 2
-    double = sum(len(row.ids) > 1 and row.ids[1] == ends.bos for row in first)
+    double = sum(bool(len(row.ids) > 1 and row.ids[1] == ends.bos) for row in first)
     # a collator that packs takes each example's first label away, which nothing predicts anyway
     supervised = sum(int((row.labels != IGNORED).sum()) + _first_unmarked(row) for row in rows)
     return DataCounts(
@@ -221,8 +221,8 @@ def losses_before(
     size = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
     some = _first_rows(batches, int(_FORWARD_WORK * (1 if device.type == "cpu" else _DEVICE_SPEED) / size))
-    if not some:
-        return None, None, ("no rows short enough were seen", "没有看到足够短的样本")
+    if not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in some):
+        return None, None, ("no short rows with supervised tokens were seen", "没有看到含监督词元的短样本")
     was_training = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

@@ -64,8 +64,12 @@ class DoctorCallback(TrainerCallback):
         """
         model = kwargs["model"]
         with _same_random_numbers():
-            batches = some_batches(kwargs.get("train_dataloader"), args.train_batch_size)
-            seen = observe_model(model, batches=batches, arguments=args, tokenizer=kwargs.get("processing_class"))
+            loader = kwargs.get("train_dataloader")
+            batches = some_batches(loader, args.train_batch_size)
+            tokenizer = kwargs.get("processing_class") or getattr(
+                getattr(loader, "collate_fn", None), "tokenizer", None
+            )
+            seen = observe_model(model, batches=batches, arguments=args, tokenizer=tokenizer)
         if not batches:
             why = ("the training data is a stream, or has no rows", "训练数据是流式的，或没有样本")
             seen = dataclasses.replace(seen, reasons=seen.reasons | {"data": why})

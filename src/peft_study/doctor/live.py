@@ -29,6 +29,7 @@ _WRAPPERS = ("module", "_orig_mod", "pretrained_model")
 """Attributes that hold the model itself: DDP and DeepSpeed, torch.compile, TRL's value heads."""
 _BASE_CHILDREN = ("base_layer", "original_module", "base_model", "model")
 """Children of peft's modules that belong to the base; all others are the adapter's."""
+_OF_FILES = ("embeddings", "base_found", "differences")
 _SAMPLE = 65_536
 """Numbers of a tensor that are looked at for `unmoved`."""
 
@@ -53,6 +54,7 @@ def observe_model(
     counts = count_parameters(model, configs)
     settings = _settings(model, configs, counts, arguments)
     reasons = {"adapter": ("the run has not begun", "训练还没有开始")}
+    reasons |= {f"adapter.{name}": ("no adapter file was read", "没有读取适配器文件") for name in _OF_FILES}
     if arguments is None:
         reasons["settings"] = ("no training arguments were given", "没有给出训练参数")
     counts, why = _with_unmoved(model, counts, rate, settings.optimizer, arguments)
@@ -150,15 +152,23 @@ def _unattached() -> str | None:
     """
     from peft import PeftConfig
 
-    made, attached = [], []
+    made = [thing for thing in gc.get_objects() if issubclass(type(thing), PeftConfig)]
+    never = [config for config in made if config.base_model_name_or_path is None]
+    if not never:
+        return None
+    gc.collect()  # models that nobody holds any more
+    attached: list[dict[str, Any]] = []
     for thing in gc.get_objects():
-        kind = type(thing)
-        if issubclass(kind, PeftConfig):
-            made.append(thing)
-        elif issubclass(kind, nn.Module) and isinstance(held := vars(thing).get("peft_config"), Mapping):
-            attached += [_values(config) for config in held.values()]
-    left = [thing for thing in made if thing.base_model_name_or_path is None and _values(thing) not in attached]
+        if issubclass(type(thing), nn.Module):
+            # peft keeps those of prompts under the second name
+            held = vars(thing).get("peft_config") or vars(thing).get("_peft_config")
+            attached += [_values(config) for config in held.values()] if isinstance(held, Mapping) else []
+    left = [config for config in never if not any(_is_part(_values(config), held) for held in attached)]
     return type(left[-1]).__name__ if left else None
+
+
+def _is_part(values: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    return all(whole.get(name) == value for name, value in values.items())
 
 
 def _values(config: Any) -> dict[str, Any]:
@@ -319,7 +329,9 @@ def adapter_state(model: Any, start: Mapping[str, Tensor] | None = None) -> Adap
         start: of `fingerprint`, taken before the first step.
     """
     trainable = {name: p.detach() for name, p in unwrapped(model).named_parameters() if p.requires_grad and p.numel()}
-    bad = tuple(name for name, tensor in trainable.items() if not bool(torch.isfinite(tensor).all()))
+    # a finite sum is quick to tell, and enough
+    odd = {name: tensor for name, tensor in trainable.items() if not bool(torch.isfinite(tensor.sum()))}
+    bad = tuple(name for name, tensor in odd.items() if not bool(torch.isfinite(tensor).all()))
     now = fingerprint(model)
     same = None
     if start and now.keys() == start.keys():

@@ -215,6 +215,8 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {name: item for name, item in found.items() if item is not None}
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, np.ndarray):
         return [to_json(item) for item in value.tolist()]
     if isinstance(value, np.generic):
