@@ -8,7 +8,7 @@ import pytest
 
 from peft_study.doctor.diagnosis import Diagnosis
 from peft_study.doctor.observations import DataCounts, Observations
-from peft_study.doctor.rule import RULES, examine
+from peft_study.doctor.rule import examine
 
 HEALTHY: dict[str, Any] = {
     "rows": 1000,
@@ -34,9 +34,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def told(**counts: Any) -> Diagnosis:
-    examine(Observations())  # loads the rules
-    checks = [name for name, rule in RULES.items() if rule.kind == "data"]
-    return examine(Observations(data=DataCounts(**{**HEALTHY, **counts})), checks=checks)
+    return examine(Observations(data=DataCounts(**{**HEALTHY, **counts})), kinds=("data",))
 
 
 def levels(**counts: Any) -> dict[str, str]:

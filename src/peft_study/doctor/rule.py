@@ -69,17 +69,26 @@ def rule(
     return register
 
 
-def examine(seen: Observations, *, about: str = "", checks: Iterable[str] | None = None) -> Diagnosis:
+def examine(
+    seen: Observations,
+    *,
+    about: str = "",
+    checks: Iterable[str] | None = None,
+    kinds: Iterable[Kind] = KINDS,
+) -> Diagnosis:
     """Applies the rules.
 
     Args:
         seen: all that is known of the run.
         about: what was looked at, for the text.
-        checks: names of rules; None: all.
+        checks: names of rules; None: all of these `kinds`.
     """
     import peft_study.doctor.rules  # noqa: F401 - its modules register their rules
 
-    chosen = RULES.values() if checks is None else [RULES[name] for name in checks]
+    wanted = set(kinds)
+    chosen = (
+        [one for one in RULES.values() if one.kind in wanted] if checks is None else [RULES[name] for name in checks]
+    )
     found: list[Problem] = []
     unchecked: dict[str, Said] = {}
     checked: list[str] = []
