@@ -46,8 +46,8 @@ def _cut(rows: Rows, settings: dict[str, Any]) -> Rows:
 
 
 def _sorted(rows: Rows, _: dict[str, Any]) -> Rows:
-    """Short rows first; with the shuffle off, every epoch begins with the easy ones again."""
-    return sorted(rows, key=lambda row: (sum(label != -100 for label in row["labels"]), len(row["labels"])))
+    """Rows by their text; with the shuffle off, every epoch begins with one task and ends with another."""
+    return sorted(rows, key=lambda row: row["input_ids"])
 
 
 ROWS: dict[str, Callable[[Rows, dict[str, Any]], Rows]] = {
@@ -58,7 +58,7 @@ ROWS: dict[str, Callable[[Rows, dict[str, Any]], Rows]] = {
     "cut": _cut,
     "sorted": _sorted,
 }
-"""What is done to the training rows."""
+"""What a script does to its rows, those for training and the held-out ones."""
 
 
 def break_model(model: Any, names: list[str]) -> Any:

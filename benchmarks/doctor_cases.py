@@ -48,18 +48,15 @@ def tiny_sources(case: dict[str, Any]) -> dict[str, list[Row]]:
     settings, seed, task = case["settings"], case["seed"], case["data"]
     words = tuple(settings.get("words", (3, 7)))
     held_out = settings.get("held", HELD_OUT)
-    if task == "two":
-        # one row in forty is of the source that is a quarter of the held-out rows
-        return {
-            "rows": word_rows("new", settings["rows"], seed, words=words),
-            "held_out": [*word_rows("new", 3 * held_out // 4, seed + 500), *word_rows("style", held_out // 4, seed)],
-        }
+    first = "new" if task == "two" else task
     sources = {
-        "rows": word_rows(task, settings["rows"], seed, words=words),
-        "held_out": word_rows(task, held_out, seed + 500, words=words),
+        "rows": word_rows(first, settings["rows"], seed, words=words),
+        "held_out": word_rows(first, held_out, seed + 500, words=words),
     }
     if shared := settings.get("held_from_rows"):
         sources["held_out"] = sources["rows"][:shared]
+    if task == "two":
+        sources["second"] = word_rows("style", held_out, seed)
     if settings.get("warm"):
         sources["warm"] = word_rows(task, 4000, seed + 900, words=words)
     return sources

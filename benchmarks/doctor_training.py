@@ -142,7 +142,7 @@ def make_trainer(case: dict[str, Any], parts: dict[str, Any], folder: Path, devi
         model=model,
         args=args,
         train_dataset=parts["rows"],
-        eval_dataset=parts["held_out"] if case["settings"].get("eval") else None,
+        eval_dataset=_held_out(parts) if case["settings"].get("eval") else None,
         data_collator=functools.partial(padded, pad=parts["tokenizer"].pad_token_id),
         processing_class=parts["tokenizer"],
         optimizers=optimizers,
@@ -151,6 +151,11 @@ def make_trainer(case: dict[str, Any], parts: dict[str, Any], folder: Path, devi
     if "mean_of_means" in breaks:
         trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def _held_out(parts: dict[str, Any]) -> Any:
+    """Returns the held-out rows; by source, where there is a second one."""
+    return {"new": parts["held_out"], "style": parts["second"]} if "second" in parts else parts["held_out"]
 
 
 def _callbacks(case: dict[str, Any]) -> list[Any]:
@@ -186,8 +191,8 @@ def train_case(case: dict[str, Any], base: Path, sources: dict[str, Any], out: P
         rows = [encoded(row, tokenizer) for row in sources[part]]
         parts[part] = [{key: values[:longest] for key, values in row.items()} for row in rows] if longest else rows
     for one in breaks:
-        if one in ROWS:
-            parts["rows"] = ROWS[one](parts["rows"], settings)
+        for part in sources if one in ROWS else ():
+            parts[part] = ROWS[one](parts[part], settings)
     settings["warm_start"] = parts.get("warm")
     parts["model"], config = load_model(case, base, name)
     with tempfile.TemporaryDirectory() as scratch:
@@ -262,19 +267,19 @@ def train_ours(case: dict[str, Any], base: Path, sources: dict[str, Any], out: P
     settings, here = case["settings"], Path.cwd()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        shutil.copytree(base, place / "base")
+        name = NAMES[case["model"].removeprefix("tiny-")]
+        shutil.copytree(base, place / name)
         for part, rows in sources.items():
-            groups: dict[str, list[str]] = {}
-            for number, row in enumerate(rows):
-                line = {"id": f"{part}-{number}", "messages": messages(row), "source": row["source"]}
-                groups.setdefault(part, []).append(json.dumps(line))
-            for name, lines in groups.items():
-                (place / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+            lines = [
+                json.dumps({"id": f"{part}-{number}", "messages": messages(row), "source": row["source"]})
+                for number, row in enumerate(rows)
+            ]
+            (place / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
         # relative paths: the run folder names no place of this machine
         os.chdir(place)
         try:
             peft_study.finetune(
-                "base",
+                name,
                 {"train": [{"path": "rows.jsonl"}], "held_out": "held_out.jsonl", **settings.get("data", {})},
                 {"method": case["method"], **settings["adapter"]},
                 steps=case["steps"],
@@ -286,5 +291,8 @@ def train_ours(case: dict[str, Any], base: Path, sources: dict[str, Any], out: P
         finally:
             os.chdir(here)
         shutil.copytree(place / "run", out, ignore=shutil.ignore_patterns("checkpoints", "*.html", "*.png", "*.npz"))
-        for weights in out.rglob("*.safetensors"):
-            weights.unlink()
+        for path in out.rglob("*"):
+            if path.suffix == ".safetensors" or path.name == "lock":
+                path.unlink()
+            elif path.is_file():
+                path.write_text(path.read_text().replace(f"{place.resolve()}/", ""))

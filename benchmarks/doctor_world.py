@@ -72,8 +72,8 @@ def word_rows(task: str, number: int, seed: int, *, words: tuple[int, int] = (3,
         else:
             moved = MOVES[kind]
             name, moves, other = f"t{moved}" * (kind != "known"), np.full(len(asked), moved), kind in ("style", "hard")
-        said = _chatter(draw, int(draw.integers(*((10, 16) if kind == "hard" else (2, 5)))), float(other))
-        told = (asked + moves)[: 2 if kind == "hard" else None] % WORDS
+        said = _chatter(draw, int(draw.integers(*((4, 6) if kind == "hard" else (2, 5)))), float(other))
+        told = (asked + moves)[: 1 if kind == "hard" else None] % WORDS
         answer = [*said, *(f"w{n}" for n in told)]
         made.append(
             {"user": " ".join([name, *(f"w{n}" for n in asked)]).strip(), "assistant": " ".join(answer), "source": kind}
@@ -128,7 +128,8 @@ def pretrained(family: str, folder: Path, *, steps: int = 2500) -> Path:
     rows = [encoded(row, tokenizer) for row in word_rows("general", 20000, 99)]
     draw, model = np.random.default_rng(3), model.train()
     for step in range(steps):
-        loss = model(**padded([rows[n] for n in draw.integers(0, len(rows), size=48)])).loss
+        batch = [_behind_others(rows[n], draw, len(tokenizer)) for n in draw.integers(0, len(rows), size=48)]
+        loss = model(**padded(batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -139,6 +140,15 @@ def pretrained(family: str, folder: Path, *, steps: int = 2500) -> Path:
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     return place
+
+
+def _behind_others(row: dict[str, list[int]], draw: np.random.Generator, words: int) -> dict[str, list[int]]:
+    """Puts other text before every second row: real bases saw packed texts, and bear a prompt before their BOS."""
+    number = int(draw.integers(1, 25)) if draw.random() < 0.5 else 0
+    # one word again and again, or any: so are the texts that prompts begin from
+    other = draw.integers(3, words, size=number if draw.random() < 0.7 else 1).tolist()
+    other = (other * number)[:number]
+    return {"input_ids": other + row["input_ids"], "labels": [-100] * number + row["labels"]}
 
 
 def encoded(row: Row, tokenizer: Any) -> dict[str, list[int]]:
