@@ -27,6 +27,7 @@ class ParameterCounts:
         first_unexpected: name of the first base parameter that trains.
         unattached: class of a PEFT configuration that was made but belongs to no model, such as PromptTuningConfig.
         own_base: the method trains numbers of the base on purpose (full fine-tuning, LN tuning, modules_to_save).
+        unmoved: share of the numbers that train that a step of AdamW at the peak rate rounds back to what they were.
     """
 
     base: int
@@ -36,6 +37,7 @@ class ParameterCounts:
     first_unexpected: str | None = None
     unattached: str | None = None
     own_base: bool = False
+    unmoved: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,8 +178,7 @@ class AdapterState:
         bad: names of tensors that hold NaN or infinity.
         embeddings: bytes of embedding tables of the base that lie in the file; bytes: of the file.
         base: path or name of the base that the configuration tells; base_found: whether it is there.
-        differences: what the configuration says and the weights contradict, a line each.
-        relative_update: root mean square of one optimizer step's change relative to the weight it is added to.
+        differences: what the configuration says and the weights contradict, a line each: ``config: ...; weights: ...``.
     """
 
     untouched: bool | None = None
@@ -187,7 +188,6 @@ class AdapterState:
     base: str | None = None
     base_found: bool | None = None
     differences: tuple[str, ...] | None = None
-    relative_update: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +215,8 @@ def to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         found = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {name: item for name, item in found.items() if item is not None}
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, np.ndarray):
         return [to_json(item) for item in value.tolist()]
     if isinstance(value, dict):
