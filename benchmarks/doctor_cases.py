@@ -1,13 +1,13 @@
 """Makes the doctor's cases of half A: real training runs, a third of them broken in a known way.
 
-    python benchmarks/doctor_cases.py                        # the tiny cases, and those of SmolLM2 that are there
-    python benchmarks/doctor_cases.py --only smollm2 --device cuda --model FOLDER --data FOLDER --out DIR
-    python benchmarks/doctor_cases.py --only a-017,a-031     # these alone
+    python benchmarks/doctor_cases.py --out DIR                     # the cases of tiny models: 15 minutes on two cores
+    python benchmarks/doctor_cases.py --out DIR --only smollm2 --model FOLDER --data FOLDER
+    python benchmarks/doctor_cases.py --out DIR --only a-017,a-031  # these alone
+    python benchmarks/doctor_cases.py --out DIR --pack              # tests/doctor/cases_a.zip of what lies there
 
 tests/doctor/cases_a.json names each case, its fault and how it is made; it was written before the rules were looked at.
-Each case becomes a folder as its user has it after the run, and all of them tests/doctor/cases_a.zip. The cases of
-SmolLM2 need a model's folder and, in the data's folder, gsm8k/train.jsonl.gz, llm-adapters/mawps_train.jsonl.gz and
-tulu-like-mix/train.jsonl.gz; they want a GPU.
+Each case becomes a folder as its user has it after the run. The six cases of SmolLM2 need its folder and, in the data's
+folder, llm-adapters/mawps_train.jsonl.gz.
 """
 
 from __future__ import annotations
@@ -28,14 +28,10 @@ from doctor_world import Row, pretrained, word_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ROOT / "tests" / "doctor" / "cases_a.json"
-FILES = {
-    "gsm8k": "gsm8k/train.jsonl.gz",
-    "mawps": "llm-adapters/mawps_train.jsonl.gz",
-    "mix": "tulu-like-mix/train.jsonl.gz",
-}
+MAWPS = "llm-adapters/mawps_train.jsonl.gz"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HELD_OUT = 96
-LONGEST = 320
+LONGEST = 160
 """Tokens of a row of SmolLM2's; longer chats are left out."""
 
 
@@ -65,12 +61,12 @@ def tiny_sources(case: dict[str, Any]) -> dict[str, list[Row]]:
 
 def real_sources(case: dict[str, Any], folder: Path) -> dict[str, list[Row]]:
     """Returns chats of a file of the data's folder, short ones, in an order of the case's seed."""
-    with gzip.open(folder / FILES[case["data"]], "rt") as file:
+    with gzip.open(folder / MAWPS, "rt") as file:
         chats = [json.loads(line) for line in file]
     rows = []
     for chat in chats:
         turns = [turn for turn in chat["messages"] if turn["role"] != "system"][:2]
-        if [turn["role"] for turn in turns] == ["user", "assistant"] and sum(len(t["content"]) for t in turns) < 900:
+        if [turn["role"] for turn in turns] == ["user", "assistant"] and sum(len(t["content"]) for t in turns) < 400:
             rows.append({turn["role"]: turn["content"] for turn in turns} | {"source": chat["source"]})
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(case["seed"])).tolist()
     wanted = case["settings"]["rows"]
@@ -123,7 +119,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--only", help="smollm2, tiny, or ids with commas; default: tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M-Instruct")
-    parser.add_argument("--data", type=Path, help="folder that holds gsm8k/, llm-adapters/, tulu-like-mix/")
+    parser.add_argument("--data", type=Path, help="folder that holds llm-adapters/")
     parser.add_argument("--out", type=Path, default=Path("doctor-cases"), help="folder of all cases' folders")
     parser.add_argument("--pack", action="store_true", help="make nothing; pack what lies in --out")
     options = parser.parse_args(given)
