@@ -188,7 +188,7 @@ def train_case(case: dict[str, Any], base: Path, sources: dict[str, Any], out: P
     breaks, longest = settings.get("break", []), settings.get("longest")
     parts: dict[str, Any] = {"tokenizer": tokenizer}
     for part in sources:
-        rows = [encoded(row, tokenizer) for row in sources[part]]
+        rows = encoded(sources[part], tokenizer)
         parts[part] = [{key: values[:longest] for key, values in row.items()} for row in rows] if longest else rows
     for one in breaks:
         for part in sources if one in ROWS else ():

@@ -125,7 +125,7 @@ def pretrained(family: str, folder: Path, *, steps: int = 2500) -> Path:
     tokenizer, model = word_tokenizer(), tiny_model(family)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    rows = [encoded(row, tokenizer) for row in word_rows("general", 20000, 99)]
+    rows = encoded(word_rows("general", 20000, 99), tokenizer)
     draw, model = np.random.default_rng(3), model.train()
     for step in range(steps):
         batch = [_behind_others(rows[n], draw, len(tokenizer)) for n in draw.integers(0, len(rows), size=48)]
@@ -151,13 +151,16 @@ def _behind_others(row: dict[str, list[int]], draw: np.random.Generator, words: 
     return {"input_ids": other + row["input_ids"], "labels": [-100] * number + row["labels"]}
 
 
-def encoded(row: Row, tokenizer: Any) -> dict[str, list[int]]:
-    """Returns a chat's tokens and labels; the prompt is not trained on."""
-    both = tokenizer.apply_chat_template(messages(row), tokenize=False)
-    prompt = tokenizer.apply_chat_template(messages(row)[:1], tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(both, add_special_tokens=False)["input_ids"]
-    start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return {"input_ids": tokens, "labels": [-100] * start + tokens[start:]}
+def encoded(rows: Sequence[Row], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Returns the tokens and labels of chats; prompts are not trained on."""
+    chats = [messages(row) for row in rows]
+    whole = tokenizer.apply_chat_template(chats, tokenize=False)
+    asked = tokenizer.apply_chat_template([chat[:1] for chat in chats], tokenize=False, add_generation_prompt=True)
+    tokens = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    starts = [len(each) for each in tokenizer(asked, add_special_tokens=False)["input_ids"]]
+    return [
+        {"input_ids": each, "labels": [-100] * start + each[start:]} for each, start in zip(tokens, starts, strict=True)
+    ]
 
 
 def padded(rows: Sequence[dict[str, list[int]]], *, pad: int = 0) -> dict[str, torch.Tensor]:
