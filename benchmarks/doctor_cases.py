@@ -6,8 +6,8 @@
     python benchmarks/doctor_cases.py --out DIR --pack              # tests/doctor/cases_a.zip of what lies there
 
 tests/doctor/cases_a.json names each case, its fault and how it is made; it was written before the rules were looked at.
-Each case becomes a folder as its user has it after the run. The three cases of SmolLM2 need its folder and, in the data's
-folder, llm-adapters/mawps_train.jsonl.gz.
+Each case becomes a folder as its user has it after the run. The three cases of SmolLM2 need its folder and, in the
+data's folder, llm-adapters/mawps_train.jsonl.gz.
 """
 
 from __future__ import annotations
