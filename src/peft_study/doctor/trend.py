@@ -56,14 +56,20 @@ class Series:
         steps, values: P points.
         noise: standard deviation of a point about the level where it lies.
         inflation: by which the variance of a mean is larger than that of independent points.
-        paired: the batches' own difficulty is taken out, by the untouched base's loss on the same examples.
+        base: level of the untouched base, where its loss on the same examples is known: then the batches' own
+            difficulty is taken out of the values.
     """
 
     steps: Floats
     values: Floats
     noise: float
     inflation: float
-    paired: bool = False
+    base: float | None = None
+
+    @property
+    def paired(self) -> bool:
+        """True where the batches' own difficulty is taken out."""
+        return self.base is not None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -145,12 +151,12 @@ class Series:
         return where, best
 
 
-def series_of(steps: Floats, values: Floats, *, paired: bool = False) -> Series | None:
+def series_of(steps: Floats, values: Floats, *, base: float | None = None) -> Series | None:
     """Returns a series of its finite points, averaged down where there are many; None where there are too few.
 
     Args:
         steps, values: S points.
-        paired: as of `Series`.
+        base: as of `Series`.
     """
     kept = np.isfinite(values) & np.isfinite(steps)
     steps, values = steps[kept], values[kept]
@@ -162,7 +168,7 @@ def series_of(steps: Floats, values: Floats, *, paired: bool = False) -> Series 
         steps = steps[-used:].reshape(-1, width).mean(axis=1)
         values = values[-used:].reshape(-1, width).mean(axis=1)
     noise, inflation = _noise(values)
-    return Series(steps, values, noise, inflation, paired)
+    return Series(steps, values, noise, inflation, base)
 
 
 def training_series(curve: LossCurve) -> Series | None:
@@ -176,7 +182,7 @@ def training_series(curve: LossCurve) -> Series | None:
         # of a long run the base's loss is measured every few steps alone
         if known.sum() >= 8:
             middle = float(np.median(base[known]))
-            return series_of(curve.steps[known], curve.minus_base[known] + middle, paired=True)
+            return series_of(curve.steps[known], curve.minus_base[known] + middle, base=middle)
     return series_of(curve.steps, curve.loss)
 
 
@@ -202,7 +208,8 @@ def _noise(values: Floats) -> tuple[float, float]:
     rest = np.array([_residual(values, place, half) for place in range(1, number - 1)])
     # a median of few points lies nearer to its own middle point than the level does
     few = 1 + 0.6 / (2 * half + 1)
-    spread = few * max(1.4826 * float(np.median(np.abs(rest - np.median(rest)))), 0.6 * float(rest.std()))
+    middle = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
+    spread = few * max(middle, 0.6 * float(rest.std()))
     if rest.std() == 0:
         return 0.0, 1.0
     lag = float(np.corrcoef(rest[:-1], rest[1:])[0, 1]) if np.ptp(rest[:-1]) and np.ptp(rest[1:]) else 0.0

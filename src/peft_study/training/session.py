@@ -123,7 +123,6 @@ def open_session(
         processes.wait()
     notes: list[str] = []
     tokenizer, encoder = _check(model, data, in_memory, test=test)
-    notes += [encoder.bos_warning] if encoder.bos_warning else []
     base = _load(model, tokenizer, say, notes) if in_memory is None else borrow(in_memory)
     notes += _about_packing(base)
     rows = _read(data, encoder, training.data_seed, say, test=test)

@@ -19,7 +19,9 @@ SMALL_RISE = 0.02
 CLEAR = 3.0
 """Standard errors from which a fall or a rise is clear."""
 WORTHWHILE = 0.05
-"""Share of the loss: a smaller fall need not be seen for a run to be judged."""
+"""Share of the loss that counts as a fall."""
+SEEN = 0.07
+"""Share of the loss: a run is judged as flat where a fall of so much would be clear."""
 
 
 @rule(
@@ -124,7 +126,7 @@ def points_needed(series: Series) -> int:
 @rule(
     "run",
     looks_at="the noise of the loss against the change that there seems to be",
-    threshold="neither a fall nor a rise of 3 standard errors, and one of a tenth of the loss could not be seen",
+    threshold="neither a fall nor a rise of 3 standard errors, and one of 7 % of the loss could not be seen",
     source="the same test as rising, solved for the number of points",
     false_alarms="none: it is a note",
     needs=("curve",),
@@ -168,7 +170,7 @@ def undecided(seen: Observations) -> Problem | None:
 
 
 def decidable(series: Series) -> bool:
-    """Returns whether a fall of a tenth of the loss from the first to the last quarter would be clear."""
+    """Returns whether a fall of 7 % of the loss from the first to the last quarter would be clear."""
     first, last = series.quarters()
     error = math.hypot(first.error, last.error)
-    return CLEAR * error <= 2 * WORTHWHILE * max(abs(first.value), 1e-12)
+    return CLEAR * error <= SEEN * max(abs(first.value), 1e-12)
