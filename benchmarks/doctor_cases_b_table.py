@@ -69,9 +69,9 @@ def _faulty_trainers() -> list[Case]:
         _row("trainer", "llama", "codealpaca", 120, 31, faults=["not_attached"], accept=["base_trains"], rate=1e-4,
              method="prompt_tuning", broken="not_attached", callback=True, arguments="json", adapter_config=False,
              note="a PromptTuningConfig is made and never attached: full fine-tuning at 1e-4"),
-        _row("trainer", "qwen2", "codegen", 150, 32, faults=["base_trains", "rate_too_high"], rate=2e-2,
+        _row("trainer", "qwen2", "codegen", 150, 32, faults=["base_trains", "rate_too_high"], rate=0.2,
              broken="base_trains", callback=True, arguments="json",
-             note="all parameters are set to train after get_peft_model, at 2e-2"),
+             note="all parameters are set to train after get_peft_model, at 0.2 (0.02 did no harm)"),
         _row("trainer", "gpt2", "toolformer", 120, 33, faults=["adapter_frozen"], accept=["base_trains"], rate=5e-4,
              broken="adapter_frozen", callback=True,
              note="every adapter weight frozen, the last norm of the base trains"),
@@ -79,9 +79,10 @@ def _faulty_trainers() -> list[Case]:
              arguments="json", note="labels are a copy of the padded ids: prompt and padding are learned"),
         _row("trainer", "llama", "codegen", 150, 35, faults=["labels_shifted"], broken="shift_labels", callback=True,
              note="the collator shifts labels by one, and the model shifts them again"),
-        _row("trainer", "qwen2", "roleplay", 150, 36, faults=["truncated", "no_end_token"], callback=True,
-             accept=["nothing_supervised"], broken="truncate", max_length=40, arguments="json",
-             note="cut at 40 tokens: most answers are cut off whole; no end token is added"),
+        _row("trainer", "qwen2", "csqa", 150, 36, faults=["truncated", "no_end_token"], callback=True,
+             accept=["nothing_supervised"], broken="truncate", max_length=72, arguments="json",
+             note="cut at 72 tokens: most answers are cut off whole; no end token is added. "
+             "At 40 tokens of roleplay no row had an answer"),
         _row("trainer", "gpt2", "caesar", 300, 37, faults=["wrong_labels"], broken="shuffled_answers", callback=True,
              rate=2e-3, note="each question has the answer of another one"),
         _row("trl", "llama", "codealpaca", 150, 38, faults=["rate_too_low", "double_bos"], accept=["too_cold"],
@@ -113,16 +114,16 @@ def _faulty_folders() -> list[Case]:
 
 def _faulty_smollm2() -> list[Case]:
     return [
-        _row("csv", "smollm2", "dolly", 80, 51, faults=["too_hot"], accept=["rate_too_high", "diverged"], rate=2e-2,
-             adapter_config=False, note="LoRA at 2e-2; the log has the rate, nothing lies beside it"),
-        _row("jsonl", "smollm2", "codealpaca", 80, 52, faults=["rate_too_low"], accept=["too_cold", "never_learned"],
-             method="prompt_tuning", tokens=16, rate=1e-5, arguments="json", val=20, note="prompt tuning at 1e-5"),
-        _row("jsonl", "smollm2", "roleplay", 160, 53, faults=["overfitting"], accept=["memorising"], rows=24, rank=32,
-             rate=1e-3, val=16, arguments="json", note="24 rows, 53 epochs"),
-        _row("csv", "smollm2", "codegen", 80, 54, faults=["diverged"], accept=["rate_too_high", "too_hot"],
-             method="full",
-             rate=3e-3, warmup=60, rate_logged=False, clip=None,
-             note="full at 3e-3, slowly warmed up; no rate in the log"),
+        _row("csv", "smollm2", "dolly", 40, 51, faults=["too_hot"], accept=["rate_too_high", "diverged"], rate=2e-2,
+             batch=4, adapter_config=False, note="LoRA at 2e-2; the log has the rate, nothing lies beside it"),
+        _row("jsonl", "smollm2", "codealpaca", 30, 52, faults=["rate_too_low"], accept=["too_cold", "never_learned"],
+             method="prompt_tuning", tokens=16, rate=1e-5, batch=4, arguments="json", val=10,
+             note="prompt tuning at 1e-5"),
+        _row("jsonl", "llama", "roleplay", 240, 53, faults=["overfitting"], accept=["memorising"], rows=24, rank=32,
+             rate=3e-3, val=24, arguments="json", note="24 rows, 80 epochs; a tiny model: no GPU for SmolLM2"),
+        _row("csv", "qwen2", "codegen", 160, 54, faults=["diverged"], accept=["rate_too_high", "too_hot"],
+             method="full", rate=0.1, warmup=120, rate_logged=False, clip=None,
+             note="full at 0.1, slowly warmed up; no rate in the log; a tiny model: no GPU for SmolLM2"),
     ]  # fmt: skip
 
 
@@ -222,17 +223,18 @@ def _healthy_folders() -> list[Case]:
 
 
 def _healthy_smollm2() -> list[Case]:
+    tiny = "a tiny model: no GPU for SmolLM2"
     return [
-        _row("jsonl", "smollm2", "dolly", 80, 401, rate=2e-4, val=20, arguments="json"),
-        _row("csv", "smollm2", "roleplay", 80, 402, rate=2e-4, schedule="constant", val=20),
-        _row("jsonl", "smollm2", "codegen", 80, 403, method="ia3", rate=5e-3, val=20, arguments="yaml"),
-        _row("csv", "smollm2", "codealpaca", 100, 404, method="prompt_tuning", tokens=16, rate=1e-2, val=20),
-        _row("jsonl", "smollm2", "csqa", 80, 405, method="full", rate=2e-5, val=20, arguments="json"),
-        _row("csv", "smollm2", "csqa", 160, 406, batch=1, rate=2e-4, look_alike_of="rising", note="batch of 1"),
-        _row("jsonl", "smollm2", "dolly", 12, 407, rate=2e-4, warmup=1, look_alike_of="too_few_steps",
+        _row("jsonl", "smollm2", "dolly", 40, 401, rate=5e-4, batch=4, val=10, warmup=4, arguments="json"),
+        _row("csv", "gpt2", "codegen", 180, 402, rate=1e-3, schedule="constant", val=20, note=tiny),
+        _row("jsonl", "llama", "codegen", 200, 403, method="ia3", rate=1e-2, val=20, arguments="yaml", note=tiny),
+        _row("csv", "qwen2", "codealpaca", 220, 404, method="prompt_tuning", tokens=16, rate=3e-2, val=20, note=tiny),
+        _row("jsonl", "gpt2", "csqa", 180, 405, method="full", rate=2e-4, val=20, arguments="json", note=tiny),
+        _row("csv", "llama", "csqa", 240, 406, batch=1, rate=1e-3, look_alike_of="rising", note=f"batch of 1; {tiny}"),
+        _row("jsonl", "smollm2", "dolly", 12, 407, rate=2e-4, warmup=1, batch=4, look_alike_of="too_few_steps",
              note="a smoke test of 12 steps"),
-        _row("csv", "smollm2", "toolformer", 90, 408, rows=240, epoch=True, rate=1e-4, val=15,
-             look_alike_of="overfitting", note="three epochs of 240 rows"),
+        _row("csv", "qwen2", "toolformer", 90, 408, rows=240, epoch=True, rate=1e-3, val=15,
+             look_alike_of="overfitting", note=f"three epochs of 240 rows; {tiny}"),
     ]  # fmt: skip
 
 
