@@ -56,14 +56,14 @@ def train(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 
 
 def pack(out: Path) -> None:
-    """Writes the archive and the labels; refuses a case without files, and a file that tells about this machine."""
+    """Writes the archive and the labels; names cases without files; refuses a file that tells of this machine."""
     known = cases()
     private = [word.encode() for word in (str(out.anchor) + "tmp/", str(Path.home()), str(TESTS.parents[2].parent))]
     with zipfile.ZipFile(TESTS / "cases_b.zip", "w") as archive:
         for case in known:
             files = sorted(path for path in (out / case["id"]).rglob("*") if path.is_file())
             if not files:
-                raise SystemExit(f"{case['id']}: no files in {out}")
+                print(f"{case['id']}: no files in {out}")
             for path in files:
                 content = path.read_bytes()
                 found = [word for word in private if word in content]

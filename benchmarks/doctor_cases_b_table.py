@@ -98,7 +98,7 @@ def _faulty_trainers() -> list[Case]:
 
 def _faulty_folders() -> list[Case]:
     return [
-        _row("ours", "llama", "codealpaca", 60, 41, faults=["init_wrecks"], method="prompt_tuning", tokens=40,
+        _row("ours", "llama", "codealpaca", 40, 41, faults=["init_wrecks"], method="prompt_tuning", tokens=40,
              rate=1e-3,
              init="random", note="40 random virtual tokens, at a rate too small to bring them back"),
         _row("adapter", "qwen2", "codegen", 30, 42, faults=["untouched"], broken="optimizer_of_a_copy",
@@ -211,9 +211,9 @@ def _healthy_trainers() -> list[Case]:
 def _healthy_folders() -> list[Case]:
     return [
         _row("ours", "llama", "codealpaca", 80, 301, rate=1e-3),
-        _row("ours", "llama", "codegen", 80, 302, rate=5e-4, schedule="constant"),
-        _row("ours", "llama", "toolformer", 80, 303, method="prompt_tuning", tokens=8, init="text", rate=3e-2),
-        _row("ours", "llama", "toolformer", 80, 304, method="prefix_tuning", tokens=8, init="text", rate=1e-2),
+        _row("ours", "llama", "codegen", 40, 302, rate=5e-4, schedule="constant"),
+        _row("ours", "llama", "toolformer", 40, 303, method="prompt_tuning", tokens=8, init="text", rate=3e-2),
+        _row("ours", "llama", "toolformer", 40, 304, method="prefix_tuning", tokens=8, init="text", rate=1e-2),
         _row("adapter", "qwen2", "codegen", 40, 305, rank=2),
         _row("adapter", "llama", "codealpaca", 40, 306, method="ia3", rate=1e-2),
         _row("adapter", "gpt2", "toolformer", 40, 307, method="prompt_tuning", tokens=8, rate=3e-2),
