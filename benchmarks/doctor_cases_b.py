@@ -11,6 +11,7 @@ losses by which a label was judged. `--only` takes ids, kinds, models or `faulty
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import shutil
@@ -50,6 +51,8 @@ def train(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         return plain(case, folder, **places)
     from doctor_cases_b_trainers import with_library
 
+    if case["kind"] == "trl":
+        importlib.import_module("trl")
     # a process of its own, as a user's run has: the callback looks for configurations that belong to no model
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(with_library, (case, folder), places)
