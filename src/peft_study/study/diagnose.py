@@ -41,17 +41,19 @@ def diagnose(
     Raises:
         UserError: when it is none of these, or cannot be read.
     """
-    from peft_study.study.checkup import diagnose_file, diagnose_words
-
     if hasattr(what, "named_parameters"):
         from peft_study.doctor.live import observe_model
 
         seen = observe_model(what, batches=batches, arguments=arguments, tokenizer=tokenizer)
         return examine(seen, about=type(what).__name__)
     if isinstance(what, (list, tuple)):
+        from peft_study.study.checkup import diagnose_words
+
         return diagnose_words([str(word) for word in what])
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
+        from peft_study.study.checkup import diagnose_file
+
         return diagnose_file(path)
     return _diagnose_written(path, base, training_args, columns)
 
@@ -73,8 +75,11 @@ def _diagnose_written(
         return diagnose_study(path)
     if RunFolder(path).read_if_there("config.resolved.json") is not None:
         return examine(observe_run(path), about=str(path))
-    adapter = read_adapter(path, base=base) if (path / "adapter_config.json").exists() else None
-    if adapter is not None and not holds_log(path):
+    logged = path.is_file() or holds_log(path)
+    # a log's folder may hold an adapter's configuration alone
+    weights = "adapter_model.safetensors" if logged else "adapter_config.json"
+    adapter = read_adapter(path, base=base) if (path / weights).exists() else None
+    if adapter is not None and not logged:
         return examine(adapter, about=str(path))
     args = None if training_args is None else Path(training_args)
     seen = read_log(path, columns=columns, training_args=args)
