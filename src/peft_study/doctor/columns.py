@@ -14,7 +14,7 @@ _LOSS = (
     "loss", "loss_step", "ce_loss", "cross_entropy_loss", "cross_entropy", "ce", "lm_loss", "nll_loss", "nll",
     "sft_loss", "language_model_loss", "loss_ce", "loss_nll", "xent", "token_loss", "main_loss", "total_loss",
     "loss_total", "avg_loss", "mean_loss", "loss_avg", "loss_mean", "average_loss", "loss_epoch", "running_loss",
-    "smoothed_loss", "loss_smoothed",
+    "smoothed_loss", "loss_smoothed", "epoch_loss", "batch_loss",
 )  # fmt: skip
 _STEP = (
     "global_step", "trainer_global_step", "optimizer_step", "step", "steps", "global_steps", "iteration", "iter",
@@ -58,7 +58,8 @@ _GIVEN = {
 }
 _AROUND = "metrics|data|logs?|history|values|scalars|summary|stats|trainer"
 """Names of objects around the values, which say nothing."""
-_KIND_COLUMNS = ("event", "split", "phase", "mode", "stage", "subset")
+KIND_COLUMNS = frozenset({"event", "split", "phase", "mode", "stage", "subset"})
+"""Names of columns that say whether a row is of the training or of an evaluation."""
 
 
 def plain(name: str) -> str:
@@ -104,7 +105,7 @@ def _held_out_meaning(split: str, rest: str) -> tuple[str, int] | None:
 
 def of_evaluation(row: Mapping[str, Any]) -> bool:
     """Returns whether a row says in a column of its own, such as ``split``, that it is of an evaluation."""
-    return any(isinstance(row.get(name), str) and plain(row[name]) in _HELD_OUT for name in _KIND_COLUMNS)
+    return any(isinstance(row.get(name), str) and plain(row[name]) in _HELD_OUT for name in KIND_COLUMNS)
 
 
 class Columns:

@@ -5,7 +5,6 @@ P points of a series, as rows of step, value, place in the log, logged values th
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping
 
 import numpy as np
@@ -38,9 +37,9 @@ class Points:
         self.runs, self.dropped, self.repeated = 1, 0, 0
         self.unordered = False
         self.averaged: bool | None = None
-        self._coming: dict[str, array[float]] = {}
+        self._coming: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
         self._kept: dict[str, Floats] = {}
-        self._place = 0
+        self._place, self._waiting = 0, 0
 
     def add(self, step: float, values: Mapping[str, float]) -> None:
         """Adds what one row holds.
@@ -50,13 +49,10 @@ class Points:
             values: by what they are.
         """
         self._place += 1
-        for what, value in values.items():
-            coming = self._coming.get(what)
-            if coming is None:
-                coming = self._coming[what] = array("d")
-            coming.extend((step, value, self._place, 1.0))
-            if len(coming) >= 4 * MOST_POINTS:
-                self._settle()
+        self._waiting += 1
+        self._coming.setdefault(tuple(values), []).append((step, self._place, *values.values()))
+        if self._waiting >= MOST_POINTS:
+            self._settle()
 
     def series(self) -> dict[str, tuple[Floats, Floats]]:
         """Returns steps and values of each series, in rising order of steps."""
@@ -65,10 +61,14 @@ class Points:
 
     def _settle(self) -> None:
         """Puts what came in order, without what a later start did again, and averages where there is too much."""
-        whole = {
-            what: np.concatenate((self._kept.get(what, np.empty((0, 4))), np.frombuffer(coming).reshape(-1, 4)))
-            for what, coming in self._coming.items()
-        }
+        pieces = {what: [points] for what, points in self._kept.items()}
+        for names, rows in self._coming.items():
+            table = np.array(rows, dtype=np.float64)
+            for column, what in enumerate(names, start=2):
+                piece = np.column_stack((table[:, 0], table[:, column], table[:, 1], np.ones(len(table))))
+                pieces.setdefault(what, []).append(piece)
+        self._coming, self._waiting = {}, 0
+        whole = {what: _in_order(several) for what, several in pieces.items()}
         leader = next((what for what in _LEADERS if what in whole), None)
         cuts = self._cuts(whole[leader]) if leader else []
         for what, points in whole.items():
@@ -79,7 +79,6 @@ class Points:
                 points = points[~again]
             points = points[np.argsort(points[:, _STEP], kind="stable")]
             self._kept[what] = averaged(self._once(points, count=what == leader))
-            self._coming[what] = array("d")
 
     def _cuts(self, points: Floats) -> list[tuple[float, float, float, bool]]:
         """Returns where the log goes back: place before, place after, step after, and whether a new run begins."""
@@ -124,6 +123,12 @@ class Points:
         if self.averaged or (points[:, _WEIGHT] > 1).any():
             found[:, _VALUE] = _means(points[:, _VALUE], np.ones(len(points)), first)
         return found
+
+
+def _in_order(pieces: list[Floats]) -> Floats:
+    """Returns pieces as one, what came first first."""
+    whole = np.concatenate(pieces)
+    return whole if len(pieces) == 1 else whole[np.argsort(whole[:, _PLACE], kind="stable")]
 
 
 def averaged(points: Floats) -> Floats:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft_study.doctor.columns import Columns, of_evaluation
+from peft_study.doctor.columns import KIND_COLUMNS, Columns, of_evaluation
 from peft_study.doctor.log_text import LogFile
 from peft_study.doctor.points import Points
 from peft_study.errors import DataError
@@ -55,6 +55,8 @@ class _Filler:
     def __init__(self, columns: Columns) -> None:
         self.points = Points()
         self._columns = columns
+        self._meanings: dict[bool, dict[str, str | None]] = {False: {}, True: {}}
+        self._kinds = not KIND_COLUMNS.isdisjoint(columns.names)
         self._numbered = "step" not in columns.chosen
         self._step, self._last_loss_step, self._offset = 0.0, -math.inf, 0.0
         self._first_step = 0.0
@@ -64,41 +66,42 @@ class _Filler:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Adds a row."""
-        held_out = of_evaluation(row)
+        held_out = self._kinds and of_evaluation(row)
+        meanings = self._meanings[held_out]
         values: dict[str, float] = {}
-        empty = []
+        empty = None
         for name, value in row.items():
-            what = self._columns.of(name, held_out)
+            if name not in meanings:
+                meanings[name] = self._columns.of(name, held_out)
+                self._kinds = self._kinds or name in KIND_COLUMNS
+            what = meanings[name]
             if what is None or value is None or value == "":
                 continue
-            kind = type(value)
             try:
-                number = float(value) if kind is float or kind is int else self._number(value, what)
-            except OverflowError:  # an integer of hundreds of digits
-                number = math.inf
-            if number is None:
+                number: float | None = float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = self._number(value, what)
+            if number is None or value is True or value is False:
                 continue
-            if number != number:
-                empty.append(what)
-            else:
+            if number == number:
                 values[what] = number
-        if len(empty) == 1 and not values.keys() - _CONTEXT and empty[0] not in _CONTEXT:
-            values[empty[0]] = math.nan  # not a number, where a table's empty places are NaN, too
+            else:
+                empty = what if empty is None else ""
+        if empty and empty not in _CONTEXT and not values.keys() - _CONTEXT:
+            values[empty] = math.nan  # not a number, where a table's empty places are NaN, too
         if values:
             self._place(values)
 
     def _number(self, value: Any, what: str) -> float | None:
+        """Returns the number of a text that Python takes for none; None where there is none."""
+        if isinstance(value, int):
+            return math.inf  # of hundreds of digits
         if isinstance(value, str):
             try:
-                return float(value)
+                return float(value.replace(",", "."))  # a decimal comma
             except ValueError:
-                try:
-                    return float(value.strip().replace(",", "."))  # a decimal comma
-                except ValueError:
-                    self._bad[what] = self._bad.get(what, 0) + 1
-                    self._first_bad = self._first_bad or value[:40]
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+                self._bad[what] = self._bad.get(what, 0) + 1
+                self._first_bad = self._first_bad or value[:40]
         return None
 
     def _place(self, values: dict[str, float]) -> None:
