@@ -24,7 +24,6 @@ from peft_study.model.load import resolve_model
 RUNS: dict[str, dict[str, Any]] = {
     "never attached, 1e-4": {},
     "attached, 1e-4": {"attach": True},
-    "attached, 0.03": {"attach": True, "rate": 0.03},
     "attached, 0.1": {"attach": True, "rate": 0.1},
 }
 

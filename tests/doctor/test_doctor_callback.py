@@ -144,14 +144,18 @@ def test_an_adapter_that_was_never_attached_stops_the_run_before_step_1(tmp_path
 def test_weights_that_turn_to_nan_are_said_once(tmp_path: Path, capsys: Any) -> None:
     trained = lora()
 
+    said_at: dict[int, int] = {}
+
     class Breaks(DoctorCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 8:
                 with torch.no_grad():
                     next(p for n, p in trained.named_parameters() if "lora_B" in n)[0, 0] = float("nan")
+            said_at[state.global_step] = len(self._said)
 
     doctor = Breaks(stop=False)
     run(trained, tmp_path, doctor, max_steps=40)
+    assert said_at[35] > said_at[8]  # not only at the end
     assert capsys.readouterr().err.count("weights hold NaN") == 1
     assert doctor.diagnosis is not None
     assert "bad_weights" in {name for p in doctor.diagnosis.problems for name in (p.check, *p.effects)}

@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from peft_study.doctor.callback import DoctorCallback
-from peft_study.doctor.observations import Observations
-from peft_study.doctor.rule import RULES, examine
 from peft_study.errors import UserError
 from tiny_tokenizer import tiny_tokenizer
 from tiny_world import VOCABULARY, model
@@ -21,8 +19,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 
 from rising_loss import train  # noqa: E402
-
-examine(Observations())  # loads the rules
 
 
 class FirstLook(DoctorCallback):
@@ -54,7 +50,6 @@ def test_an_adapter_that_was_never_attached_is_stopped_before_step_1(base: str, 
     assert kept["observations"]["steps_done"] == 0
 
 
-@pytest.mark.skipif("rate_too_low" not in RULES, reason="the rule is on its way")
 def test_the_fix_at_the_old_rate_is_told_the_range(base: str, tmp_path: Path) -> None:
     doctor = FirstLook(stop=False)
     train(base, attach=True, steps=12, callbacks=[doctor], output=str(tmp_path))
