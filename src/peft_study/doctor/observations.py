@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+FILE = "doctor.json"
+"""Where a run's folder keeps what was seen of it live: ``{"observations": to_json(...), ...}``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCounts:
