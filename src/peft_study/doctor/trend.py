@@ -141,14 +141,17 @@ class Series:
         return Climb(size, errors, int(self.steps[begin]), float(levels[low]), float(levels[peak]), peak_step, sudden)
 
     def _jump(self, low: int, peak: int, width: int) -> tuple[int, float]:
-        """Returns the point at which the level rises most between two neighbouring windows, and by how much."""
-        best, where = -math.inf, low + width
+        """Returns the point at which the level jumps between two neighbouring windows, and by how much at most."""
+        rises = []
         for point in range(low + 1, min(peak + width, len(self))):
             before, after = self.values[max(0, point - width) : point], self.values[point : point + width]
-            rise = float(np.median(after) - np.median(before)) + 1e-3 * float(after[0] - before[-1])
-            if rise > best:
-                best, where = rise, point
-        return where, best
+            rises.append(float(np.median(after) - np.median(before)))
+        best = max(rises)
+        # the first point of the rise, not the one where both windows fit best
+        point = low + 1 + next(place for place, rise in enumerate(rises) if rise >= 0.5 * best or rise == best)
+        half = float(np.median(self.values[max(0, point - width) : point])) + best / 2
+        above = np.flatnonzero(self.values[point : peak + width] >= half)
+        return point + (int(above[0]) if len(above) else 0), best
 
 
 def series_of(steps: Floats, values: Floats, *, base: float | None = None) -> Series | None:
@@ -209,7 +212,10 @@ def _noise(values: Floats) -> tuple[float, float]:
     # a median of few points lies nearer to its own middle point than the level does
     few = 1 + 0.6 / (2 * half + 1)
     middle = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
-    spread = few * max(middle, 0.6 * float(rest.std()))
+    # where the trend is steep, the running median follows the points; second differences do not
+    seconds = np.diff(values, 2)
+    bent = 1.4826 * float(np.median(np.abs(seconds - np.median(seconds)))) / math.sqrt(6)
+    spread = few * max(middle, 0.6 * float(rest.std()), 0.7 * bent)
     if rest.std() == 0:
         return 0.0, 1.0
     lag = float(np.corrcoef(rest[:-1], rest[1:])[0, 1]) if np.ptp(rest[:-1]) and np.ptp(rest[1:]) else 0.0

@@ -176,6 +176,11 @@ def too_hot(seen: Observations) -> Problem | None:
     at, rate = _rate_and_norm(curve, place), lower_rate(seen.settings)
     rates = rates_of(seen.settings)
     hot = rates is not None and (seen.settings.learning_rate or 0) > rates.default
+    grown = (
+        Said(f"; the norm grows {growth:.3g}-fold", f"；范数增大到 {growth:.3g} 倍")
+        if (growth or 0) > 2
+        else Said("", "")
+    )
     then = Said("stays up", "没有恢复") if stays else Said(f"ends at {end.value:.3g}", f"结束时为 {end.value:.3g}")
     return Problem(
         level="error" if end.above(first) > 4 else "warning",
@@ -184,9 +189,9 @@ def too_hot(seen: Observations) -> Problem | None:
         evidence=Said(
             f"the loss{_less_base(series).en} jumps up at step {climb.step}, from {climb.before:.3g} to "
             f"{climb.peak:.3g} ({climb.errors:.0f} standard errors of its noise), and {then.en}"
-            f"{at.en}{rates_said(seen.settings).en}",
+            f"{at.en}{grown.en}{rates_said(seen.settings).en}",
             f"损失{_less_base(series).zh}在第 {climb.step} 步跳升，从 {climb.before:.3g} 到 {climb.peak:.3g}"
-            f"（噪声标准误的 {climb.errors:.0f} 倍），{then.zh}{at.zh}{rates_said(seen.settings).zh}",
+            f"（噪声标准误的 {climb.errors:.0f} 倍），{then.zh}{at.zh}{grown.zh}{rates_said(seen.settings).zh}",
         ),
         consequence=Said("steps are lost, and the run ends higher than it could", "浪费了训练步数，最终损失也偏高"),
         change=Said("lower the learning rate", "降低学习率"),
@@ -251,7 +256,7 @@ def warmup_too_short(seen: Observations) -> Problem | None:
     if first is None or curve.loss[peak] < SPIKE * first:
         return None
     beyond = (float(curve.loss[peak]) - first) / max(series.noise, 1e-12)
-    if beyond < JUMP_ERRORS or series.end.value >= first or not _lasts(curve, peak, first):
+    if beyond < JUMP_ERRORS or series.end.value >= first or not _lasts(curve, peak, first, series.noise):
         return None
     step, rate = int(curve.steps[peak]), _rate_and_norm(curve, peak)
     steps = max(10, round(USUAL_WARMUP * total), (seen.settings.warmup_steps or 0) * 3)
@@ -271,11 +276,12 @@ def warmup_too_short(seen: Observations) -> Problem | None:
     )
 
 
-def _lasts(curve: LossCurve, peak: int, first: float) -> bool:
+def _lasts(curve: LossCurve, peak: int, first: float, noise: float) -> bool:
     """Returns whether an early peak is more than one odd batch: the next step is high too, or the point is a mean."""
     spacing = float(np.median(np.diff(curve.steps)))
     after = curve.loss[peak + 1 : peak + 2]
-    return curve.window >= 4 or (spacing <= 2 and bool((after > (1 + SPIKE) / 2 * first).any()))
+    least = first + max((SPIKE - 1) / 2 * first, 4 * noise)
+    return curve.window >= 4 or (spacing <= 2 and bool((after > least).any()))
 
 
 def _full_by(seen: Observations, curve: LossCurve, place: int) -> bool:
