@@ -138,7 +138,7 @@ def make_trainer(case: dict[str, Any], parts: dict[str, Any], folder: Path, devi
         # the number of steps was counted before the accumulation
         end = case["steps"] / 8
         optimizers = (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / end)))
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=args,
         train_dataset=parts["rows"],
@@ -148,9 +148,6 @@ def make_trainer(case: dict[str, Any], parts: dict[str, Any], folder: Path, devi
         optimizers=optimizers,
         callbacks=_callbacks(case),
     )
-    if "mean_of_means" in breaks:
-        trainer.model_accepts_loss_kwargs = False
-    return trainer
 
 
 def _held_out(parts: dict[str, Any]) -> Any:
