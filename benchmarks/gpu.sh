@@ -36,12 +36,12 @@ timeout 80 "$PYTHON" -m pytest -m gpu -p no:cacheprovider tests/gpu 2>&1 | tee "
 tests=${PIPESTATUS[0]}
 
 # 42 examples are 8,100 tokens on average; a row may be longer than that, so that no batch is cut in two
-part 110 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool "$POOL"
-part 75 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens "$STEP" \
-    --length 128 --row-tokens "$ROW" --solo-rows "$ROW"
-part 60 many_trials --model "$MODEL" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
-part 60 many_trials --model "$BIG" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
-part 50 growth --model "$MODEL" --row "$ROW" --rows $((ROW / 8)) $((ROW / 4)) $((ROW / 2)) "$ROW" $((ROW * 2)) \
-    --step-tokens "$STEP" --repeats 3
+part 80 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool "$POOL"
+part 120 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens "$STEP" \
+    --length 128 --row-tokens "$ROW" --solo-rows "$ROW" --rounds 2
+part 70 many_trials --model "$MODEL" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
+part 50 many_trials --model "$BIG" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
+part 60 growth --model "$MODEL" --row "$ROW" --rows $((ROW / 8)) $((ROW / 4)) $((ROW / 2)) "$ROW" $((ROW * 2)) \
+    --step-tokens "$STEP" --repeats 2
 part 10 summary
 exit $((tests || failed))

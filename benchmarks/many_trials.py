@@ -225,7 +225,7 @@ def _own_peak(device: torch.device) -> int:
 
 
 def slots(world: World, options: argparse.Namespace) -> None:
-    """Adds LoRA trials, a quarter more at a time, until memory ends, then fewer at a time; each takes two steps."""
+    """Adds LoRA trials, as many again each time, until memory ends, then fewer at a time; each takes two steps."""
     rows = Rows(options, part="slots", **_facts(world, options))
     base = world.base()
     crowd, more, ended = Crowd(base, [], options.length), 1, False
@@ -242,7 +242,7 @@ def slots(world: World, options: argparse.Namespace) -> None:
             crowd.keep(before)
             gc.collect()
             torch.cuda.empty_cache()
-        more = more // 2 if ended else min(max(1, len(crowd) // 4), max(1, options.most_slots - len(crowd)))
+        more = more // 2 if ended else min(len(crowd), max(1, options.most_slots - len(crowd)))
     rows.add(row="most", slots=len(crowd), memory_ended=ended, peak_gib=_gib(base.device))
 
 

@@ -45,7 +45,9 @@ _KEYS = ("low", "y", "high")
 
 
 def growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws time per token against each axis, with the fastest and slowest step."""
+    """Draws time per token against each axis, with the fastest and slowest step, on the first row's machine."""
+    first = rows[0]
+    rows = [row for row in rows if all(row[name] == first[name] for name in ("machine", "model", "device"))]
     top = 1.05 * max(row["slowest"] for row in rows)
     panels = []
     for axis, label in AXES.items():
@@ -60,7 +62,6 @@ def growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
         area = base.mark_area(opacity=0.25, color=PALETTE[0]).encode(x=x, y=low, y2="high:Q")
         line = base.mark_line(color=PALETTE[0], point=alt.OverlayMarkDef(color=PALETTE[0], size=40)).encode(x=x, y=y)
         panels.append(area + line)
-    first = rows[0]
     title = f"{first['model']}, {first['dtype']}, LoRA; {first['machine']}, {first['date'][:10]}"
     _write(alt.hconcat(*panels, title=title), path)
 

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 Found = tuple[float, Row] | None
 Files = dict[str, list[Row]]
 
-NO_GPU = "not measured: no GPU lent"
+NO_GPU = "not measured: needs a GPU (gpu.sh)"
 NOT_YET = "not measured"
 EMBEDDED = "smollm2-135m-instruct"
 

@@ -205,7 +205,7 @@ def stats(
     else:
         output = console()
         output.print(render_stats(measured, width=output.width, all_sources=all_sources))
-    notes = [_seen_by_training(template), *([encoder.bos_warning] if encoder.bos_warning else [])]
+    notes = [_seen_by_training(template), *measured.diagnosis.short()]
     if plot is not None:
         plot_stats(measured, plot)
         notes.append(f"histogram -> {plot}")

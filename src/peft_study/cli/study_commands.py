@@ -43,7 +43,7 @@ def init(
 
     from peft_study.display.terminal import echo, progress, quiet_libraries
     from peft_study.storage.files import refuse_existing, refuse_unwritable
-    from peft_study.study.template import WHY_BOS, look, write_study_file
+    from peft_study.study.template import look, write_study_file
 
     quiet_libraries()
     refuse_existing(output, overwrite=overwrite)
@@ -52,8 +52,8 @@ def init(
         start = look(model, data, split=split, on_progress=on_progress)
     write_study_file(output, start)
     echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
-    if start.add_bos:
-        echo(f"add_bos: true, since {WHY_BOS}")
+    if start.why_bos:
+        echo(f"add_bos: true, since {start.why_bos}")
     echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
 
 

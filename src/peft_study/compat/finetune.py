@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from peft_study.compat.arguments import NO_EFFECT, FinetuneArguments
 from peft_study.compat.command_line import Command
-from peft_study.config import METHODS, Tracker, TrainConfig, validate
+from peft_study.config import Tracker, TrainConfig, validate
 from peft_study.data.formats import parse_mapping
 from peft_study.errors import ConfigError, UserError, nearest
 
@@ -111,7 +111,7 @@ def to_run(command: Command) -> Run:
         resume_from=None if resumed is None else Path(resumed),
         overwrite=arguments.overwrite_output_dir,
         notes=tuple(_notes(command)),
-        warnings=tuple(_warnings(_method_name(arguments), rate)),
+        warnings=tuple(_warnings(_method_name(arguments))),
     )
 
 
@@ -383,17 +383,10 @@ def _ignored(command: Command) -> list[str]:
     return [f"{', '.join(names)} ({reason})" for reason, names in groups.items()]
 
 
-def _warnings(method: str, rate: float | None) -> Iterator[str]:
+def _warnings(method: str) -> Iterator[str]:
     """Yields what is likely to spoil the run."""
     if method == "full":
         yield (
             "no method flag is given: ALL weights of the model are trained (full fine-tuning, as in the original); "
             "for an adapter add --use_lora, --use_prefix_tuning or --use_prompt_tuning"
-        )
-    rates = METHODS[method].learning_rates
-    if rate is not None and rates is not None and not rates.low < rate < rates.high:
-        side = "low" if rate <= rates.low else "high"
-        yield (
-            f"--learning_rate {rate:g} is {side} for {method.replace('_', ' ')}: its range is {rates.low:g} to "
-            f"{rates.high:g}, its default {rates.default:g} (used when --learning_rate is left out)"
         )

@@ -20,7 +20,9 @@ from tokenizers import Tokenizer
 
 from peft_study.data.conversation import Conversation, Example, Message
 from peft_study.data.spans import Span, SpanFinder
-from peft_study.data.templates import FROZEN_CLOCK, Renderer, resolve_template
+from peft_study.data.templates import FROZEN_CLOCK, Renderer, Template, resolve_template
+from peft_study.doctor.batches import Ends, LabelledRow, count_batches
+from peft_study.doctor.observations import DataCounts
 from peft_study.errors import ConfigError, ModelError, TemplateError
 
 #: Raised whenever the same conversation may give other tokens or another mask than before.
@@ -51,6 +53,9 @@ class ChatEncoder:
         clock: the frozen clock.
         missing_bos: the BOS token, as text, where the tokenizer puts it before a text by itself and examples do not
             begin with it, so that the model reads texts unlike those of its training; else None.
+        ends: the tokenizer's special tokens, and
+        probe: what the doctor sees in a smallest conversation; None where the template refuses it.
+        tuned_template: name of the template that the model was tuned with; None where its tokenizer has none.
         fingerprint: sha256 over everything that decides the tokens: tokenizer, template, clock, length, bos.
 
     Raises:
@@ -90,7 +95,10 @@ class ChatEncoder:
                 remedy="use a tokenizer that transformers loads as PreTrainedTokenizerFast",
             )
         self.fingerprint = self._fingerprint()
-        self.missing_bos = self._missing_bos(tokenizer)
+        self.ends = Ends.of(tokenizer)
+        self.tuned_template = _tuned_template(tokenizer, chosen)
+        self.probe = self._probed()
+        self.missing_bos = None if self.probe is None else self.probe.missing_bos
 
     def _build(self) -> None:
         self._backend: Tokenizer = Tokenizer.from_str(self._backend_json)
@@ -109,28 +117,18 @@ class ChatEncoder:
         self.__dict__.update(state)
         self._build()
 
-    def _missing_bos(self, tokenizer: Any) -> str | None:
-        bos = tokenizer.bos_token_id
-        if self._bos_id is not None or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
-            return None
+    def _probed(self) -> DataCounts | None:
+        """Returns what the doctor sees in a smallest conversation; None where the template refuses it."""
         try:
             text = self._finder.renderer.render(
                 [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             )
         except TemplateError:
             return None  # a template that refuses even this fails at the first row
-        return None if self._encode_text(text).ids[:1] == [bos] else str(tokenizer.bos_token)
-
-    @property
-    def bos_warning(self) -> str | None:
-        """One line for the user if BOS is missing, else None."""
-        if self.missing_bos is None:
-            return None
-        return (
-            f"warning: no example begins with BOS ({self.missing_bos!r}), which the tokenizer puts before a text by "
-            f"itself and chat template {self.template_name!r} does not write; "
-            "set data.add_bos: true (in finetune: --add_bos)"
-        )
+        ids = np.array(self._encode_text(text).ids, dtype=np.int32)
+        if self._bos_id is not None:
+            ids = behind_bos(Example(ids, np.ones(len(ids), dtype=np.bool_)), self._bos_id).tokens_L
+        return count_batches([LabelledRow(ids.astype(np.int64), ids.astype(np.int64))], ends=self.ends, max_length=None)
 
     def _fingerprint(self) -> str:
         parts = {
@@ -229,6 +227,17 @@ def _bare_backend(tokenizer: Any) -> Tokenizer:
     state = json.loads(backend.to_str())
     state.update(post_processor=None, truncation=None, padding=None)
     return Tokenizer.from_str(json.dumps(state, ensure_ascii=False))
+
+
+def _tuned_template(tokenizer: Any, chosen: Template) -> str | None:
+    """Returns the name of the tokenizer's own template: that of the chosen one where both say the same."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        own = resolve_template(None, tokenizer.chat_template)
+    except TemplateError:  # several, and no default
+        return None
+    return chosen.name if own.text == chosen.text else own.name
 
 
 def _template_variables(tokenizer: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Pool, Rows
 from peft_study.data.sources import open_sources
 from peft_study.data.stream import OnProgress, check_heads
-from peft_study.data.tokens import TokenizedData, lost_rows, tokenize
+from peft_study.data.tokens import TokenizedData, tokenize
 from peft_study.errors import ConfigError, UserError
 from peft_study.seeds import key
 from peft_study.storage.cache_dir import cache_root
@@ -127,7 +127,7 @@ class _Reader:
         self._rows, self._read = 0, 0
 
     def tokens(self, path: str) -> TokenizedData:
-        """Returns the tokens of a file, and notes what they lack."""
+        """Returns the tokens of a file."""
         data, file = self.data, path
         if path == skills.EMBEDDED_NAME:
             # written each time: it is quick, and a file of an older version must not be used
@@ -143,10 +143,6 @@ class _Reader:
             on_progress=lambda rows, share: self._tell(path, rows, share),
         )
         self._rows, self._read = self._rows + len(found) + found.dropped, self._read + self._sizes.get(path, 0)
-        if found.dropped:
-            self.notes.append(f"WARNING: {path}: {lost_rows(found.dropped, len(found) + found.dropped)}; left out")
-        if found.truncated:
-            self.notes.append(f"{path}: {found.truncated} rows are longer than max_length and were cut")
         return found
 
     def _tell(self, path: str, rows: int, share: float) -> None:

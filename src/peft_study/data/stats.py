@@ -6,7 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,8 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from peft_study.data.chat import ChatEncoder
+from peft_study.data.checkup import file_counts
 from peft_study.data.stream import OnProgress
-from peft_study.data.tokens import TokenizedData, lost_rows, tokenize
+from peft_study.data.tokens import TokenizedData, tokenize
+from peft_study.doctor.diagnosis import Diagnosis
+from peft_study.doctor.observations import DataCounts, Observations
+from peft_study.doctor.rule import examine
 from peft_study.errors import ConfigError
 from peft_study.storage.picture import write_picture
 
@@ -65,6 +69,7 @@ class DataStats:
         lengths_N: tokens of each row before the cut.
         max_length: the cut in tokens, or None.
         model, template: what the tokens were made with.
+        diagnosis: what is wrong with the data.
     """
 
     total: SourceStats
@@ -74,6 +79,7 @@ class DataStats:
     max_length: int | None
     model: str
     template: str
+    diagnosis: Diagnosis
 
 
 def compute_stats(
@@ -104,10 +110,10 @@ def compute_stats(
     if max_length is not None and max_length < 1:
         raise ConfigError(f"max_length is {max_length}", remedy="give at least 1 token")
     data = tokenize(sources, encoder, split=split, mapping=mapping, on_progress=on_progress)
-    return _stats_of(data, max_length=max_length, model=model, template=encoder.template_name)
+    return _stats_of(data, encoder, max_length=max_length, model=model)
 
 
-def _stats_of(data: TokenizedData, *, max_length: int | None, model: str, template: str) -> DataStats:
+def _stats_of(data: TokenizedData, encoder: ChatEncoder, *, max_length: int | None, model: str) -> DataStats:
     lengths_N = data.lengths_N
     supervised_N = _supervised_within(data, max_length)
     limit = int(lengths_N.max()) if max_length is None else max_length
@@ -127,15 +133,35 @@ def _stats_of(data: TokenizedData, *, max_length: int | None, model: str, templa
         )
 
     by_source = [count(str(name), names == name) for name in np.unique(names)]
+    total = count("all", np.ones(len(data), dtype=np.bool_))
     return DataStats(
-        total=count("all", np.ones(len(data), dtype=np.bool_)),
+        total=total,
         by_source=tuple(sorted(by_source, key=lambda source: (-source.rows, source.name))),
         quantiles={q: int(np.quantile(lengths_N, q, method="higher")) for q in QUANTILES},
         lengths_N=lengths_N,
         max_length=max_length,
         model=model,
-        template=template,
+        template=encoder.template_name,
+        diagnosis=_diagnosed(file_counts([data], encoder), total, max_length),
     )
+
+
+def _diagnosed(whole: DataCounts, cut: SourceStats, max_length: int | None) -> Diagnosis:
+    """Returns what the doctor says of the data.
+
+    Args:
+        whole: counts of the rows at full length.
+        cut: counts after the cut to `max_length`.
+    """
+    counts = replace(
+        whole,
+        tokens=cut.kept_tokens,
+        supervised=cut.supervised,
+        truncated=cut.truncated,
+        unsupervised=cut.unsupervised,
+        max_length=max_length,
+    )
+    return examine(Observations(data=counts), kinds=("data",))
 
 
 def _supervised_within(data: TokenizedData, max_length: int | None) -> npt.NDArray[np.int64]:
@@ -259,12 +285,7 @@ def _sentences(stats: DataStats) -> list[Text]:
         )
     if total.duplicates:
         sentences.append(f"{_rows(total.duplicates)} saying the same as an earlier one.")
-    found = [Text(sentence) for sentence in sentences]
-    if total.unsupervised:
-        found.append(
-            Text(f"WARNING: {lost_rows(total.unsupervised, total.rows)}; training leaves them out", "bold yellow")
-        )
-    return found
+    return [Text(sentence) for sentence in sentences]
 
 
 def _rows(count: int) -> str:

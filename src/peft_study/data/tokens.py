@@ -30,6 +30,8 @@ from peft_study.data.conversation import Example
 from peft_study.data.parallel import DIGEST_BYTES, EncodedChunk, encode_rows
 from peft_study.data.sources import open_sources
 from peft_study.data.stream import OnProgress, read_conversations
+from peft_study.doctor.observations import DataCounts, Observations
+from peft_study.doctor.rule import examine
 from peft_study.errors import DataError
 from peft_study.model.digest import file_digest
 from peft_study.storage.cache_dir import cache_root
@@ -134,11 +136,16 @@ class TokenizedData:
         """A hash of what each row says: equal for rows that say the same."""
         return self._values("digest")
 
-
-def lost_rows(lost: int, rows: int) -> str:
-    """Returns in words how many rows the cut to ``max_length`` leaves nothing to learn, and which share that is."""
-    share = f"{lost / rows:.1%}" if lost * 1000 >= rows else "less than 0.1%"
-    return f"{lost:,} of {rows:,} rows ({share}) lose all supervised tokens to max_length"
+    @property
+    def short_digests(self) -> npt.NDArray[np.uint64]:
+        """The first eight bytes of each row's digest, which are as good for counting equals."""
+        found = []
+        for batch in self._batches:
+            column = batch["digest"]
+            values = np.frombuffer(column.buffers()[1], dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+            chosen = values[column.offset : column.offset + len(column), :8]
+            found.append(np.ascontiguousarray(chosen).view(np.uint64).ravel())
+        return np.concatenate(found)
 
 
 def tokenize(
@@ -191,7 +198,7 @@ def tokenize(
                 if on_progress is not None:
                     on_progress(counts.seen, min(share_of_row * counts.seen, 1.0))  # reading is ahead of encoding
             if counts.kept == 0:
-                raise _nothing_supervised(counts, encoder)
+                _refuse_nothing_supervised(counts, encoder)
             description = {"key": key, "from": specs, "split": split, "template": encoder.template_name}
             meta = json.dumps({**description, **asdict(counts)})
             writer.write_batch(pa.RecordBatch.from_pylist([], schema=_SCHEMA), {"meta": meta})
@@ -271,20 +278,25 @@ def _batch(chunk: EncodedChunk, counts: _Counts) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=_SCHEMA)
 
 
-def _nothing_supervised(counts: _Counts, encoder: ChatEncoder) -> DataError:
+def _refuse_nothing_supervised(counts: _Counts, encoder: ChatEncoder) -> None:
     if counts.seen == 0:
-        return DataError("there are no rows", remedy="give a source that holds conversations")
-    if counts.shortest_first is None:
-        return DataError(
-            f"chat template {encoder.template_name!r} leaves nothing to learn in any of {counts.seen} rows",
-            remedy="choose another chat template",
-        )
-    return DataError(
-        f"max_length {encoder.max_length} is so short that nothing is supervised in any of {counts.seen} rows",
-        where="max_length",
-        remedy=f"give at least {counts.shortest_first + 1}, which keeps one token of one row; the longest row has "
-        f"{max(counts.dropped_lengths)}",
+        raise DataError("there are no rows", remedy="give a source that holds conversations")
+    cut = counts.shortest_first is not None
+    data = DataCounts(
+        rows=counts.seen,
+        supervised=0,
+        truncated=counts.truncated if cut else 0,
+        unsupervised=counts.seen,
+        max_length=encoder.max_length,
     )
+    remedy = f"choose another chat template than {encoder.template_name!r}"
+    if counts.shortest_first is not None:
+        remedy = (
+            f"give at least {counts.shortest_first + 1}, which keeps one token of one row; the longest row has "
+            f"{max(counts.dropped_lengths)}"
+        )
+    found = examine(Observations(data=data), checks=("truncated", "nothing_supervised"))
+    found.refuse(DataError, where="max_length" if cut else None, remedy=remedy)
 
 
 def _cache_key(specs: Sequence[str], encoder: ChatEncoder, split: str | None, mapping: Mapping[str, str] | None) -> str:

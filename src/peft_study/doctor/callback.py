@@ -17,13 +17,10 @@ from transformers import TrainerCallback
 
 from peft_study.doctor.diagnosis import Diagnosis, Problem
 from peft_study.doctor.live import adapter_state, fingerprint, observe_model
-from peft_study.doctor.observations import LossCurve, Observations, to_json
+from peft_study.doctor.observations import FILE, LossCurve, Observations, to_json
 from peft_study.doctor.rule import examine
 from peft_study.errors import UserError
 from peft_study.storage.files import atomic_writer, json_text
-
-FILE = "doctor.json"
-"""What was seen and found, in the output folder of the run."""
 
 _ROWS = 64
 """Rows of the training data that are looked at before step 1, spread over all of it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from peft_study.doctor.observations import to_json
+from peft_study.errors import UserError
 
 Level = Literal["error", "warning", "note"]
 Sureness = Literal["certain", "likely", "possible"]
@@ -135,6 +136,20 @@ class Diagnosis:
                 paste = f" ({problem.paste})" if problem.paste and "\n" not in problem.paste else ""
                 lines.append(f"WARNING: {said[0]}: {said[1]}; {said[2]}{paste}")
         return lines
+
+    def refuse(self, kind: type[UserError], *, where: str | None = None, remedy: str | None = None) -> None:
+        """Raises the first error, where there is one.
+
+        Args:
+            kind: of the exception.
+            where: as of `UserError`.
+            remedy: where the caller knows a better one than the rule.
+        """
+        for problem in self.problems:
+            if problem.level == "error":
+                raise kind(
+                    f"{problem.cause.en}: {problem.evidence.en}", where=where, remedy=remedy or problem.change.en
+                )
 
     def json(self) -> dict[str, Any]:
         """Returns plain JSON values; texts in both languages."""

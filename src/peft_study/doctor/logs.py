@@ -80,6 +80,16 @@ def read_log(
     return _with_logged_rates(seen)
 
 
+def holds_log(folder: Path) -> bool:
+    """Returns whether a folder has a log, or what our callback saw."""
+    return (
+        newest_state(folder) is not None
+        or (folder / SEEN).is_file()
+        or bool(event_files(folder))
+        or any(_may_be_log(file) and _names_a_loss(file) for file in folder.iterdir() if file.is_file())
+    )
+
+
 def _find(path: Path) -> Path | list[tuple[str, Path]] | None:
     """Returns the file of a log, or event files; None where a folder has none, but what our callback saw."""
     if path.is_file():

@@ -14,6 +14,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+FILE = "doctor.json"
+"""Where a run's folder keeps what was seen of it live: ``{"observations": to_json(...), ...}``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCounts:
@@ -57,6 +60,9 @@ class UsedSettings:
         weight_decay: of the optimizer.
         parameter_dtype: of what trains, as bfloat16; compute_dtype: of the forward pass.
         rank, alpha, tokens, init: of the method; tokens are virtual tokens.
+        rank_stabilised: LoRA's update is scaled by alpha / sqrt(rank), not alpha / rank.
+        narrowest: smaller side of the narrowest layer that LoRA updates, and width: of the model.
+        projection: an MLP makes the prefix or prompt.
         seconds, memory_bytes: that the run is expected to take; free_bytes: memory there is for it.
     """
 
@@ -77,6 +83,10 @@ class UsedSettings:
     alpha: float | None = None
     tokens: int | None = None
     init: str | None = None
+    rank_stabilised: bool | None = None
+    narrowest: int | None = None
+    width: int | None = None
+    projection: bool | None = None
     seconds: float | None = None
     memory_bytes: int | None = None
     free_bytes: int | None = None
@@ -89,6 +99,8 @@ class DataCounts:
     Attributes:
         rows: examples that were counted.
         tokens, supervised: of all of them, after the cut to `max_length`.
+        conversations: rows are prompts with answers.
+        spread: standard deviation of a row's supervised tokens, as a share of their mean.
         truncated: rows that are cut; unsupervised: rows without a supervised token.
         max_length: the cut in tokens.
         longest: tokens of the longest row after the cut; virtual_tokens: that the method puts before it.
@@ -105,6 +117,8 @@ class DataCounts:
     rows: int | None = None
     tokens: int | None = None
     supervised: int | None = None
+    conversations: bool | None = None
+    spread: float | None = None
     truncated: int | None = None
     unsupervised: int | None = None
     max_length: int | None = None
@@ -219,6 +233,8 @@ def to_json(value: Any) -> Any:
         value = value.item()
     if isinstance(value, np.ndarray):
         return [to_json(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        return to_json(value.item())
     if isinstance(value, dict):
         return {str(key): to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

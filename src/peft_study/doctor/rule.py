@@ -14,7 +14,15 @@ from peft_study.doctor.observations import Observations
 
 Kind = Literal["weights", "data", "settings", "run"]
 """What a rule is about. Of equally bad problems that of the first kind is told first: a cause before its effect."""
-KINDS: tuple[Kind, ...] = ("weights", "data", "settings", "run")
+KINDS: dict[Kind, str] = {
+    "weights": "What trains, and what was saved",
+    "data": "Examples and labels",
+    "settings": "Settings",
+    "run": "The run",
+}
+
+
+Find = Callable[[Observations], Problem | Said | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +35,7 @@ class Rule:
         looks_at, threshold, source, false_alarms: a line each, for docs/doctor.md; source: where the threshold is from.
         needs: dotted names of the observations without which it cannot be checked.
         explains: names of checks whose problems are effects of this one; they are told with it, not beside it.
-        find: the check itself.
+        find: the check itself: a problem; None: there is none; or why it cannot be told.
     """
 
     name: str
@@ -38,7 +46,7 @@ class Rule:
     false_alarms: str
     needs: tuple[str, ...]
     explains: tuple[str, ...]
-    find: Callable[[Observations], Problem | None]
+    find: Find
 
 
 RULES: dict[str, Rule] = {}
@@ -54,10 +62,10 @@ def rule(
     false_alarms: str,
     needs: Iterable[str],
     explains: Iterable[str] = (),
-) -> Callable[[Callable[[Observations], Problem | None]], Callable[[Observations], Problem | None]]:
+) -> Callable[[Find], Find]:
     """Makes a function a rule, under its own name; arguments as the attributes of `Rule`."""
 
-    def register(find: Callable[[Observations], Problem | None]) -> Callable[[Observations], Problem | None]:
+    def register(find: Find) -> Find:
         name = find.__name__
         assert name not in RULES, name
         RULES[name] = Rule(name, kind, looks_at, threshold, source, false_alarms, tuple(needs), tuple(explains), find)
@@ -66,17 +74,26 @@ def rule(
     return register
 
 
-def examine(seen: Observations, *, about: str = "", checks: Iterable[str] | None = None) -> Diagnosis:
+def examine(
+    seen: Observations,
+    *,
+    about: str = "",
+    checks: Iterable[str] | None = None,
+    kinds: Iterable[Kind] = KINDS,
+) -> Diagnosis:
     """Applies the rules.
 
     Args:
         seen: all that is known of the run.
         about: what was looked at, for the text.
-        checks: names of rules; None: all.
+        checks: names of rules; None: all of these `kinds`.
     """
     import peft_study.doctor.rules  # noqa: F401 - its modules register their rules
 
-    chosen = RULES.values() if checks is None else [RULES[name] for name in checks]
+    wanted = set(kinds)
+    chosen = (
+        [one for one in RULES.values() if one.kind in wanted] if checks is None else [RULES[name] for name in checks]
+    )
     found: list[Problem] = []
     unchecked: dict[str, Said] = {}
     checked: list[str] = []
@@ -85,11 +102,31 @@ def examine(seen: Observations, *, about: str = "", checks: Iterable[str] | None
         if missing is not None:
             unchecked[one.name] = _reason(seen, missing)
             continue
+        problem = one.find(seen)
+        if isinstance(problem, Said):
+            unchecked[one.name] = problem
+            continue
         checked.append(one.name)
-        if (problem := one.find(seen)) is not None:
+        if problem is not None:
             found.append(dataclasses.replace(problem, check=one.name))
     notes = seen.curve.notes if seen.curve else ()
     return Diagnosis(about, _ordered(found), unchecked, tuple(checked), notes)
+
+
+def table_of_checks() -> str:
+    """Returns all checks as tables in Markdown, one a kind."""
+    import peft_study.doctor.rules  # noqa: F401
+
+    lines = []
+    for kind, title in KINDS.items():
+        lines += [f"## {title}", "", "| check | looks at | threshold | its source | known false alarms |"]
+        lines += ["|---|---|---|---|---|"]
+        for one in RULES.values():
+            if one.kind == kind:
+                cells = (f"`{one.name}`", one.looks_at, one.threshold, one.source, one.false_alarms)
+                lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def together(diagnoses: Mapping[str, Diagnosis], *, about: str) -> Diagnosis:
@@ -134,7 +171,7 @@ def _ordered(found: list[Problem]) -> tuple[Problem, ...]:
     order = list(RULES)
 
     def place(problem: Problem) -> tuple[int, int, int, int]:
-        kind = KINDS.index(RULES[problem.check].kind)
+        kind = list(KINDS).index(RULES[problem.check].kind)
         return LEVELS.index(problem.level), kind, SURENESS.index(problem.sure), order.index(problem.check)
 
     return tuple(sorted(kept, key=place))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from peft_study.doctor.observations import Observations, ParameterCounts
+from peft_study.doctor.rule import examine
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
 from peft_study.model.load import Base
@@ -54,12 +56,16 @@ def refuse_unexpected(base: Base, adapter: Adapter) -> None:
     """
     allowed = adapter.base_parameters()
     unexpected = [n for n, p in base.model.named_parameters() if p.requires_grad and n not in allowed]
+    own = adapter.parameters()
     if unexpected:
-        raise ModelError(
-            f"{len(unexpected)} parameters of the base would train, {unexpected[0]} first, but {adapter.method} "
-            "trains none of them",
-            remedy="freeze them (requires_grad_(False)) before training",
+        counts = ParameterCounts(
+            base=base.parameter_count(),
+            base_trainable=sum(base.model.get_parameter(name).numel() for name in unexpected),
+            adapter=max(1, sum(parameter.numel() for parameter in own.values())),
+            adapter_trainable=sum(parameter.numel() for parameter in own.values() if parameter.requires_grad),
+            first_unexpected=unexpected[0],
         )
-    frozen = [name for name, p in adapter.parameters().items() if not p.requires_grad]
+        examine(Observations(parameters=counts), checks=("base_trains",)).refuse(ModelError, where=adapter.method)
+    frozen = [name for name, p in own.items() if not p.requires_grad]
     if frozen:
         raise ModelError(f"{frozen[0]} belongs to {adapter.method} but is frozen")

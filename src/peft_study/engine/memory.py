@@ -19,6 +19,9 @@ from torch import Tensor
 
 from peft_study.config import MethodConfig
 from peft_study.data.conversation import Example
+from peft_study.doctor.observations import Observations, UsedSettings
+from peft_study.doctor.rule import examine
+from peft_study.doctor.rules.costs import MARGIN
 from peft_study.engine.engine import Engine
 from peft_study.engine.row import Item, fill_rows, said_whose
 from peft_study.engine.trial import Examples
@@ -27,9 +30,6 @@ from peft_study.methods.base import Adapter
 from peft_study.methods.registry import create, size, smallest
 from peft_study.model.cpu.allocator import give_back_freed_memory
 from peft_study.storage.environment import resident
-
-MARGIN = 0.1
-"""Share of the free memory that is left alone."""
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux keeps a container's limits (version 2)."""
@@ -105,18 +105,31 @@ class Room:
         found = size(method, self._engine.base)
         if self.free is None or not found.trained:
             return
-        usable, slot, tokens = self.free * (1 - MARGIN), self.slot(method), longest + found.row_tokens
+        need = self.need(method, longest)
+        remedy = found.remedy
+        if (row := need - self.slot(method)) > 0:
+            remedy += (
+                f", a lower max_length, or gradient_checkpointing ({row / 2**30:,.1f} GB of it for a row of "
+                f"{longest + found.row_tokens:,} tokens)"
+            )
+        seen = Observations(settings=UsedSettings(memory_bytes=need, free_bytes=self.free))
+        examine(seen, checks=("memory",)).refuse(ModelError, where=found.name, remedy=remedy)
+
+    def need(self, method: MethodConfig, longest: int) -> int:
+        """Returns the bytes that a setting takes at least, with one example in a row.
+
+        Args:
+            method: the setting.
+            longest: tokens of the longest example.
+
+        Raises:
+            ModelError: when the method does not fit the model.
+        """
+        found, slot = size(method, self._engine.base), self.slot(method)
         # where the trial alone is too large, no row has to be tried
-        row = self.row(method, tokens) if slot <= usable else 0
-        if slot + row <= usable:
-            return
-        parts = f" ({row / 2**30:,.1f} GB of it for a row of {tokens:,} tokens)" if row else ""
-        shorter = "a lower max_length, or gradient_checkpointing"
-        raise ModelError(
-            f"{found.name} needs {(slot + row) / 2**30:,.1f} GB of memory beside the base{parts}, "
-            f"{self.free / 2**30:,.1f} GB are free",
-            remedy=f"{found.remedy}, {shorter}" if row else found.remedy,
-        )
+        if not found.trained or (self.free is not None and slot > self.free * (1 - MARGIN)):
+            return slot
+        return slot + self.row(method, longest + found.row_tokens)
 
     def cut_rows(self, methods: Sequence[MethodConfig]) -> None:
         """Makes the engine's rows smaller where what a full one holds is known not to fit beside one trial."""

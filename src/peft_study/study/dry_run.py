@@ -14,8 +14,9 @@ from peft_study.model.in_memory import ModelInMemory
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
 from peft_study.search.pruners import rungs
-from peft_study.search.space_check import check_spaces, largest, tried
+from peft_study.search.space_check import check_spaces, diagnose_spaces, largest, tried
 from peft_study.search.trials import StudyState
+from peft_study.training.checkup import lines
 from peft_study.training.fitting import check_methods
 from peft_study.training.session import Say, Session, open_session, timed
 
@@ -99,7 +100,8 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
             slot = session.room.slot(largest_settings[name].method)
             found.append(_method(config, session, name, setting, slot, say))
     counts = len(session.train), len(session.held_out), len(session.test)
-    notes = [*session.notes, *filter(None, [StudyState().unequal(config)])]
+    _, diagnosis = diagnose_spaces(session, config)
+    notes = [*session.notes, *lines(diagnosis), *filter(None, [StudyState().unequal(config)])]
     return StudyEstimate(tuple(found), session.room.free, *counts, config.training.batch_size, tuple(notes))
 
 

@@ -32,6 +32,7 @@ from peft_study.study.callbacks import Callback, Callbacks
 from peft_study.study.clock import StudyClock
 from peft_study.study.closing import forget, keep_answers, keep_costs
 from peft_study.study.recommend import Recommended, Scale, write_recommended
+from peft_study.training import checkup
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended
 from peft_study.training.session import Say, refuse_other_inputs, timed
@@ -169,8 +170,9 @@ class _Study:
         self._callbacks = callbacks
         self._clock: StudyClock | None = None
         self._facts = backend.facts
-        for note in self._facts.notes:
+        for note in (*self._facts.notes, *checkup.lines(self._facts.diagnosis)):
             watcher.say(note)
+        checkup.keep(folder.run, self._facts.seen, self._facts.diagnosis)
         folder.run.write_record({**environment(), **self._facts.record})
         held_out.keep(folder.run, self._facts.examples)
         self._journal = Journal(folder.journal)

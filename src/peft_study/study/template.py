@@ -21,7 +21,10 @@ import yaml
 from peft_study.config import METHODS, SPACES, TRAINING_DIMENSIONS, Choices, Range, Strict, StudyConfig, TrainingConfig
 from peft_study.config.schema import SCHEMA_FILE
 from peft_study.data.chat import ChatEncoder
+from peft_study.data.checkup import encoder_counts
 from peft_study.data.stream import Survey, check_heads, survey
+from peft_study.doctor.observations import Observations
+from peft_study.doctor.rule import examine
 from peft_study.errors import DataError
 from peft_study.model.load import load_tokenizer
 from peft_study.storage.files import atomic_writer, made_folder
@@ -30,7 +33,6 @@ HELD_OUT_MOST = 128
 """Held-out rows at most: evaluations then cost a few percent of a trial."""
 STEPS_MOST = 300
 """Optimizer steps a trial at most: a pass over a large data set, times the trials, would take weeks."""
-WHY_BOS = "the tokenizer puts it first by itself, and the chat template does not write it"
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 _WHOLE_SHARE = 0.99
 _DEFAULT_TEMPLATE = "tulu"
@@ -46,7 +48,7 @@ class Start:
         data: sources.
         split: of the sources.
         chat_template: where the tokenizer has none of its own.
-        add_bos: whether BOS is put first.
+        why_bos: why BOS is put first; None: it is not.
         positions: tokens the tokenizer was made for, or None where it does not say.
         found: numbers of the data.
     """
@@ -55,7 +57,7 @@ class Start:
     data: tuple[str, ...]
     split: str | None
     chat_template: str | None
-    add_bos: bool
+    why_bos: str | None
     positions: int | None
     found: Survey
 
@@ -94,8 +96,8 @@ def look(
     tokenizer = load_tokenizer(model)
     template = None if tokenizer.chat_template else _DEFAULT_TEMPLATE
     encoder = ChatEncoder(tokenizer, template=template)
-    add_bos = encoder.missing_bos is not None
-    if add_bos:
+    bos = examine(Observations(data=encoder_counts(encoder)), checks=("missing_bos",)).problems
+    if bos:
         encoder = ChatEncoder(tokenizer, template=template, add_bos=True)
     check_heads(data, encoder, split=split)
     found = survey(data, encoder, split=split, on_progress=on_progress)
@@ -104,7 +106,15 @@ def look(
         raise DataError("there is one row", where=", ".join(data), remedy=remedy)
     positions = int(tokenizer.model_max_length)
     # transformers has a number of thirty digits for "unknown"
-    return Start(model, tuple(data), split, template, add_bos, positions if positions < 10**9 else None, found)
+    return Start(
+        model,
+        tuple(data),
+        split,
+        template,
+        bos[0].evidence.en if bos else None,
+        positions if positions < 10**9 else None,
+        found,
+    )
 
 
 def write_study_file(path: Path, start: Start) -> None:
@@ -188,7 +198,7 @@ def _fitted(start: Start) -> tuple[dict[str, Any], dict[str, str]]:
         "data.split": start.split,
         "data.max_length": length,
         "data.chat_template": start.chat_template,
-        "data.add_bos": start.add_bos,
+        "data.add_bos": start.why_bos is not None,
         "budget.steps": min(STEPS_MOST, start.steps_a_pass),
     }
     reasons = {
@@ -199,8 +209,8 @@ def _fitted(start: Start) -> tuple[dict[str, Any], dict[str, str]]:
     }
     if start.chat_template:
         reasons["data.chat_template"] = "the tokenizer has none of its own"
-    if start.add_bos:
-        reasons["data.add_bos"] = WHY_BOS
+    if start.why_bos:
+        reasons["data.add_bos"] = start.why_bos
     return values, reasons
 
 

@@ -18,7 +18,8 @@ from peft_study.model.in_memory import ModelInMemory
 from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
-from peft_study.training.fitting import check_methods, past_context
+from peft_study.training.checkup import CheckedWatcher, Checkup
+from peft_study.training.fitting import check_methods
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Slots
 from peft_study.training.session import Session, bos_losses, describe, measure_base, open_session, refuse_other_inputs
@@ -180,8 +181,6 @@ def _train(
     """Runs a setting once its folder is locked; arguments as of `train`; `begun`: a run there is resumed."""
     processes = session.processes
     check_methods(session, [config.method], config.training.seed)
-    if warning := past_context(session, [config.method]):
-        watcher.say(warning)
     before = [] if overwrite else [folder]
     # a checkpoint lies in RUN/checkpoints/step_N
     for run in before + ([RunFolder(resume.folder.resolve().parents[1])] if resume else []):
@@ -217,6 +216,12 @@ def _run(
     planned = total_steps(config.training, len(session.train))
     every = logging.evaluate_every or max(1, planned // (4 if config.early_stopping is None else 20))
     settings = TrialSettings(method=config.method, training=config.training)
+    checkup = Checkup(session, settings)
+    for line in checkup.lines:
+        watcher.say(line)
+    if session.processes.writes:
+        checkup.keep(folder)
+    watcher = CheckedWatcher(watcher, checkup, folder if session.processes.writes else None)
     plan = TrialPlan(config.method.method, settings, folder, every, patience=config.early_stopping)
     settle(session, folder, [settings], trials=1, wanted=1)
     measure_base(session, watcher.say)

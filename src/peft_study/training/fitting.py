@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from peft_study.config import MethodConfig
 from peft_study.errors import ModelError, first_line, out_of_memory
 from peft_study.methods.registry import create, size
-from peft_study.training.session import Session
+from peft_study.training.session import Session, refuse_past_positions
 
 
 def refuse_unfit(session: Session, method: MethodConfig) -> None:
@@ -17,32 +17,8 @@ def refuse_unfit(session: Session, method: MethodConfig) -> None:
     Raises:
         ModelError: when it needs more positions than the model has, or more memory than there is.
     """
-    positions, virtual = session.base.positions, _virtual_tokens(session, method)
-    if positions is not None and session.longest + virtual > positions:
-        shorter = f", or max_length {positions - virtual} or less" if positions > virtual else ""
-        raise ModelError(
-            f"{virtual:,} virtual tokens and the longest example's {session.longest:,} tokens need "
-            f"{session.longest + virtual:,} positions, but the model has {positions:,}",
-            remedy=f"use fewer tokens{shorter}",
-        )
+    refuse_past_positions(session.base, session.longest, size(method, session.base))
     session.room.refuse(method, session.longest)
-
-
-def _virtual_tokens(session: Session, method: MethodConfig) -> int:
-    found = size(method, session.base)
-    return found.row_tokens + found.prefix_tokens
-
-
-def past_context(session: Session, methods: Iterable[MethodConfig]) -> str | None:
-    """Returns a line for the user where a setting goes beyond the positions that the model was made for, else None."""
-    virtual = max((_virtual_tokens(session, method) for method in methods), default=0)
-    context = session.base.context
-    if context is None or session.longest + virtual <= context:
-        return None
-    return (
-        f"the longest example's {session.longest:,} tokens and {virtual:,} virtual tokens go beyond the {context:,} "
-        "positions that the model was made for: it computes them, but its answers there may be poor"
-    )
 
 
 @contextmanager

@@ -15,12 +15,14 @@ from peft_study.data.chat import ChatEncoder, behind_bos
 from peft_study.data.conversation import Example
 from peft_study.data.dataset import Rows
 from peft_study.data.split import Split, check_files, make_split
+from peft_study.doctor.observations import DataCounts, Observations
+from peft_study.doctor.rule import examine
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import BaseLosses
 from peft_study.engine.memory import Room
 from peft_study.engine.processes import ALONE, ProcessGroup
-from peft_study.errors import ConfigError, OutputError, TemplateError
-from peft_study.methods.base import Material
+from peft_study.errors import ConfigError, ModelError, OutputError, TemplateError
+from peft_study.methods.base import Material, Size
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.in_memory import ModelInMemory, borrow
 from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
@@ -123,7 +125,6 @@ def open_session(
         processes.wait()
     notes: list[str] = []
     tokenizer, encoder = _check(model, data, in_memory, test=test)
-    notes += [encoder.bos_warning] if encoder.bos_warning else []
     base = _load(model, tokenizer, say, notes) if in_memory is None else borrow(in_memory)
     notes += _about_packing(base)
     rows = _read(data, encoder, training.data_seed, say, test=test)
@@ -221,13 +222,26 @@ def _room(engine: Engine, processes: ProcessGroup) -> Room:
 
 def _longest(base: Base, parts: Sequence[Rows]) -> int:
     longest = int(max(part.lengths().max(initial=0) for part in parts))
-    if base.positions is not None and longest > base.positions:
-        raise ConfigError(
-            f"the longest example has {longest:,} tokens, but the model has {base.positions:,} positions",
-            where="max_length",
-            remedy=f"set it to {base.positions} or less",
-        )
+    refuse_past_positions(base, longest)
     return longest
+
+
+def refuse_past_positions(base: Base, longest: int, method: Size | None = None) -> None:
+    """Refuses examples that the model has no positions for.
+
+    Args:
+        base: the model.
+        longest: tokens of the longest example.
+        method: of which virtual tokens stand before it.
+
+    Raises:
+        ConfigError: the examples themselves are too long.
+        ModelError: they are with the method's tokens.
+    """
+    virtual = 0 if method is None else method.row_tokens + method.prefix_tokens
+    data = DataCounts(longest=longest, virtual_tokens=virtual, positions=base.positions)
+    found = examine(Observations(data=data), checks=("past_positions",))
+    found.refuse(ConfigError if method is None else ModelError, where="max_length" if method is None else None)
 
 
 def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) -> None:

@@ -46,7 +46,7 @@ class LocalBackend:
         self._worker = Worker(
             self._session, config.logging, checkpoints=self._folder.checkpoints, identity=basis(config)
         )
-        self.facts = facts(self._session)
+        self.facts = facts(self._session, config)
         return self
 
     def __exit__(self, *_error: object) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import DataConfig, LoggingConfig, MethodConfig, TrialSettings
+from peft_study.config import DataConfig, LoggingConfig, MethodConfig, StudyConfig, TrialSettings
+from peft_study.doctor.diagnosis import Diagnosis
+from peft_study.doctor.observations import Observations
 from peft_study.engine import checkpoint
 from peft_study.engine.guards import Trainable
 from peft_study.engine.row import DoesNotFit
@@ -20,6 +22,7 @@ from peft_study.engine.trial import StepReport, Trial
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import is_exclusive
+from peft_study.search.space_check import diagnose_spaces
 from peft_study.statistics import Losses, TokenCounts
 from peft_study.storage.held_out import HeldOut
 from peft_study.training.answers import answer_rows, whole_model
@@ -39,6 +42,7 @@ class Facts:
         test_counts_N: supervised tokens of each test example.
         record: what the numbers are computed from.
         notes: lines the user should see once.
+        seen, diagnosis: what the doctor sees of the study before it begins, and says.
     """
 
     train_lengths: npt.NDArray[np.int64]
@@ -47,6 +51,8 @@ class Facts:
     test_counts_N: TokenCounts
     record: dict[str, dict[str, object]]
     notes: tuple[str, ...]
+    seen: Observations
+    diagnosis: Diagnosis
 
     @property
     def examples(self) -> HeldOut:
@@ -207,8 +213,13 @@ class Worker:
         return report
 
 
-def facts(session: Session) -> Facts:
-    """Returns what the scheduler must know of a session with a test part."""
+def facts(session: Session, config: StudyConfig) -> Facts:
+    """Returns what the scheduler must know of a session with a test part.
+
+    Args:
+        session: with model and data.
+        config: of the filled study.
+    """
     assert session.test is not None
     return Facts(
         session.train.lengths(),
@@ -217,4 +228,5 @@ def facts(session: Session) -> Facts:
         session.test.counts(),
         describe(session),
         session.notes,
+        *diagnose_spaces(session, config),
     )

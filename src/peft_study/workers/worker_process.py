@@ -101,7 +101,7 @@ class WorkerProcess:
         found = None
         if first is None:
             notes = check_spaces(session, config)
-            found = facts(session)
+            found = facts(session, config)
             found = replace(found, notes=(*found.notes, *notes))
         return Opened(self.where(), describe(session), found, room.free)
 
