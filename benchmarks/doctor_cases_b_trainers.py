@@ -222,12 +222,16 @@ def _ours(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: str
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout[-1500:] + done.stderr[-1500:])
-    for path in sorted(Path("out").rglob("*")):
+    _keep_ours(Path("out"), out)
+    return {"said": done.stdout[-1500:].splitlines()}
+
+
+def _keep_ours(run: Path, out: Path) -> None:
+    for path in sorted(run.rglob("*")):
         if path.is_file() and path.stat().st_size < 200_000 and "checkpoint" not in str(path):
-            target = out / path.relative_to("out")
+            target = out / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    return {"said": done.stdout[-1500:].splitlines()}
 
 
 def _ours_method(case: Case) -> list[str]:

@@ -96,7 +96,7 @@ def base(case: dict[str, Any], model: Path | None, data: Path, work: Path, devic
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if case["model"] == "smollm2":
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
         loaded.config._name_or_path = loaded.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
         return loaded, AutoTokenizer.from_pretrained(model)
     family = case["model"]

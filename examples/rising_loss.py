@@ -1,8 +1,8 @@
 """The loss rises, and nothing says why: a PromptTuningConfig was made, and never attached to the model.
 
-python examples/rising_loss.py                        as it was: the doctor stops it before step 1
-python examples/rising_loss.py --attach               attached, at a rate that teaches a soft prompt nothing
-python examples/rising_loss.py --attach --rate 0.03   as it should be
+python examples/rising_loss.py                       as it was: the doctor stops it before step 1
+python examples/rising_loss.py --attach              attached, at a rate that teaches a soft prompt nothing
+python examples/rising_loss.py --attach --rate 0.1   as it should be
 """
 
 import argparse
@@ -14,6 +14,13 @@ from peft_study.data import skills
 from peft_study.doctor.callback import DoctorCallback
 from peft_study.errors import UserError
 from peft_study.model.load import resolve_model
+
+PROMPT = {
+    "num_virtual_tokens": 8,
+    "prompt_tuning_init": "TEXT",
+    "prompt_tuning_init_text": "Answer the question in one line",
+}
+USUAL = {"per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
 
 
 def encode(tokenizer, question, answer):
@@ -28,25 +35,12 @@ def train(base, *, attach=False, rate=1e-4, steps=60, callbacks=(), output="risi
     """Trains, and returns the trainer."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
-    text = "Answer the question, and end with: Answer:"
-    config = PromptTuningConfig(
-        "CAUSAL_LM",
-        num_virtual_tokens=8,
-        prompt_tuning_init="TEXT",
-        prompt_tuning_init_text=text,
-        tokenizer_name_or_path=base,
-    )
-    if attach:  # the line that was missing
-        model = get_peft_model(model, config)
-    rows = [encode(tokenizer, *(turn.content for turn in row.messages)) for row in skills.generate(8 * steps)]
+    config = PromptTuningConfig(task_type="CAUSAL_LM", tokenizer_name_or_path=base, **PROMPT)
+    if attach:
+        model = get_peft_model(model, config)  # the line that was missing
+    rows = [encode(tokenizer, *(turn.content for turn in row.messages)) for row in skills.generate(4 * steps)]
     arguments = TrainingArguments(
-        output,
-        learning_rate=rate,
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
+        output, learning_rate=rate, max_steps=steps, train_sampling_strategy="sequential", **USUAL
     )
     trainer = Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), rows, callbacks=list(callbacks))
     trainer.train()
@@ -59,6 +53,6 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--steps", type=int, default=60)
     try:
-        train(resolve_model("smollm2-135m-instruct"), **vars(parser.parse_args()), callbacks=[DoctorCallback()])
+        train(str(resolve_model("smollm2-135m-instruct")), **vars(parser.parse_args()), callbacks=[DoctorCallback()])
     except UserError as error:
         raise SystemExit(str(error)) from None

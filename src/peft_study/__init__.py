@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peft_study.data.convert import convert
     from peft_study.data.sample import sample
     from peft_study.data.tokens import TokenizedData, tokenize
+    from peft_study.doctor.callback import DoctorCallback
+    from peft_study.doctor.diagnosis import Diagnosis, Problem
     from peft_study.engine.engine import Engine
     from peft_study.engine.trial import Trial
     from peft_study.errors import Interrupted, PeftStudyError, UserError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from peft_study.report.study_result import StudyResult, TrainedAdapter
     from peft_study.statistics import Estimate
     from peft_study.study.callbacks import Callback, LiveTrial
+    from peft_study.study.diagnose import diagnose
 
 _HOMES = {
     # a study
@@ -37,6 +40,10 @@ _HOMES = {
     "peft_study.statistics": ("Estimate",),
     "peft_study.study.callbacks": ("Callback", "LiveTrial"),
     "peft_study.errors": ("Interrupted", "PeftStudyError", "UserError"),
+    # what is wrong with a run
+    "peft_study.study.diagnose": ("diagnose",),
+    "peft_study.doctor.callback": ("DoctorCallback",),
+    "peft_study.doctor.diagnosis": ("Diagnosis", "Problem"),
     # data
     "peft_study.data.convert": ("convert",),
     "peft_study.data.sample": ("sample",),
@@ -56,6 +63,8 @@ __all__ = [
     "Callback",
     "ChatEncoder",
     "Choices",
+    "Diagnosis",
+    "DoctorCallback",
     "Engine",
     "Estimate",
     "Interrupted",
@@ -63,6 +72,7 @@ __all__ = [
     "LoRA",
     "PeftStudyError",
     "PrefixTuning",
+    "Problem",
     "PromptTuning",
     "Range",
     "Study",
@@ -73,6 +83,7 @@ __all__ = [
     "UserError",
     "convert",
     "create",
+    "diagnose",
     "finetune",
     "load_adapter",
     "load_base",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_study.doctor.batches import Ends, Row, as_rows, count_batches, losses_before, unigram_loss
+from peft_study.doctor.batches import Ends, LabelledRow, as_rows, count_batches, losses_before, unigram_loss
 from tiny_tokenizer import tiny_tokenizer, with_bos
 from tiny_world import model
 
@@ -19,11 +19,11 @@ N = -100
 ENDS = Ends(bos=1, bos_text="<s>", adds_bos=True, ends=frozenset({2}))
 
 
-def rows(*lines: tuple[list[int], list[int]]) -> list[Row]:
-    return [Row(np.array(ids), np.array(labels)) for ids, labels in lines]
+def rows(*lines: tuple[list[int], list[int]]) -> list[LabelledRow]:
+    return [LabelledRow(np.array(ids), np.array(labels)) for ids, labels in lines]
 
 
-def count(lines: list[Row], **values: Any) -> Any:
+def count(lines: list[LabelledRow], **values: Any) -> Any:
     return count_batches(lines, **({"ends": ENDS, "max_length": 100} | values))
 
 
@@ -96,10 +96,10 @@ def test_pieces_of_a_stream_are_not_asked_how_they_begin_and_end() -> None:
 @pytest.mark.parametrize("places", [1, -1])
 def test_shifted_labels_are_found_in_either_direction(places: int) -> None:
     ids = np.arange(10, 30)
-    assert count([Row(ids, ids.copy())]).shifted is False
-    assert count([Row(ids, np.roll(ids, places))]).shifted is True
-    assert count([Row(ids, ids[::-1].copy())]).shifted is None
-    assert count([Row(ids, np.roll(ids, places))], decoder_only=False).shifted is None
+    assert count([LabelledRow(ids, ids.copy())]).shifted is False
+    assert count([LabelledRow(ids, np.roll(ids, places))]).shifted is True
+    assert count([LabelledRow(ids, ids[::-1].copy())]).shifted is None
+    assert count([LabelledRow(ids, np.roll(ids, places))], decoder_only=False).shifted is None
 
 
 def test_a_tokenizer_tells_its_special_tokens() -> None:
@@ -114,12 +114,12 @@ def test_a_tokenizer_tells_its_special_tokens() -> None:
 def test_the_unigram_loss_of_known_shares() -> None:
     labels = np.repeat([5, 6, 7, 8], 500)
     ids = np.zeros(2001, int)
-    exact = unigram_loss([Row(ids, np.concatenate([[N], labels]))])
+    exact = unigram_loss([LabelledRow(ids, np.concatenate([[N], labels]))])
     assert exact == pytest.approx(math.log(4) + 3 / 4000)
-    assert unigram_loss([Row(ids[:400], labels[:400])]) is None
+    assert unigram_loss([LabelledRow(ids[:400], labels[:400])]) is None
     # a sample says less than the whole, and the correction makes up for most of it
     draw = np.random.default_rng(0).integers(0, 100, 1000)
-    assert unigram_loss([Row(np.zeros(1001, int), np.concatenate([[N], draw]))]) == pytest.approx(
+    assert unigram_loss([LabelledRow(np.zeros(1001, int), np.concatenate([[N], draw]))]) == pytest.approx(
         math.log(100), abs=0.02
     )
 

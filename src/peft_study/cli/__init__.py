@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 from typer.exceptions import TyperException
 
-from peft_study.cli import adapters, data, report, run, study_commands
+from peft_study.cli import adapters, data, doctor, report, run, study_commands
 from peft_study.cli.loudness import LoudCommand, LoudGroup
 from peft_study.display.terminal import NORMAL, echo, set_loudness
 from peft_study.errors import ConfigError, PeftStudyError, UserError
@@ -35,6 +35,11 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     help="Train one adapter; takes the flags of open-instruct's finetune.py and of accelerate launch.",
 )(run.finetune)
+app.command(
+    # behind `finetune` stand that command's arguments
+    cls=LoudCommand,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(doctor.doctor)
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": study_commands.init,
     "schema": study_commands.schema,

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from peft_study.data.conversation import Conversation, Example, Message
 from peft_study.data.spans import Span, SpanFinder
 from peft_study.data.templates import FROZEN_CLOCK, Renderer, Template, resolve_template
-from peft_study.doctor.batches import Ends, Row, count_batches
+from peft_study.doctor.batches import Ends, LabelledRow, count_batches
 from peft_study.doctor.observations import DataCounts
 from peft_study.errors import ConfigError, ModelError, TemplateError
 
@@ -128,7 +128,7 @@ class ChatEncoder:
         ids = np.array(self._encode_text(text).ids, dtype=np.int32)
         if self._bos_id is not None:
             ids = behind_bos(Example(ids, np.ones(len(ids), dtype=np.bool_)), self._bos_id).tokens_L
-        return count_batches([Row(ids.astype(np.int64), ids.astype(np.int64))], ends=self.ends, max_length=None)
+        return count_batches([LabelledRow(ids.astype(np.int64), ids.astype(np.int64))], ends=self.ends, max_length=None)
 
     def _fingerprint(self) -> str:
         parts = {

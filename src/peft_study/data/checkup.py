@@ -14,7 +14,7 @@ import numpy.typing as npt
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Rows
 from peft_study.data.tokens import TokenizedData
-from peft_study.doctor.batches import IGNORED, Row, count_batches
+from peft_study.doctor.batches import IGNORED, LabelledRow, count_batches
 from peft_study.doctor.observations import DataCounts
 
 SAMPLED = 200
@@ -68,7 +68,7 @@ def _looked_at(files: Sequence[TokenizedData], encoder: ChatEncoder, rows: int, 
         file = int(np.searchsorted(ends, place, side="right"))
         example = files[file][place - (int(ends[file - 1]) if file else 0)]
         labels = np.where(example.supervised_L, example.tokens_L, IGNORED)
-        sample.append(Row(example.tokens_L.astype(np.int64), labels.astype(np.int64)))
+        sample.append(LabelledRow(example.tokens_L.astype(np.int64), labels.astype(np.int64)))
     found = count_batches(sample, ends=encoder.ends, max_length=encoder.max_length or 2**31)
     uncut = sum(len(row.ids) < (encoder.max_length or 2**31) for row in sample)
     return {

@@ -206,6 +206,8 @@ _NO_BASE = ("the base is not at hand: give --base", "没有基座：请用 --bas
 
 def _prompt_untouched(file: Any, config: Mapping[str, Any], base: Path | None) -> tuple[bool | None, Reason | None]:
     """Returns whether every row of a prompt is still a row of the base's embedding table, as text and words are."""
+    import torch
+
     if str(config.get("prompt_tuning_init")).upper().endswith("RANDOM"):
         return None, _RANDOM
     if base is None:
@@ -221,12 +223,18 @@ def _prompt_untouched(file: Any, config: Mapping[str, Any], base: Path | None) -
     prompt = file.get_tensor("prompt_embeddings")
     if prompt.ndim != 2 or prompt.shape[1] != table.shape[1]:
         return None, ("the base's embeddings have another width", "基座嵌入的宽度不同")
+    # the base may have been loaded in another dtype than its file's
+    return any(_all_rows_of(prompt, table, dtype) for dtype in {table.dtype, torch.bfloat16, torch.float16}), None
+
+
+def _all_rows_of(prompt: Any, table: Any, dtype: Any) -> bool:
+    """Returns whether each row of a prompt is a row of a table that was rounded to a dtype."""
+    start = table[:, :4].to(dtype).to(prompt.dtype)  # a few columns tell nearly all rows apart
     for row in prompt:
-        # only a few columns of the whole table are compared first
-        near = (table[:, :4].to(prompt.dtype) == row[:4]).all(1).nonzero()[:, 0]
-        if not bool((table[near].to(prompt.dtype) == row).all(1).any()):
-            return False, None
-    return True, None
+        near = (start == row[:4]).all(1).nonzero()[:, 0]
+        if not bool((table[near].to(dtype).to(prompt.dtype) == row).all(1).any()):
+            return False
+    return True
 
 
 def _embedding_table(base: Path) -> Any:

@@ -29,7 +29,7 @@ _FORWARD_WORK = 4e10
 _DEVICE_SPEED = 50
 
 
-class Row(NamedTuple):
+class LabelledRow(NamedTuple):
     """One example: tokens and labels (T), without padding."""
 
     ids: Ids
@@ -63,7 +63,7 @@ class Ends(NamedTuple):
         return cls(bos, tokenizer.bos_token, adds, frozenset(ends))
 
 
-def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[Row]:
+def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[LabelledRow]:
     """Returns the examples of batches; those that have no input_ids (batch, T) and labels are left out.
 
         position_ids  0 1 2 3 4 0 1 2 0 1      a row of several examples is taken apart where they begin anew
@@ -89,7 +89,7 @@ def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[Row]:
                 (resets,) = np.nonzero(np.diff(positions[place][kept]) < 0)
                 starts += [int(start) + 1 for start in resets]
             row_ids, row_labels = ids[place][kept], labels[place][kept]
-            rows += [Row(row_ids[a:b], row_labels[a:b]) for a, b in pairwise([*starts, len(row_ids)]) if b > a]
+            rows += [LabelledRow(row_ids[a:b], row_labels[a:b]) for a, b in pairwise([*starts, len(row_ids)]) if b > a]
     return rows
 
 
@@ -108,7 +108,7 @@ def _not_padding(ids: Ids, labels: Ids, pad: int | None) -> npt.NDArray[np.bool_
 
 
 def count_batches(
-    rows: Sequence[Row],
+    rows: Sequence[LabelledRow],
     *,
     ends: Ends,
     max_length: int | None,
@@ -153,16 +153,16 @@ def count_batches(
     )
 
 
-def _first_unmarked(row: Row) -> bool:
+def _first_unmarked(row: LabelledRow) -> bool:
     return len(row.labels) > 1 and row.labels[0] == IGNORED and row.labels[1] != IGNORED
 
 
-def _ended(row: Row, ends: frozenset[int]) -> bool:
+def _ended(row: LabelledRow, ends: frozenset[int]) -> bool:
     supervised = row.labels[row.labels != IGNORED]
     return any(int(token) in ends for token in supervised[-_NEAR_END:])
 
 
-def _without_end(rows: Sequence[Row], ends: frozenset[int], max_length: int | None) -> int | None:
+def _without_end(rows: Sequence[LabelledRow], ends: frozenset[int], max_length: int | None) -> int | None:
     """Returns how many whole rows end without an end token; None where no row is known to be whole."""
     if max_length is None:  # several rows of the greatest length: that is where they were cut
         longest = max(len(row.ids) for row in rows)
@@ -171,7 +171,7 @@ def _without_end(rows: Sequence[Row], ends: frozenset[int], max_length: int | No
     return sum(not _ended(row, ends) for row in whole) if whole else None
 
 
-def _shifted(rows: Sequence[Row]) -> bool | None:
+def _shifted(rows: Sequence[LabelledRow]) -> bool | None:
     """Returns whether labels stand one place off their tokens; None where they are other tokens altogether."""
     same = beside = total = before = 0
     for row in rows:
@@ -187,7 +187,7 @@ def _shifted(rows: Sequence[Row]) -> bool | None:
     return True if max(beside, before) > 0.9 * total and same < 0.5 * total else None
 
 
-def unigram_loss(rows: Sequence[Row]) -> float | None:
+def unigram_loss(rows: Sequence[LabelledRow]) -> float | None:
     """Returns the entropy of the supervised tokens in nats; None where there are too few.
 
     Entropy of counts is too low in a small sample; (kinds - 1) / (2 tokens) is added for it (Miller 1955).

@@ -14,7 +14,12 @@ from peft_study.doctor.observations import Observations
 
 Kind = Literal["weights", "data", "settings", "run"]
 """What a rule is about. Of equally bad problems that of the first kind is told first: a cause before its effect."""
-KINDS: tuple[Kind, ...] = ("weights", "data", "settings", "run")
+KINDS: dict[Kind, str] = {
+    "weights": "What trains, and what was saved",
+    "data": "Examples and labels",
+    "settings": "Settings",
+    "run": "The run",
+}
 
 
 Find = Callable[[Observations], Problem | Said | None]
@@ -108,6 +113,22 @@ def examine(
     return Diagnosis(about, _ordered(found), unchecked, tuple(checked), notes)
 
 
+def table_of_checks() -> str:
+    """Returns all checks as tables in Markdown, one a kind."""
+    import peft_study.doctor.rules  # noqa: F401
+
+    lines = []
+    for kind, title in KINDS.items():
+        lines += [f"## {title}", "", "| check | looks at | threshold | its source | known false alarms |"]
+        lines += ["|---|---|---|---|---|"]
+        for one in RULES.values():
+            if one.kind == kind:
+                cells = (f"`{one.name}`", one.looks_at, one.threshold, one.source, one.false_alarms)
+                lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def together(diagnoses: Mapping[str, Diagnosis], *, about: str) -> Diagnosis:
     """Returns one diagnosis of several runs: a problem that several have is told once, with their names.
 
@@ -150,7 +171,7 @@ def _ordered(found: list[Problem]) -> tuple[Problem, ...]:
     order = list(RULES)
 
     def place(problem: Problem) -> tuple[int, int, int, int]:
-        kind = KINDS.index(RULES[problem.check].kind)
+        kind = list(KINDS).index(RULES[problem.check].kind)
         return LEVELS.index(problem.level), kind, SURENESS.index(problem.sure), order.index(problem.check)
 
     return tuple(sorted(kept, key=place))

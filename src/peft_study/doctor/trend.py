@@ -34,7 +34,10 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Climb:
-    """The largest rise from the lowest level so far: `size` nats up to `peak`, beginning at `step`."""
+    """The largest rise from the lowest level so far: `size` nats up to `peak`, beginning at `step`.
+
+    `sudden`: half of it comes within one window.
+    """
 
     size: float
     errors: float
@@ -42,6 +45,7 @@ class Climb:
     before: float
     peak: float
     peak_step: int
+    sudden: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +56,20 @@ class Series:
         steps, values: P points.
         noise: standard deviation of a point about the level where it lies.
         inflation: by which the variance of a mean is larger than that of independent points.
-        paired: the batches' own difficulty is taken out, by the untouched base's loss on the same examples.
+        base: level of the untouched base, where its loss on the same examples is known: then the batches' own
+            difficulty is taken out of the values.
     """
 
     steps: Floats
     values: Floats
     noise: float
     inflation: float
-    paired: bool = False
+    base: float | None = None
+
+    @property
+    def paired(self) -> bool:
+        """True where the batches' own difficulty is taken out."""
+        return self.base is not None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -121,31 +131,35 @@ class Series:
         place = int(rises.argmax())
         low = int(levels[: place + 1].argmin())
         peak = place + width
-        begin = self._jump(low, peak, width)
+        begin, jump = self._jump(low, peak, width)
         # a median's error is 1.25 times a mean's
         error = self.noise * math.sqrt(2 * self.inflation / width) * (1.25 if width < 8 else 1.0)
         size = float(rises[place])
         errors = size / error if error > 0 else (math.inf if size > 0 else 0.0)
         peak_step = int(self.steps[peak + width // 2])
-        return Climb(size, errors, int(self.steps[begin]), float(levels[low]), float(levels[peak]), peak_step)
+        sudden = jump >= size / 2
+        return Climb(size, errors, int(self.steps[begin]), float(levels[low]), float(levels[peak]), peak_step, sudden)
 
-    def _jump(self, low: int, peak: int, width: int) -> int:
-        """Returns the point at which the level rises most between two windows."""
-        best, where = -math.inf, low + width
+    def _jump(self, low: int, peak: int, width: int) -> tuple[int, float]:
+        """Returns the point at which the level jumps between two neighbouring windows, and by how much at most."""
+        rises = []
         for point in range(low + 1, min(peak + width, len(self))):
             before, after = self.values[max(0, point - width) : point], self.values[point : point + width]
-            rise = float(np.median(after) - np.median(before)) + 1e-3 * float(after[0] - before[-1])
-            if rise > best:
-                best, where = rise, point
-        return where
+            rises.append(float(np.median(after) - np.median(before)))
+        best = max(rises)
+        # the first point of the rise, not the one where both windows fit best
+        point = low + 1 + next(place for place, rise in enumerate(rises) if rise >= 0.5 * best or rise == best)
+        half = float(np.median(self.values[max(0, point - width) : point])) + best / 2
+        above = np.flatnonzero(self.values[point : peak + width] >= half)
+        return point + (int(above[0]) if len(above) else 0), best
 
 
-def series_of(steps: Floats, values: Floats, *, paired: bool = False) -> Series | None:
+def series_of(steps: Floats, values: Floats, *, base: float | None = None) -> Series | None:
     """Returns a series of its finite points, averaged down where there are many; None where there are too few.
 
     Args:
         steps, values: S points.
-        paired: as of `Series`.
+        base: as of `Series`.
     """
     kept = np.isfinite(values) & np.isfinite(steps)
     steps, values = steps[kept], values[kept]
@@ -157,7 +171,7 @@ def series_of(steps: Floats, values: Floats, *, paired: bool = False) -> Series 
         steps = steps[-used:].reshape(-1, width).mean(axis=1)
         values = values[-used:].reshape(-1, width).mean(axis=1)
     noise, inflation = _noise(values)
-    return Series(steps, values, noise, inflation, paired)
+    return Series(steps, values, noise, inflation, base)
 
 
 def training_series(curve: LossCurve) -> Series | None:
@@ -171,8 +185,17 @@ def training_series(curve: LossCurve) -> Series | None:
         # of a long run the base's loss is measured every few steps alone
         if known.sum() >= 8:
             middle = float(np.median(base[known]))
-            return series_of(curve.steps[known], curve.minus_base[known] + middle, paired=True)
+            return series_of(curve.steps[known], curve.minus_base[known] + middle, base=middle)
     return series_of(curve.steps, curve.loss)
+
+
+def held_out_fall(curve: LossCurve) -> float:
+    """Returns the fall of the held-out loss from its first value to its least, as a share; 0 where not known."""
+    losses = curve.held_out_loss
+    known = losses[np.isfinite(losses)] if losses is not None else np.empty(0)
+    if len(known) < 2 or known[0] <= 0:
+        return 0.0
+    return float((known[0] - known.min()) / known[0])
 
 
 def _noise(values: Floats) -> tuple[float, float]:
@@ -184,15 +207,20 @@ def _noise(values: Floats) -> tuple[float, float]:
     if number < 8:
         seconds = np.diff(values, 2)
         return float(np.sqrt(np.mean(seconds**2) / 6)), 1.0
-    half = max(2, number // 16)
+    half = max(3, number // 8)
     rest = np.array([_residual(values, place, half) for place in range(1, number - 1)])
     # a median of few points lies nearer to its own middle point than the level does
     few = 1 + 0.6 / (2 * half + 1)
-    spread = few * max(1.4826 * float(np.median(np.abs(rest - np.median(rest)))), 0.6 * float(rest.std()))
+    middle = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
+    # where the trend is steep, the running median follows the points; second differences do not
+    seconds = np.diff(values, 2)
+    bent = 1.4826 * float(np.median(np.abs(seconds - np.median(seconds)))) / math.sqrt(6)
+    spread = few * max(middle, 0.6 * float(rest.std()), 0.7 * bent)
     if rest.std() == 0:
         return 0.0, 1.0
     lag = float(np.corrcoef(rest[:-1], rest[1:])[0, 1]) if np.ptp(rest[:-1]) and np.ptp(rest[1:]) else 0.0
-    lag = min(max(lag, 0.0), 0.8)
+    # of a short series the correlation is estimated too low (Kendall 1954)
+    lag = min(max(lag + (1 + 4 * max(lag, 0.0)) / number, 0.0), 0.8)
     return spread, (1 + lag) / (1 - lag)
 
 

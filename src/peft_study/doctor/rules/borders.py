@@ -15,18 +15,40 @@ BORDER_ERRORS = 4.0
 """Standard errors of the mean jump over all borders."""
 BORDER_SHARE = 0.03
 """Share of the loss: smaller jumps matter to nobody."""
+MANY = 12
+"""Other places from which the spread of jumps is taken."""
 RESUME_ERRORS = 5.0
 """Standard errors of a single jump that is looked for at a single place."""
 
 
-def jump(series: Series, place: int, width: int) -> tuple[float, float]:
-    """Returns how much the level rises at a point beyond the trend around it, and its standard error."""
-    before = series.values[max(0, place - width) : place]
-    after = series.values[place : place + width]
-    if not len(before) or not len(after):
-        return 0.0, math.inf
-    error = series.noise * math.sqrt(series.inflation * (1 / len(before) + 1 / len(after)))
-    return float(np.median(after) - np.median(before)), 1.25 * error
+def jump(series: Series, place: int, width: int) -> float:
+    """Returns how much the level rises at a point."""
+    before, after = series.values[max(0, place - width) : place], series.values[place : place + width]
+    return float(np.median(after) - np.median(before)) if len(before) and len(after) else 0.0
+
+
+def elsewhere(series: Series, places: list[int], width: int) -> tuple[float, float]:
+    """Returns what the level rises by at other points on the median, and the standard error of such a rise.
+
+    The spread of the same number elsewhere counts trend, autocorrelation and saw teeth; it is no smaller than what
+    independent points would give, and all there is on a short series.
+    """
+    least = 1.25 * _jitter(series) * math.sqrt(2 / width)
+    others = [
+        jump(series, place, width)
+        for place in range(width, len(series) - width)
+        if all(abs(place - border) >= width for border in places)
+    ]
+    if len(others) < MANY:
+        return 0.0, max(least, 1.25 * series.noise * math.sqrt(2 * series.inflation / width))
+    middle = float(np.median(others))
+    return middle, max(least, 1.4826 * float(np.median(np.abs(np.array(others) - middle))))
+
+
+def _jitter(series: Series) -> float:
+    """Returns the noise from point to point, whatever the trend."""
+    seconds = np.diff(series.values, 2)
+    return 1.4826 * float(np.median(np.abs(seconds - np.median(seconds)))) / math.sqrt(6)
 
 
 @rule(
@@ -36,7 +58,7 @@ def jump(series: Series, place: int, width: int) -> tuple[float, float]:
     source="our own; a fall by a step is what repeated examples look like",
     false_alarms="evaluation or a learning rate that restarts with each epoch",
     needs=("curve", "curve.epoch"),
-    explains=("too_hot", "rising", "noisy", "undecided"),
+    explains=("too_hot", "rising", "never_learned", "noisy", "undecided"),
 )
 def epoch_jumps(seen: Observations) -> Problem | None:
     """The loss jumps at each border of an epoch."""
@@ -51,15 +73,13 @@ def epoch_jumps(seen: Observations) -> Problem | None:
     if not places or len(series) / (len(places) + 1) < 4:
         return None
     width = max(2, min(10, int(len(series) / (len(places) + 1) / 3)))
-    found = [jump(series, place, width) for place in places]
-    size = float(np.mean([rise for rise, _ in found]))
-    error = math.sqrt(sum(error**2 for _, error in found)) / len(found)
+    usual, single = elsewhere(series, places, width)
+    found = [jump(series, place, width) - usual for place in places]
+    size, error = float(np.mean(found)), single / math.sqrt(len(found))
     level = float(np.median(series.values))
     up = size > 0
-    same = sum((rise > 0) == up for rise, _ in found)
+    same = sum((rise > 0) == up for rise in found)
     if abs(size) < BORDER_ERRORS * error or abs(size) < BORDER_SHARE * level or same < 0.8 * len(found):
-        return None
-    if not up and abs(size) < 2 * _usual_drop(series, width, places):
         return None
     if up and len(found) < 2 and size < 2 * BORDER_ERRORS * error:
         return None
@@ -113,16 +133,6 @@ def _borders(curve: LossCurve) -> list[float]:
     return [float(steps[place]) for place in np.flatnonzero(np.diff(whole) > 0) + 1 if 0 < place < len(steps) - 1]
 
 
-def _usual_drop(series: Series, width: int, places: list[int]) -> float:
-    """Returns the median fall between two neighbouring windows elsewhere."""
-    elsewhere = [
-        -jump(series, place, width)[0]
-        for place in range(width, len(series) - width, width)
-        if all(abs(place - border) >= width for border in places)
-    ]
-    return max(float(np.median(elsewhere)), 0.0) if elsewhere else 0.0
-
-
 @rule(
     "run",
     looks_at="the level of the loss before and after the steps at which the run was taken up again",
@@ -130,7 +140,7 @@ def _usual_drop(series: Series, width: int, places: list[int]) -> float:
     source="our own; a checkpoint without its optimizer or its place in the data is the usual reason",
     false_alarms="other data after the resume, on purpose",
     needs=("curve", "curve.resumed"),
-    explains=("too_hot", "rising", "diverged", "epoch_jumps", "noisy", "undecided"),
+    explains=("too_hot", "rising", "diverged", "never_learned", "epoch_jumps", "noisy", "undecided"),
 )
 def resume_jump(seen: Observations) -> Problem | None:
     """The loss jumps up where the run was taken up again."""
@@ -140,16 +150,16 @@ def resume_jump(seen: Observations) -> Problem | None:
     if series is None or len(series) < 6:
         return None
     width = max(3, min(10, len(series) // 10))
-    best: tuple[float, float, int] | None = None
-    for step in curve.resumed:
-        for place in _places_at(series, step):
-            rise, error = jump(series, place, width)
-            if best is None or rise > best[0]:
-                best = rise, error, step
-    level = abs(float(np.median(series.values)))
-    if best is None or best[0] < RESUME_ERRORS * best[1] or best[0] < BORDER_SHARE * level:
+    places = [place for step in curve.resumed for place in _places_at(series, step)]
+    if not places:
         return None
-    rise, error, step = best
+    usual, error = elsewhere(series, places, width)
+    place = max(places, key=lambda place: jump(series, place, width))
+    rise = jump(series, place, width) - usual
+    level = abs(float(np.median(series.values)))
+    if rise < RESUME_ERRORS * error or rise < BORDER_SHARE * level:
+        return None
+    step = min(curve.resumed, key=lambda resumed: abs(resumed - series.steps[place]))
     return Problem(
         level="warning",
         sure="likely",

@@ -7,7 +7,6 @@ import numpy as np
 from peft_study.doctor.diagnosis import Problem, Said
 from peft_study.doctor.observations import LossCurve, Observations
 from peft_study.doctor.rule import rule
-from peft_study.doctor.trend import training_series
 
 ALWAYS = 0.95
 """Share of the steps."""
@@ -22,8 +21,7 @@ SKIPPED = 0.03
 @rule(
     "run",
     looks_at="the gradient norm before clipping, against the clip",
-    threshold="above it in 95 % of at least 10 points; a warning where the norm is tenfold and the clip below 0.3, or "
-    "the loss does not fall",
+    threshold="above it in 95 % of at least 10 points; a warning where the norm is tenfold and the clip below 0.3",
     source="clip 1.0 in transformers and open-instruct, 0.3 in QLoRA (Dettmers et al. 2023)",
     false_alarms="Adam evens out a constant factor, so most such runs learn all the same: a note",
     needs=("curve.gradient_norm", "settings.clip_norm"),
@@ -38,9 +36,7 @@ def always_clipped(seen: Observations) -> Problem | None:
     if not 0 < clip < np.inf or len(norms) < 10 or (norms > clip).mean() < ALWAYS:
         return None
     ratio = float(np.median(norms)) / clip
-    series = training_series(curve)
-    falls = series is not None and series.falls()
-    bad = ratio >= FAR_ABOVE and (clip < LOW_CLIP or not falls)
+    bad = ratio >= FAR_ABOVE and clip < LOW_CLIP
     value = f"{100 * (norms > clip).mean():.0f}"
     return Problem(
         level="warning" if bad else "note",

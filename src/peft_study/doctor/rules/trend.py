@@ -10,7 +10,7 @@ from peft_study.doctor.diagnosis import Problem, Said
 from peft_study.doctor.observations import Observations
 from peft_study.doctor.rates import lower_rate, rates_said
 from peft_study.doctor.rule import rule
-from peft_study.doctor.trend import LEAST_POINTS, Series, training_series
+from peft_study.doctor.trend import LEAST_POINTS, Series, held_out_fall, training_series
 
 RISES = 4.0
 """Standard errors by which the end lies above the beginning: chance gives that to one run in 30,000."""
@@ -19,7 +19,9 @@ SMALL_RISE = 0.02
 CLEAR = 3.0
 """Standard errors from which a fall or a rise is clear."""
 WORTHWHILE = 0.05
-"""Share of the loss: a smaller fall need not be seen for a run to be judged."""
+"""Share of the loss that counts as a fall."""
+SEEN = 0.07
+"""Share of the loss: a run is judged as flat where a fall of so much would be clear."""
 
 
 @rule(
@@ -124,7 +126,7 @@ def points_needed(series: Series) -> int:
 @rule(
     "run",
     looks_at="the noise of the loss against the change that there seems to be",
-    threshold="neither a fall nor a rise of 3 standard errors, and one of a tenth of the loss could not be seen",
+    threshold="neither a fall nor a rise of 3 standard errors, and one of 7 % of the loss could not be seen",
     source="the same test as rising, solved for the number of points",
     false_alarms="none: it is a note",
     needs=("curve",),
@@ -134,6 +136,8 @@ def undecided(seen: Observations) -> Problem | None:
     curve = seen.curve
     assert curve is not None
     series = training_series(curve)
+    if held_out_fall(curve) > WORTHWHILE:
+        return None
     if series is None:
         count = int(np.isfinite(curve.loss).sum())
         needed, spread = LEAST_POINTS, Said(f"it has {count}", f"只有 {count} 个点")
@@ -166,7 +170,7 @@ def undecided(seen: Observations) -> Problem | None:
 
 
 def decidable(series: Series) -> bool:
-    """Returns whether a fall of a tenth of the loss from the first to the last quarter would be clear."""
+    """Returns whether a fall of 7 % of the loss from the first to the last quarter would be clear."""
     first, last = series.quarters()
     error = math.hypot(first.error, last.error)
-    return CLEAR * error <= 2 * WORTHWHILE * max(abs(first.value), 1e-12)
+    return CLEAR * error <= SEEN * max(abs(first.value), 1e-12)

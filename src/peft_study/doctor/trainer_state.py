@@ -1,0 +1,170 @@
+"""The log of Hugging Face's Trainer and of what is built on it, such as TRL: trainer_state.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft_study.doctor.columns import SOURCE, meaning
+from peft_study.doctor.log_curve import curve_of_points
+from peft_study.doctor.log_text import JsonArray, LogFile
+from peft_study.doctor.observations import Observations, UsedSettings
+from peft_study.doctor.points import Points
+from peft_study.errors import DataError
+
+FILE = "trainer_state.json"
+_KEY = "log_history"
+_KNOWN = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "rate", "epoch": "epoch"}
+"""Keys of the Trainer; TRL adds others, none of them a loss."""
+_SUMMARY = "train_runtime"
+"""Only the last line of a training has it; `train_loss` there is the mean of the run."""
+
+
+def is_trainer_state(file: LogFile) -> bool:
+    """Returns whether a file holds the state of a Trainer."""
+    return file.head.startswith("{") and f'"{_KEY}"' in file.head
+
+
+def read_trainer_state(file: LogFile) -> Observations:
+    """Returns what the state of a Trainer tells.
+
+    Args:
+        file: trainer_state.json.
+
+    Raises:
+        DataError: it has no log.
+    """
+    if "[" not in file.head.partition(f'"{_KEY}"')[2][:20]:
+        raise DataError(f"has no list {_KEY}", where=file.where, remedy="give the file as the Trainer wrote it")
+    history = JsonArray(file, _KEY)
+    log = _History()
+    for line in history:
+        log.line(line)
+    notes, state = log.notes(), history.around
+    if not history.whole:
+        notes.append("the file is cut off, as in a run that still writes or was stopped while it wrote")
+    every = _every(state)
+    curve = curve_of_points(log.points, notes, every=every)
+    total = _whole(state.get("max_steps"))
+    done = _whole(state.get("global_step")) or log.last_step
+    ended = log.ended or (total is not None and done is not None and done >= total)
+    reasons = {
+        "curve.loss_scale": ("the Trainer does not log the loss scale", "Trainer 不记录损失缩放系数"),
+        "curve.minus_base": (
+            "the log holds the loss of a mixture of batches; the untouched base's loss on them is not known",
+            "日志里只有各批次的平均损失，不知道原始基座在同样样本上的损失",
+        ),
+    }
+    if curve is None:
+        reasons["curve"] = ("nothing is logged yet (logging_steps)", "日志里还没有损失（logging_steps）")
+    else:
+        lacking = {"rate": "learning_rate", "gradient_norm": "grad_norm", "held_out_loss": "eval_loss"}
+        for name, key in lacking.items():
+            if getattr(curve, name) is None:
+                reasons[f"curve.{name}"] = (f"there is no {key} in the log", f"日志里没有 {key}")
+    return Observations(
+        stage="after" if ended else "during",
+        steps_done=done,
+        settings=UsedSettings(total_steps=total),
+        curve=curve,
+        reasons=reasons,
+    )
+
+
+def _whole(value: Any) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else None
+
+
+def _every(state: Mapping[str, Any]) -> int | None:
+    """Returns the steps that a logged loss averages."""
+    every, total = state.get("logging_steps"), _whole(state.get("max_steps"))
+    if not isinstance(every, (int, float)) or isinstance(every, bool) or every <= 0:
+        return None
+    if every >= 1:
+        return int(every)
+    return math.ceil(every * total) if total else None  # a share of the steps
+
+
+class _History:
+    """Turns the lines of a log into points.
+
+    Attributes:
+        points: so far.
+        ended: whether the last line says that the training ended.
+        last_step: of the lines.
+    """
+
+    def __init__(self) -> None:
+        self.points = Points()
+        self.ended, self.last_step = False, 0
+        self._ended_at: list[int] = []
+        self._odd = 0
+
+    def line(self, line: Any) -> None:
+        """Adds a line."""
+        step = _number(line.get("step")) if isinstance(line, dict) else None
+        if step is None or not math.isfinite(step):
+            self._odd += 1
+            return
+        self.last_step = max(self.last_step, int(step))
+        if _SUMMARY in line:
+            self.ended = True
+            return
+        values = dict(_values(line))
+        if "loss" in values and self.ended:
+            self.ended = False
+            self._ended_at.append(int(step))
+        if values.keys() - {"epoch"}:
+            self.points.add(step, values)
+
+    def notes(self) -> list[str]:
+        """Returns what was put right, a line each."""
+        found = []
+        if self._odd:
+            found.append(f"{self._odd:,} lines of {_KEY} have no step: they are left out")
+        if self._ended_at:
+            found.append(f"the training ended and was begun again, first before step {self._ended_at[0]}")
+        return found
+
+
+def _values(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in line.items():
+        what = _KNOWN.get(name)
+        if what is None and name.startswith("eval_"):
+            known = meaning(name)
+            what = known[0] if known and (known[0].startswith(SOURCE) or known[0] in _EVALUATED) else None
+        number = _number(value) if what else None
+        if what is not None and number is not None:
+            yield what, number
+
+
+_EVALUATED = ("held_out_loss", "accuracy")
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number, also of a text; None of anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def newest_state(folder: Path) -> Path | None:
+    """Returns the trainer_state.json of a run's folder that went furthest: its own, or that of a checkpoint.
+
+    Args:
+        folder: output folder of the run, or one of its checkpoints.
+    """
+    own = folder / FILE
+    if own.is_file():
+        return own
+    found = []
+    for path in folder.glob(f"checkpoint-*/{FILE}"):
+        number = path.parent.name.rpartition("-")[2]
+        if number.isdigit():
+            found.append((int(number), path))
+    return max(found)[1] if found else None

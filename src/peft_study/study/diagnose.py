@@ -1,0 +1,88 @@
+"""The doctor on whatever there is: a model, a study file, a command, a run, a study, a log, an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft_study.doctor.rule import examine
+from peft_study.errors import OutputError, nearest_path
+from peft_study.storage.run_dir import RunFolder
+
+if TYPE_CHECKING:
+    from peft_study.doctor.diagnosis import Diagnosis
+
+
+def diagnose(
+    what: Any,
+    *,
+    base: str | None = None,
+    training_args: str | Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    batches: Sequence[Any] | None = None,
+    arguments: Any = None,
+    tokenizer: Any = None,
+) -> Diagnosis:
+    """Says what is wrong with a run: before it starts, while it runs, after its end.
+
+    Args:
+        what: a model (`PreTrainedModel`, `PeftModel`) before a training loop of one's own; or a path: of a study file,
+            of the folder of a study, a run or an adapter, of another tool's log or its folder; or the words of a
+            command, as ``["finetune", "--use_lora", ...]``.
+        base: folder of an adapter's base model.
+        training_args: JSON or YAML file with the settings behind a log.
+        columns: of a log, as ``{"loss": "train/ce"}``; what is left out is guessed.
+        batches: of a model: some batches of the loop, as mappings with ``input_ids`` and ``labels`` (batch, length).
+        arguments: of a model: `TrainingArguments`, or a mapping such as ``{"learning_rate": 1e-4}``.
+        tokenizer: of a model, for the checks of BOS and end tokens.
+
+    Raises:
+        UserError: when it is none of these, or cannot be read.
+    """
+    if hasattr(what, "named_parameters"):
+        from peft_study.doctor.live import observe_model
+
+        seen = observe_model(what, batches=batches, arguments=arguments, tokenizer=tokenizer)
+        return examine(seen, about=type(what).__name__)
+    if isinstance(what, (list, tuple)):
+        from peft_study.study.checkup import diagnose_words
+
+        return diagnose_words([str(word) for word in what])
+    path = Path(what)
+    if path.suffix in (".yaml", ".yml"):
+        from peft_study.study.checkup import diagnose_file
+
+        return diagnose_file(path)
+    return _diagnose_written(path, base, training_args, columns)
+
+
+def _diagnose_written(
+    path: Path, base: str | None, training_args: str | Path | None, columns: Mapping[str, str] | None
+) -> Diagnosis:
+    """Diagnoses what a run has written; arguments as of `diagnose`."""
+    from peft_study.doctor.adapter_files import read_adapter
+    from peft_study.doctor.logs import holds_log, read_log
+    from peft_study.report.observed import diagnose_study, observe_run
+    from peft_study.report.study_reader import is_study
+
+    if not path.exists():
+        near = nearest_path(path)
+        remedy = "check the path" if near is None else f"did you mean {near}?"
+        raise OutputError("is not there", where=str(path), remedy=remedy)
+    if is_study(path):
+        return diagnose_study(path)
+    if RunFolder(path).read_if_there("config.resolved.json") is not None:
+        return examine(observe_run(path), about=str(path))
+    logged = path.is_file() or holds_log(path)
+    # a log's folder may hold an adapter's configuration alone
+    weights = "adapter_model.safetensors" if logged else "adapter_config.json"
+    adapter = read_adapter(path, base=base) if (path / weights).exists() else None
+    if adapter is not None and not logged:
+        return examine(adapter, about=str(path))
+    args = None if training_args is None else Path(training_args)
+    seen = read_log(path, columns=columns, training_args=args)
+    if adapter is not None:
+        seen = replace(seen, adapter=adapter.adapter)
+    return examine(seen, about=str(path))
