@@ -152,7 +152,8 @@ def test_a_longer_row_than_the_memory_holds_is_cut(cli: CommandLine, flags: tupl
 
 def test_a_setting_that_does_not_fit_is_a_row_that_failed(cli: CommandLine, study: Path) -> None:
     words = ("run", study, "--set", f"methods.lora.rank=[2, {HUGE}]")
-    note = f"methods.lora: some settings of its space cannot be made (it does not fit into memory: lora of rank {HUGE:,} needs "
+    why = f"it does not fit into memory: lora of rank {HUGE:,} needs "
+    note = f"methods.lora: some settings of its space cannot be made ({why}"
     dry = cli(*words, "--dry-run").ok().out
     assert note in dry
     assert "timing 2 steps of lora" in dry
