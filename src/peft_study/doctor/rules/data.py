@@ -44,8 +44,8 @@ def template_differs(seen: Observations) -> Problem | None:
         sure="certain",
         cause=Said("the chat template is not the model's own", "对话模板不是模型自带的"),
         evidence=Said(
-            f"rows are written with {data.template}, the tokenizer has {data.tuned_template}",
-            f"样本使用 {data.template}，分词器自带 {data.tuned_template}",
+            f"rows are written with {data.template}, the model was tuned with {data.tuned_template}",
+            f"样本使用 {data.template}，模型调优时用的是 {data.tuned_template}",
         ),
         consequence=Said(
             "training starts at a higher loss and teaches the form first; small adapters and prompts pay most",
