@@ -23,6 +23,8 @@ IGNORED = -100
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>", "</s>")
 _NEAR_END = 3
 """An end token is looked for among so many last supervised tokens: chat templates put a line break after it."""
+_FEWEST_CUT = 4
+"""Rows of one length that are no chance."""
 _FEWEST_FOR_UNIGRAM = 500
 _FORWARD_WORK = 4e10
 """Numbers of the model times tokens that are spent on the losses before step 1 on a CPU: about half a second."""
@@ -139,6 +141,7 @@ def count_batches(
         rows=len(rows),
         tokens=sum(lengths),
         supervised=supervised,
+        truncated=_cut(rows, ends.ends, pieces=pieces) if decoder_only and ends.ends else None,
         unsupervised=sum(not (row.labels[1:] != IGNORED).any() for row in rows),
         max_length=max_length,
         longest=max(lengths),
@@ -169,6 +172,20 @@ def _without_end(rows: Sequence[LabelledRow], ends: frozenset[int], max_length: 
         max_length = longest if sum(len(row.ids) == longest for row in rows) > 1 else longest + 1
     whole = [row for row in rows if len(row.ids) < max_length and (row.labels != IGNORED).any()]
     return sum(not _ended(row, ends) for row in whole) if whole else None
+
+
+def _cut(rows: Sequence[LabelledRow], ends: frozenset[int], *, pieces: bool) -> int | None:
+    """Returns how many rows seem to be cut: all of one greatest length, without an end; None where that tells nothing.
+
+    Args:
+        rows: of some batches.
+        ends: end tokens.
+        pieces: rows look like pieces of a stream; of these only such without a supervised token lost something.
+    """
+    longest = max(len(row.ids) for row in rows)
+    cut = [row for row in rows if len(row.ids) == longest and not _ended(row, ends)]
+    silent = sum(not (row.labels[1:] != IGNORED).any() for row in cut)
+    return len(cut) if len(cut) >= _FEWEST_CUT and (silent or not pieces) else None
 
 
 def _shifted(rows: Sequence[LabelledRow]) -> bool | None:

@@ -70,6 +70,8 @@ class DoctorCallback(TrainerCallback):
         if not batches:
             why = ("the training data is a stream, or has no rows", "训练数据是流式的，或没有样本")
             seen = dataclasses.replace(seen, reasons=seen.reasons | {"data": why})
+        if state.global_step and seen.curve is not None:  # what was learned before is no start
+            seen = dataclasses.replace(seen, curve=dataclasses.replace(seen.curve, start_loss=None))
         settings = dataclasses.replace(
             seen.settings, total_steps=state.max_steps, warmup_steps=args.get_warmup_steps(state.max_steps)
         )
