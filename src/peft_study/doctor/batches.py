@@ -54,7 +54,7 @@ class Ends(NamedTuple):
             end = getattr(config, "eos_token_id", None)
             ends |= set(end) if isinstance(end, (list, tuple)) else {end} if isinstance(end, int) else set()
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        if not hasattr(tokenizer, "get_vocab"):
             return cls(None, None, None, frozenset(ends))
         if tokenizer.eos_token_id is not None:
             ends.add(tokenizer.eos_token_id)
@@ -230,10 +230,7 @@ def losses_before(
     """
     import torch
 
-    if any(
-        type(parameter).__name__ in ("DTensor", "FlatParameter") or parameter.is_meta or not parameter.numel()
-        for parameter in model.parameters()
-    ):
+    if any(is_spread(parameter) or not parameter.numel() for parameter in model.parameters()):
         return None, None, ("the model is spread over processes", "模型分布在多个进程上")
     size = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
@@ -255,6 +252,12 @@ def losses_before(
     finally:
         for module, training in was_training:
             module.training = training
+
+
+def is_spread(parameter: Any) -> bool:
+    """True for a parameter that does not lie whole in this process: of FSDP, of tensor parallelism, or on no device."""
+    kinds = {type(parameter).__name__, type(parameter.data).__name__}
+    return bool(parameter.is_meta) or bool(kinds & {"DTensor", "FlatParameter"})
 
 
 def _starts_at_base(model: Any) -> bool:
