@@ -136,11 +136,13 @@ def count_batches(
     missing = begins and ends.adds_bos and len(first) < len(rows) / 2
     double = sum(bool(len(row.ids) > 1 and row.ids[1] == ends.bos) for row in first)
     # a collator that packs takes each example's first label away, which nothing predicts anyway
-    supervised = sum(int((row.labels != IGNORED).sum()) + _first_unmarked(row) for row in rows)
+    marked = np.array([int((row.labels != IGNORED).sum()) + _first_unmarked(row) for row in rows])
+    supervised = int(marked.sum())
     return DataCounts(
         rows=len(rows),
         tokens=sum(lengths),
         supervised=supervised,
+        spread=float(marked.std() / marked.mean()) if supervised else None,
         truncated=_cut(rows, ends.ends, pieces=pieces) if decoder_only and ends.ends else None,
         unsupervised=sum(not (row.labels[1:] != IGNORED).any() for row in rows),
         max_length=max_length,

@@ -17,10 +17,8 @@ BORDER_SHARE = 0.03
 """Share of the loss: smaller jumps matter to nobody."""
 MANY = 12
 """Other places from which the spread of jumps is taken."""
-RESUME_ERRORS = 5.0
+RESUME_ERRORS = 3.0
 """Standard errors of a single jump that is looked for at a single place."""
-HELPED_ERRORS, HIGHER_RATE, HIGHER_NORM = 3.0, 1.3, 2.0
-"""Standard errors where the rate or the gradient norm jumps up at the same place, by so many times."""
 PERIODS, ALIKE = 3, 0.7
 """Repeats of the same shape, and the correlation of each with the one before, that chance does not give."""
 
@@ -58,8 +56,8 @@ def _jitter(series: Series) -> float:
 @rule(
     "run",
     looks_at="the level of the loss before and after each epoch border",
-    threshold="the mean jump lies 4 standard errors and 3 % of the loss from zero; up: a warning, down: a note; without "
-    "epochs in the log: where the same shape comes 3 times (correlation 0.7)",
+    threshold="the mean jump lies 4 standard errors and 3 % of the loss from zero; up: a warning, down: a note; where "
+    "the log has no epochs: the same shape 3 times (correlation 0.7)",
     source="our own; a fall by a step is what repeated examples look like",
     false_alarms="evaluation or a learning rate that restarts with each epoch",
     needs=("curve",),
@@ -131,7 +129,7 @@ def _at_borders(size: float, count: int, step: int, *, up: bool) -> Problem:
 def _repeats(series: Series) -> list[float]:
     """Returns the steps at which the same shape begins again, where a log has no epochs: rows in a fixed order.
 
-    The period is the lag at which the series, without its trend, is most like itself. A border lies where it rises most.
+    The period is the lag at which the series without its trend is most like itself; a border is where it rises most.
     """
     number = len(series)
     width = max(3, number // 4)
@@ -164,7 +162,7 @@ def _borders(curve: LossCurve) -> list[float]:
 @rule(
     "run",
     looks_at="the level of the loss before and after the steps at which the run was taken up again",
-    threshold="up by 5 standard errors and 3 % of the loss",
+    threshold="up by 3 standard errors and 3 % of the loss",
     source="our own; a checkpoint without its optimizer or its place in the data is the usual reason",
     false_alarms="other data after the resume, on purpose",
     needs=("curve", "curve.resumed"),
@@ -183,8 +181,7 @@ def resume_jump(seen: Observations) -> Problem | None:
     rise, error = _sharpest(series, places)
     place = max(places, key=lambda place: jump(series, place, 2))
     level = abs(float(np.median(series.values)))
-    least = HELPED_ERRORS if _rate_or_norm_jumps(curve, series.steps[place]) else RESUME_ERRORS
-    if rise < least * error or rise < BORDER_SHARE * level:
+    if rise < RESUME_ERRORS * error or rise < BORDER_SHARE * level:
         return None
     step = min(curve.resumed, key=lambda resumed: abs(resumed - series.steps[place]))
     return Problem(
@@ -216,18 +213,6 @@ def _sharpest(series: Series, places: list[int]) -> tuple[float, float]:
         usual, error = elsewhere(series, places, width)
         found.append((max(jump(series, place, width) for place in places) - usual, error))
     return max(found, key=lambda pair: pair[0] / max(pair[1], 1e-12))
-
-
-def _rate_or_norm_jumps(curve: LossCurve, step: float) -> bool:
-    """Returns whether the learning rate or the gradient norm jumps up at a step too."""
-    for values, times in ((curve.rate, HIGHER_RATE), (curve.gradient_norm, HIGHER_NORM)):
-        if values is None:
-            continue
-        before, after = values[curve.steps < step], values[curve.steps >= step]
-        before, after = before[np.isfinite(before)][-3:], after[np.isfinite(after)][:3]
-        if len(before) and len(after) and after.max() > times * before.max():
-            return True
-    return False
 
 
 def _places_at(series: Series, step: int) -> list[int]:

@@ -137,7 +137,7 @@ def _outside_interval(curve: LossCurve) -> bool | None:
 @rule(
     "run",
     looks_at="the training loss at the end against the held-out loss, and passes over the data",
-    threshold="below half the held-out loss after 2 epochs; without one: below 0.05 nats after 20 epochs (a note from 5)",
+    threshold="below half the held-out loss after 2 epochs; without one: 0.05 nats after 20 epochs (a note from 5)",
     source="our own: an example seen once is as new to the model as a held-out one",
     false_alarms="training data that is easier than the held-out examples",
     needs=("curve",),
