@@ -22,6 +22,8 @@ MANY_TOKENS, ONE_TOKEN = 300, 1
 """Virtual tokens: 300 are the most that Li and Liang 2021 tried; one is too few below 11B (Lester et al. 2021)."""
 LARGE_SCALE = 32
 """alpha / rank: Hu et al. 2021 take 8 (alpha 32, rank 4), LoRA Without Regret 1/16 (alpha 32, rank 512)."""
+FAR_ABOVE = 2
+"""Times the model's width: a rank up to there is a waste, and one beyond it a slip."""
 FEW_STEPS, VERY_FEW_STEPS = 20, 10
 """Optimizer steps. A choice: a smoke test takes 20, and no published run so few."""
 WRECKED = 0.5
@@ -203,7 +205,7 @@ def tokens_unusual(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="rank against the sides of the layers; alpha / rank (rsLoRA: alpha / sqrt(rank))",
-    threshold="rank above the model's width (a note above the narrowest layer's side); a scale above 32 or below 1/32",
+    threshold="rank above twice the model's width (a note above a layer's smaller side); a scale above 32 or below 1/32",
     source="a matrix has no higher rank than its smaller side; scales: Hu et al. 2021 take 8, LoRA Without Regret 1/16",
     false_alarms="a scale that a rate makes up for",
     needs=("settings.rank",),
@@ -218,7 +220,7 @@ def rank_unusual(seen: Observations) -> Problem | None:
     side = settings.narrowest or settings.width
     if side is not None and rank > side:
         return Problem(
-            level="warning" if settings.width is not None and rank > settings.width else "note",
+            level="warning" if settings.width is not None and rank > FAR_ABOVE * settings.width else "note",
             sure="certain",
             cause=Said("the rank is above the layers' own", "秩超过了层本身的秩"),
             evidence=Said(f"rank {rank:,}; the smaller side is {side:,}", f"秩为 {rank:,}，较小的边只有 {side:,}"),
