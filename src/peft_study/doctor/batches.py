@@ -95,6 +95,18 @@ def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[LabelledR
     return rows
 
 
+def supervised_padding(batches: Iterable[Any]) -> int | None:
+    """Returns how many labels of padding are not masked; None where no batch has an attention mask."""
+    found, known = 0, False
+    for batch in batches:
+        if isinstance(batch, Mapping) and batch.get("attention_mask") is not None and batch.get("labels") is not None:
+            mask, labels = _array(batch["attention_mask"]), _array(batch["labels"])
+            if mask.shape == labels.shape:
+                known = True
+                found += int(((mask == 0) & (labels != IGNORED)).sum())
+    return found if known else None
+
+
 _BESIDE = ("attention_mask", "position_ids")
 
 

@@ -5,6 +5,7 @@ model, arguments, tokenizer, batches  ──►  Observations
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_study.doctor.batches import count_batches, is_spread, losses_before, unigram_loss
+from peft_study.doctor.batches import count_batches, is_spread, losses_before, supervised_padding, unigram_loss
 from peft_study.doctor.observations import (
     AdapterState,
     DataCounts,
@@ -239,7 +240,6 @@ def _takes_token_count(model: Any) -> bool:
 def _with_unmoved(
     model: nn.Module, counts: ParameterCounts, rate: float | None, optimizer: str | None, arguments: Any
 ) -> tuple[ParameterCounts, tuple[str, str] | None]:
-    import dataclasses
 
     if rate is None or optimizer is None:
         return counts, ("the learning rate is not known", "不知道学习率")
@@ -302,6 +302,7 @@ def _look_at(
         context=_context(model),
         decoder_only=not getattr(getattr(model, "config", None), "is_encoder_decoder", False),
     )
+    data = dataclasses.replace(data, padding=supervised_padding(batches))
     start, base, why = losses_before(model, batches, has_adapter=settings.method not in (None, "full"))
     if why:
         reasons["curve.start_loss"] = reasons["curve.base_loss"] = why

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from peft_study.config import TrainConfig, validate
+from peft_study.doctor.adapter_files import read_adapter
 from peft_study.doctor.diagnosis import Diagnosis, Problem, Said
 from peft_study.doctor.observations import (
     FILE,
@@ -39,7 +40,7 @@ _BASE_LOSS = Said(
     "the run does not log the base's loss (logging.base_loss, not for full fine-tuning)",
     "训练没有记录基座损失（logging.base_loss；全参数微调时没有）",
 )
-_UNIGRAM = Said("a run's folder does not hold its tokens", "运行目录中没有词元统计")
+_UNIGRAM = Said("the run began before there were checkups", "该运行开始时还没有检查记录")
 
 
 def observe_run(folder: Path) -> Observations:
@@ -79,6 +80,9 @@ def observe_run(folder: Path) -> Observations:
         curve=curve,
         reasons=reasons,
     )
+    if run.adapter.is_dir() and (run.adapter / "adapter_config.json").is_file():
+        of_files = read_adapter(run.adapter)
+        seen = dataclasses.replace(seen, adapter=of_files.adapter, reasons={**of_files.reasons, **reasons})
     kept = run.read_if_there(FILE) or (above.read_if_there(FILE) if above else None)
     return seen if kept is None else _with_checkup(seen, from_json(kept["observations"]))
 
@@ -92,12 +96,16 @@ def _with_checkup(seen: Observations, before: Observations) -> Observations:
     """
     names = [field.name for field in dataclasses.fields(seen.settings)]
     lacking = {name: getattr(before.settings, name) for name in names if getattr(seen.settings, name) is None}
+    curve = seen.curve
+    if curve is not None and before.curve is not None and before.curve.unigram_loss is not None:
+        curve = dataclasses.replace(curve, unigram_loss=before.curve.unigram_loss)
     data = None if before.data is None else dataclasses.replace(before.data, virtual_tokens=seen.settings.tokens)
     same_reasons = {name: why for name, why in before.reasons.items() if name.startswith("data.")}
     return dataclasses.replace(
         seen,
         settings=dataclasses.replace(seen.settings, **lacking),
         data=data or seen.data,
+        curve=curve,
         reasons={**same_reasons, **seen.reasons},
     )
 

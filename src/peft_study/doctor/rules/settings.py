@@ -205,7 +205,7 @@ def tokens_unusual(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="rank against the sides of the layers; alpha / rank (rsLoRA: alpha / sqrt(rank))",
-    threshold="rank above twice the model's width (a note above a layer's smaller side); a scale above 32 or below 1/32",
+    threshold="rank above twice the model's width (a note above a layer's side); a scale above 32 or below 1/32",
     source="a matrix has no higher rank than its smaller side; scales: Hu et al. 2021 take 8, LoRA Without Regret 1/16",
     false_alarms="a scale that a rate makes up for",
     needs=("settings.rank",),
