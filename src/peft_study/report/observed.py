@@ -80,7 +80,7 @@ def observe_run(folder: Path) -> Observations:
         curve=curve,
         reasons=reasons,
     )
-    if run.adapter.is_dir() and (run.adapter / "adapter_config.json").is_file():
+    if (run.adapter / "adapter_model.safetensors").is_file():
         of_files = read_adapter(run.adapter)
         seen = dataclasses.replace(seen, adapter=of_files.adapter, reasons={**of_files.reasons, **reasons})
     kept = run.read_if_there(FILE) or (above.read_if_there(FILE) if above else None)
