@@ -214,9 +214,8 @@ def adapter_config(case: dict[str, Any]) -> Any:
             task_type="CAUSAL_LM",
         )
     if case["method"] == "prompt_tuning":
-        return peft.PromptTuningConfig(
-            num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
-        )
+        init = "RANDOM" if case.get("init") == "random" else "SAMPLE_VOCAB"
+        return peft.PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init=init, task_type="CAUSAL_LM")
     return peft.PrefixTuningConfig(num_virtual_tokens=tokens, task_type="CAUSAL_LM")
 
 
