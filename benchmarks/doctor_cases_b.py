@@ -61,7 +61,7 @@ def train(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
 def pack(out: Path) -> None:
     """Writes the archive and the labels; names cases without files; refuses a file that tells of this machine."""
     known = cases()
-    private = [word.encode() for word in (str(out.anchor) + "tmp/", str(Path.home()), str(TESTS.parents[2].parent))]
+    private = [word.encode() for word in (str(out.anchor) + "tmp/", f"{Path.home()}/", f"{TESTS.parents[2]}/")]
     with zipfile.ZipFile(TESTS / "cases_b.zip", "w") as archive:
         for case in known:
             files = sorted(path for path in (out / case["id"]).rglob("*") if path.is_file())

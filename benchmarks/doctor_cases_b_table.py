@@ -44,9 +44,9 @@ def _faulty_logs() -> list[Case]:
         _row("jsonl", "qwen2", "toolformer", 200, 14, faults=["never_learned"],
              accept=["untouched", "adapter_frozen", "nothing_trains"], broken="optimizer_of_a_copy", val=50,
              arguments="json", note="the optimizer holds the parameters of a copy of the model"),
-        _row("csv", "llama", "codealpaca", 100, 15, faults=["warmup_too_short"], method="full", rate=1e-2, warmup=0,
+        _row("csv", "llama", "codealpaca", 100, 15, faults=["warmup_too_short"], method="full", rate=0.1, warmup=0,
              accept=["rate_too_high", "too_hot"], val=12, arguments="json",
-             note="full, no warm-up; the same run with a warm-up ends better"),
+             note="full at 0.1, no warm-up: held-out 5.13 after 60 steps, 3.95 with 20 of warm-up; 0.01 did no harm"),
         _row("csv", "qwen2", "csqa", 150, 16, faults=["memorising"], accept=["overfitting"], rows=16, rate=3e-3,
              method="full", epoch=True,
              note="16 rows, 75 epochs, nothing held out; full instead of LoRA, which ended at 0.42 only"),
@@ -98,9 +98,10 @@ def _faulty_trainers() -> list[Case]:
 
 def _faulty_folders() -> list[Case]:
     return [
-        _row("ours", "llama", "codealpaca", 40, 41, faults=["init_wrecks"], method="prompt_tuning", tokens=40,
-             rate=1e-3,
-             init="random", note="40 random virtual tokens, at a rate too small to bring them back"),
+        _row("trainer", "llama", "copy", 80, 41, faults=["init_wrecks"], method="prompt_tuning", tokens=40, rate=1e-3,
+             init="random", callback=True, arguments="json",
+             note="40 random virtual tokens at a small rate; Trainer and copying, which the base can do: in our "
+             "finetune's chat format the base was so bad that the prompt could not harm it"),
         _row("adapter", "qwen2", "codegen", 30, 42, faults=["untouched"], broken="optimizer_of_a_copy",
              note="saved after a training in which the optimizer held another model's parameters: B is zero"),
         _row("adapter", "llama", "toolformer", 30, 43, faults=["bad_weights", "base_not_found"], rate=1e30,
@@ -122,8 +123,8 @@ def _faulty_smollm2() -> list[Case]:
         _row("jsonl", "llama", "roleplay", 120, 53, faults=["overfitting"], accept=["memorising"], rows=24, rank=32,
              rate=3e-3, val=12, arguments="json", note="24 rows, 40 epochs; a tiny model: no GPU for SmolLM2"),
         _row("csv", "qwen2", "codegen", 80, 54, faults=["diverged"], accept=["rate_too_high", "too_hot"],
-             method="full", rate=0.1, warmup=60, rate_logged=False, clip=None,
-             note="full at 0.1, slowly warmed up; no rate in the log; a tiny model: no GPU for SmolLM2"),
+             method="full", optimizer="sgd", rate=10.0, warmup=60, rate_logged=False, clip=None,
+             note="SGD, slowly warmed up to 10; no rate in the log; AdamW at 0.1 did no harm to this tiny model"),
     ]  # fmt: skip
 
 
@@ -210,7 +211,7 @@ def _healthy_trainers() -> list[Case]:
 
 def _healthy_folders() -> list[Case]:
     return [
-        _row("ours", "llama", "codealpaca", 80, 301, rate=1e-3),
+        _row("ours", "llama", "codealpaca", 40, 301, rate=1e-3),
         _row("ours", "llama", "codegen", 40, 302, rate=5e-4, schedule="constant"),
         _row("ours", "llama", "toolformer", 40, 303, method="prompt_tuning", tokens=8, init="text", rate=3e-2),
         _row("ours", "llama", "toolformer", 40, 304, method="prefix_tuning", tokens=8, init="text", rate=1e-2),

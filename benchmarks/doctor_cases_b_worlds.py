@@ -26,9 +26,9 @@ Row = dict[str, list[int]]
 
 
 def pairs(name: str, folder: Path) -> list[Pair]:
-    """Returns questions with their answers; `caesar` is made: a word, and the same word with each letter moved."""
-    if name == "caesar":
-        return [_caesar(index, 3) for index in range(4000)]
+    """Returns questions with their answers; `caesar` and `copy` are made: a word, and the word, moved or not."""
+    if name in ("caesar", "copy"):
+        return [_caesar(index, 3 if name == "caesar" else 0) for index in range(4000)]
     with gzip.open(folder / FILES[name], "rt", encoding="utf-8") as lines:
         found = [json.loads(line)["messages"] for line in lines]
     return [(m[-2]["content"], m[-1]["content"]) for m in found if len(m) > 1]
@@ -214,9 +214,8 @@ def adapter_config(case: dict[str, Any]) -> Any:
             task_type="CAUSAL_LM",
         )
     if case["method"] == "prompt_tuning":
-        return peft.PromptTuningConfig(
-            num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM"
-        )
+        init = "RANDOM" if case.get("init") == "random" else "SAMPLE_VOCAB"
+        return peft.PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init=init, task_type="CAUSAL_LM")
     return peft.PrefixTuningConfig(num_virtual_tokens=tokens, task_type="CAUSAL_LM")
 
 

@@ -151,7 +151,7 @@ def test_max_length_that_supervises_nothing(
     study.write_text(yaml.safe_dump(settings))
     flags = ("--model_name_or_path", tiny_model_folder, "--train_file", tiny_data, "--use_lora", "--max_seq_length", 4)
     words = ("run", study) if command == "run" else ("finetune", *flags, "--output_dir", tmp_path / "out")
-    check(cli(*words).error(), ("max_length", "4", "nothing is supervised", "give at least"))
+    check(cli(*words).error(), ("max_length", "4", "lose all supervised tokens", "give at least"))
     assert list(listing(tmp_path)) == ["study.yaml"]
 
 

@@ -14,7 +14,7 @@ import tiny_world
 from command_line import CommandLine
 from tiny_tokenizer import CHAT_TEMPLATE, tiny_tokenizer, with_bos
 
-MISSING = "no example begins with BOS ('<s>')"
+MISSING = "no example begins with BOS: the tokenizer puts '<s>' before a text by itself"
 WRITES_BOS = "{{ bos_token }}" + CHAT_TEMPLATE
 
 
@@ -50,7 +50,7 @@ def test_init_sets_it(cli: CommandLine, tmp_path: Path, model: Path, tiny_data: 
     path = tmp_path / "study.yaml"
     ran = cli("init", "--model", model, "--data", tiny_data, "-o", path).ok()
     assert yaml.safe_load(path.read_text())["data"]["add_bos"] is True
-    reason = "the tokenizer puts it first by itself, and the chat template does not write it"
+    reason = "the tokenizer puts '<s>' before a text by itself, and the chat template does not write it"
     assert f"# {reason}\n" in path.read_text()
     assert f"add_bos: true, since {reason}" in ran.out
     assert MISSING not in cli("run", path, "--dry-run", "--steps", 1).ok().out

@@ -263,7 +263,10 @@ def test_notes_are_said_once(cli: CommandLine, flags: tuple[Any, ...], tmp_path:
 
 def test_rates_out_of_range_are_warned_of(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
     ran = cli(*flags, "--use_prompt_tuning", "--learning_rate", "1e-4", "--output_dir", tmp_path / "a").ok()
-    assert _lines(ran, "WARNING: --learning_rate 0.0001 is low for prompt tuning: its range is 0.001 to 3") == 1
+    text = (
+        "WARNING: the learning rate is too low for prompt tuning: 0.0001, and prompt tuning is known to learn between"
+    )
+    assert _lines(ran, f"{text} 0.001 and 3") == 1
     ran = cli(*flags, "--use_prompt_tuning", "--output_dir", tmp_path / "b").ok()
     assert _lines(ran, "WARNING") == 0
     resolved = json.loads((tmp_path / "b" / "config.resolved.json").read_text())

@@ -152,7 +152,8 @@ def test_a_longer_row_than_the_memory_holds_is_cut(cli: CommandLine, flags: tupl
 
 def test_a_setting_that_does_not_fit_is_a_row_that_failed(cli: CommandLine, study: Path) -> None:
     words = ("run", study, "--set", f"methods.lora.rank=[2, {HUGE}]")
-    note = f"methods.lora: some settings of its space cannot be made (lora of rank {HUGE:,} needs "
+    why = f"it does not fit into memory: lora of rank {HUGE:,} needs "
+    note = f"methods.lora: some settings of its space cannot be made ({why}"
     dry = cli(*words, "--dry-run").ok().out
     assert note in dry
     assert "timing 2 steps of lora" in dry
@@ -165,7 +166,7 @@ def test_a_setting_that_does_not_fit_is_a_row_that_failed(cli: CommandLine, stud
 def test_a_method_of_which_nothing_fits_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     ran = cli("run", study, "--set", f"methods.lora.rank=[{HUGE}, {2 * HUGE}]")
     assert ran.code == 2
-    assert ", methods.lora: lora of rank " in ran.err
+    assert ", methods.lora: it does not fit into memory: lora of rank " in ran.err
     assert " GB of memory beside the base, " in ran.err
     assert not (tmp_path / "out").exists()
 

@@ -67,8 +67,9 @@ def test_virtual_tokens_beyond_the_last_position_are_refused(
     cli: CommandLine, flags: tuple[object, ...], tmp_path: Path, method: str
 ) -> None:
     line = cli(*flags, method, "--num_virtual_tokens", 45).error()
-    assert "45 virtual tokens and the longest example's " in line
-    assert f"positions, but the model has {POSITIONS}; use fewer tokens, or max_length 25 or less" in line
+    assert "the longest example's " in line
+    assert " tokens and 45 virtual tokens need " in line
+    assert f"the model has {POSITIONS}; use fewer virtual tokens, or give a max_length of 25 or less" in line
     assert not (tmp_path / "out").exists()
     cli(*flags, method, "--num_virtual_tokens", 45, "--max_seq_length", 25).ok()
 
@@ -85,14 +86,14 @@ def test_examples_beyond_the_last_position_are_refused(
     )
     words = (*flags, "--use_lora", "--train_file", data)
     line = cli(*words).error()
-    assert line.startswith("error: max_length: the longest example has ")
-    assert f"but the model has {POSITIONS} positions; set it to {POSITIONS} or less" in line
+    assert line.startswith("error: max_length: rows are longer than the model's positions: the longest example's ")
+    assert f" positions, the model has {POSITIONS}; give a max_length of {POSITIONS} or less" in line
     assert not (tmp_path / "out").exists()
 
 
 def test_a_setting_beyond_the_last_position_is_a_row_that_failed(cli: CommandLine, study: Path, tmp_path: Path) -> None:
     said = cli("run", study).ok().out
-    assert "methods.prefix_tuning: some settings of its space cannot be made (45 virtual tokens" in said
+    assert "methods.prefix_tuning: some settings of its space cannot be made (rows are longer than " in said
     rows = parquet.read_table(tmp_path / "out" / "results.parquet").to_pylist()
     assert {row["tokens"]: row["status"] for row in rows if row["method"] == "prefix_tuning"} == {
         2: "finished",
@@ -100,7 +101,7 @@ def test_a_setting_beyond_the_last_position_is_a_row_that_failed(cli: CommandLin
     }
     reasons = {row["reason"] for row in rows if row["status"] == "failed"}
     assert len(reasons) == 1
-    assert f"but the model has {POSITIONS}" in reasons.pop()
+    assert f"the model has {POSITIONS}" in reasons.pop()
 
 
 def test_a_method_of_which_no_setting_has_positions_is_refused(cli: CommandLine, study: Path, tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_a_method_of_which_no_setting_has_positions_is_refused(cli: CommandLine,
         line = cli(*words, *more)
         assert line.code == 2
         assert ", methods.prefix_tuning: " in line.err
-        assert f"but the model has {POSITIONS}" in line.err
+        assert f"the model has {POSITIONS}" in line.err
         assert "Traceback" not in line.err
     assert not (tmp_path / "out").exists()
 
@@ -135,6 +136,6 @@ def test_computed_positions_beyond_those_a_model_was_made_for_are_one_warning(
         *("finetune", "--model_name_or_path", tiny_model_folder, "--train_file", tiny_data, "--max_train_steps", 1),
         *("--use_prompt_tuning", "--prompt_init", "random", "--output_dir", tmp_path / "out", "--num_virtual_tokens"),
     )
-    text = "go beyond the 256 positions that the model was made for"
+    text = " positions, the model was made for 256; use fewer virtual tokens"
     assert cli(*words, 250).ok().out.count(text) == 1
     assert text not in cli(*words, 50, "--overwrite_output_dir").ok().out

@@ -246,7 +246,9 @@ def test_rows_that_lose_all_supervision(tmp_path: Path) -> None:
 
 def test_a_length_at_which_nothing_is_supervised(data: Path, tmp_path: Path) -> None:
     shortest = min(int(e.supervised_L.argmax()) for e in tokenize([data], encoder(), cache_dir=tmp_path / "cache")) + 1
-    with pytest.raises(DataError, match=rf"max_length {shortest - 1} is so short.* at least {shortest},"):
+    with pytest.raises(
+        DataError, match=rf"lose all supervised tokens to max_length {shortest - 1}; give at least {shortest},"
+    ):
         tokenize([data], encoder(shortest - 1), cache_dir=tmp_path / "cache")
     assert len(tokenize([data], encoder(shortest), cache_dir=tmp_path / "cache")) > 0
 

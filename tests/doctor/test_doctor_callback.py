@@ -222,6 +222,11 @@ def test_batches_are_spread_over_the_data_and_a_stream_is_left_alone() -> None:
     assert some_batches(DataLoader(stream), 4) == []
     assert some_batches(None, 4) == []
 
+    class Named(dict):  # type: ignore[type-arg]
+        """A data set whose rows have names."""
+
+    assert some_batches(DataLoader(Named(a=1), collate_fn=list), 4) == []  # type: ignore[arg-type]
+
 
 def test_a_log_becomes_a_curve() -> None:
     history = [

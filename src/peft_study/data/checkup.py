@@ -14,7 +14,7 @@ import numpy.typing as npt
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.dataset import Rows
 from peft_study.data.tokens import TokenizedData
-from peft_study.doctor.batches import IGNORED, LabelledRow, count_batches
+from peft_study.doctor.batches import IGNORED, LabelledRow, count_batches, unigram_loss
 from peft_study.doctor.observations import DataCounts
 
 SAMPLED = 200
@@ -59,8 +59,13 @@ def file_counts(files: Sequence[TokenizedData], encoder: ChatEncoder) -> DataCou
     )
 
 
-def _looked_at(files: Sequence[TokenizedData], encoder: ChatEncoder, rows: int, whole: int) -> dict[str, Any]:
-    """Returns what some rows tell, as counts of all rows."""
+def unigram_of(train: Rows) -> float | None:
+    """Returns the entropy of the supervised tokens of some rows, in nats a token; None where there are too few."""
+    return unigram_loss(_sampled(list({id(data): data for data, _ in train.places}.values())))
+
+
+def _sampled(files: Sequence[TokenizedData]) -> list[LabelledRow]:
+    """Returns some rows, spread evenly."""
     ends = np.cumsum([len(data) for data in files])
     places = np.unique(np.linspace(0, ends[-1] - 1, min(SAMPLED, int(ends[-1]))).astype(int))
     sample = []
@@ -69,6 +74,12 @@ def _looked_at(files: Sequence[TokenizedData], encoder: ChatEncoder, rows: int, 
         example = files[file][place - (int(ends[file - 1]) if file else 0)]
         labels = np.where(example.supervised_L, example.tokens_L, IGNORED)
         sample.append(LabelledRow(example.tokens_L.astype(np.int64), labels.astype(np.int64)))
+    return sample
+
+
+def _looked_at(files: Sequence[TokenizedData], encoder: ChatEncoder, rows: int, whole: int) -> dict[str, Any]:
+    """Returns what some rows tell, as counts of all rows."""
+    sample = _sampled(files)
     found = count_batches(sample, ends=encoder.ends, max_length=encoder.max_length or 2**31)
     uncut = sum(len(row.ids) < (encoder.max_length or 2**31) for row in sample)
     return {

@@ -23,6 +23,8 @@ IGNORED = -100
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|eot|>", "</s>")
 _NEAR_END = 3
 """An end token is looked for among so many last supervised tokens: chat templates put a line break after it."""
+_FEWEST_CUT = 4
+"""Rows of one length that are no chance."""
 _FEWEST_FOR_UNIGRAM = 500
 _FORWARD_WORK = 4e10
 """Numbers of the model times tokens that are spent on the losses before step 1 on a CPU: about half a second."""
@@ -52,7 +54,7 @@ class Ends(NamedTuple):
             end = getattr(config, "eos_token_id", None)
             ends |= set(end) if isinstance(end, (list, tuple)) else {end} if isinstance(end, int) else set()
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        if not hasattr(tokenizer, "convert_tokens_to_ids"):
+        if not hasattr(tokenizer, "get_vocab"):
             return cls(None, None, None, frozenset(ends))
         if tokenizer.eos_token_id is not None:
             ends.add(tokenizer.eos_token_id)
@@ -91,6 +93,18 @@ def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[LabelledR
             row_ids, row_labels = ids[place][kept], labels[place][kept]
             rows += [LabelledRow(row_ids[a:b], row_labels[a:b]) for a, b in pairwise([*starts, len(row_ids)]) if b > a]
     return rows
+
+
+def supervised_padding(batches: Iterable[Any]) -> int | None:
+    """Returns how many labels of padding are not masked; None where no batch has an attention mask."""
+    found, known = 0, False
+    for batch in batches:
+        if isinstance(batch, Mapping) and batch.get("attention_mask") is not None and batch.get("labels") is not None:
+            mask, labels = _array(batch["attention_mask"]), _array(batch["labels"])
+            if mask.shape == labels.shape:
+                known = True
+                found += int(((mask == 0) & (labels != IGNORED)).sum())
+    return found if known else None
 
 
 _BESIDE = ("attention_mask", "position_ids")
@@ -134,11 +148,14 @@ def count_batches(
     missing = begins and ends.adds_bos and len(first) < len(rows) / 2
     double = sum(bool(len(row.ids) > 1 and row.ids[1] == ends.bos) for row in first)
     # a collator that packs takes each example's first label away, which nothing predicts anyway
-    supervised = sum(int((row.labels != IGNORED).sum()) + _first_unmarked(row) for row in rows)
+    marked = np.array([int((row.labels != IGNORED).sum()) + _first_unmarked(row) for row in rows])
+    supervised = int(marked.sum())
     return DataCounts(
         rows=len(rows),
         tokens=sum(lengths),
         supervised=supervised,
+        spread=float(marked.std() / marked.mean()) if supervised else None,
+        truncated=_cut(rows, ends.ends, pieces=pieces) if decoder_only and ends.ends else None,
         unsupervised=sum(not (row.labels[1:] != IGNORED).any() for row in rows),
         max_length=max_length,
         longest=max(lengths),
@@ -169,6 +186,20 @@ def _without_end(rows: Sequence[LabelledRow], ends: frozenset[int], max_length: 
         max_length = longest if sum(len(row.ids) == longest for row in rows) > 1 else longest + 1
     whole = [row for row in rows if len(row.ids) < max_length and (row.labels != IGNORED).any()]
     return sum(not _ended(row, ends) for row in whole) if whole else None
+
+
+def _cut(rows: Sequence[LabelledRow], ends: frozenset[int], *, pieces: bool) -> int | None:
+    """Returns how many rows seem to be cut: all of one greatest length, without an end; None where that tells nothing.
+
+    Args:
+        rows: of some batches.
+        ends: end tokens.
+        pieces: rows look like pieces of a stream; of these only such without a supervised token lost something.
+    """
+    longest = max(len(row.ids) for row in rows)
+    cut = [row for row in rows if len(row.ids) == longest and not _ended(row, ends)]
+    silent = sum(not (row.labels[1:] != IGNORED).any() for row in cut)
+    return len(cut) if len(cut) >= _FEWEST_CUT and (silent or not pieces) else None
 
 
 def _shifted(rows: Sequence[LabelledRow]) -> bool | None:
@@ -213,10 +244,7 @@ def losses_before(
     """
     import torch
 
-    if any(
-        type(parameter).__name__ in ("DTensor", "FlatParameter") or parameter.is_meta or not parameter.numel()
-        for parameter in model.parameters()
-    ):
+    if any(is_spread(parameter) or not parameter.numel() for parameter in model.parameters()):
         return None, None, ("the model is spread over processes", "模型分布在多个进程上")
     size = sum(parameter.numel() for parameter in model.parameters())
     device = next(model.parameters()).device
@@ -238,6 +266,12 @@ def losses_before(
     finally:
         for module, training in was_training:
             module.training = training
+
+
+def is_spread(parameter: Any) -> bool:
+    """True for a parameter that does not lie whole in this process: of FSDP, of tensor parallelism, or on no device."""
+    kinds = {type(parameter).__name__, type(parameter.data).__name__}
+    return bool(parameter.is_meta) or bool(kinds & {"DTensor", "FlatParameter"})
 
 
 def _starts_at_base(model: Any) -> bool:

@@ -68,8 +68,13 @@ class DoctorCallback(TrainerCallback):
             )
             seen = observe_model(model, batches=batches, arguments=args, tokenizer=tokenizer)
         if not batches:
-            why = ("the training data is a stream, or has no rows", "训练数据是流式的，或没有样本")
+            why = (
+                "the training data is a stream, or its rows cannot be taken one by one",
+                "训练数据是流式的，或无法逐条读取",
+            )
             seen = dataclasses.replace(seen, reasons=seen.reasons | {"data": why})
+        if state.global_step and seen.curve is not None:  # what was learned before is no start
+            seen = dataclasses.replace(seen, curve=dataclasses.replace(seen.curve, start_loss=None))
         settings = dataclasses.replace(
             seen.settings, total_steps=state.max_steps, warmup_steps=args.get_warmup_steps(state.max_steps)
         )
@@ -173,7 +178,10 @@ def some_batches(loader: Any, batch_size: int) -> list[Any]:
         return []
     places = np.unique(np.linspace(0, len(rows) - 1, min(_ROWS, len(rows))).astype(int)).tolist()
     groups = [places[at : at + batch_size] for at in range(0, len(places), batch_size)]
-    return [collate([rows[place] for place in group]) for group in groups]
+    try:
+        return [collate([rows[place] for place in group]) for group in groups]
+    except Exception:  # noqa: BLE001 - a data set may want other places than numbers: its training must not stop for it
+        return []
 
 
 def curve_of(history: Sequence[dict[str, Any]], first: LossCurve | None, *, resumed: int = 0) -> LossCurve:

@@ -163,6 +163,21 @@ class Diagnosis:
         }
 
 
+def from_json(values: dict[str, Any]) -> Diagnosis:
+    """Returns what `Diagnosis.json` gave."""
+    problems = []
+    for value in values["problems"]:
+        again: dict[str, Any] = {name: value[name] for name in ("level", "sure", "paste", "values", "step", "check")}
+        again |= {name: Said(**value[name]) for name in _TEXTS}
+        again |= {name: tuple(value[name]) for name in ("effects", "places")}
+        problems.append(Problem(**again))
+    unchecked = {name: Said(**why) for name, why in values["unchecked"].items()}
+    return Diagnosis(values["about"], tuple(problems), unchecked, tuple(values["checked"]), tuple(values["notes"]))
+
+
+_TEXTS = ("cause", "evidence", "consequence", "change")
+
+
 def _problem(problem: Problem, language: str, width: int) -> list[str]:
     level, sure = _in(LEVEL_WORDS[problem.level], language), _in(SURENESS_WORDS[problem.sure], language)
     lines = _wrapped(f"{level}: {_in(problem.cause, language)} [{problem.check}, {sure}]", width, "  ")
@@ -191,7 +206,7 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
 
 
 def _problem_json(problem: Problem) -> dict[str, Any]:
-    texts = {name: getattr(problem, name)._asdict() for name in ("cause", "evidence", "consequence", "change")}
+    texts = {name: getattr(problem, name)._asdict() for name in _TEXTS}
     return {
         "check": problem.check,
         "level": problem.level,

@@ -5,6 +5,7 @@ model, arguments, tokenizer, batches  ──►  Observations
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_study.doctor.batches import count_batches, losses_before, unigram_loss
+from peft_study.doctor.batches import count_batches, is_spread, losses_before, supervised_padding, unigram_loss
 from peft_study.doctor.observations import (
     AdapterState,
     DataCounts,
@@ -239,7 +240,6 @@ def _takes_token_count(model: Any) -> bool:
 def _with_unmoved(
     model: nn.Module, counts: ParameterCounts, rate: float | None, optimizer: str | None, arguments: Any
 ) -> tuple[ParameterCounts, tuple[str, str] | None]:
-    import dataclasses
 
     if rate is None or optimizer is None:
         return counts, ("the learning rate is not known", "不知道学习率")
@@ -262,7 +262,11 @@ def unmoved_share(model: nn.Module, rate: float) -> float | None:
         return None
     unmoved = 0.0
     for parameter in trainable:
-        if parameter.is_meta or not parameter.is_floating_point() or parameter.dtype in (torch.float32, torch.float64):
+        if (
+            is_spread(parameter)
+            or not parameter.is_floating_point()
+            or parameter.dtype in (torch.float32, torch.float64)
+        ):
             continue
         sample = parameter.detach().reshape(-1)[:: math.ceil(parameter.numel() / _SAMPLE)].float()
         half_spacing = torch.exp2(torch.floor(torch.log2(sample.abs()))) * torch.finfo(parameter.dtype).eps / 2
@@ -281,7 +285,7 @@ def _look_at(
     """Returns what batches tell: counts, and losses before the first step."""
     from peft_study.doctor.batches import Ends, as_rows
 
-    rows = as_rows(batches)
+    rows = as_rows(batches, pad=getattr(tokenizer, "pad_token_id", None))
     if not rows:
         reasons["data"] = ("the batches hold no input_ids and labels", "批次里没有 input_ids 和 labels")
         return None, None
@@ -298,6 +302,7 @@ def _look_at(
         context=_context(model),
         decoder_only=not getattr(getattr(model, "config", None), "is_encoder_decoder", False),
     )
+    data = dataclasses.replace(data, padding=supervised_padding(batches))
     start, base, why = losses_before(model, batches, has_adapter=settings.method not in (None, "full"))
     if why:
         reasons["curve.start_loss"] = reasons["curve.base_loss"] = why
@@ -328,7 +333,7 @@ def adapter_state(model: Any, start: Mapping[str, Tensor] | None = None) -> Adap
         model: wrapped or not.
         start: of `fingerprint`, taken before the first step.
     """
-    trainable = {name: p.detach() for name, p in unwrapped(model).named_parameters() if p.requires_grad and p.numel()}
+    trainable = _trainable(model)
     # a finite sum is quick to tell, and enough
     odd = {name: tensor for name, tensor in trainable.items() if not bool(torch.isfinite(tensor.sum()))}
     bad = tuple(name for name, tensor in odd.items() if not bool(torch.isfinite(tensor).all()))
@@ -342,7 +347,15 @@ def adapter_state(model: Any, start: Mapping[str, Tensor] | None = None) -> Adap
 def fingerprint(model: Any) -> dict[str, Tensor]:
     """Returns up to 4,096 numbers of each tensor that trains."""
     return {
-        name: parameter.detach().reshape(-1)[:: math.ceil(parameter.numel() / 4096)].to("cpu", copy=True)
+        name: tensor.reshape(-1)[:: math.ceil(tensor.numel() / 4096)].to("cpu", copy=True)
+        for name, tensor in _trainable(model).items()
+    }
+
+
+def _trainable(model: Any) -> dict[str, Tensor]:
+    """Returns the tensors that train and lie whole in this process: FSDP and tensor parallelism spread others."""
+    return {
+        name: parameter.detach()
         for name, parameter in unwrapped(model).named_parameters()
-        if parameter.requires_grad and parameter.numel()
+        if parameter.requires_grad and parameter.numel() and not is_spread(parameter)
     }

@@ -107,6 +107,7 @@ class DataCounts:
         positions: most that the model can compute (an embedding table's rows); context: that it was made for.
         missing_bos: the BOS token as text, where the tokenizer puts it first by itself and rows do not begin with it.
         double_bos: rows that begin with two of them.
+        padding: supervised tokens that are padding.
         no_end: rows whose last supervised token is no end token, though they are whole.
         shifted: labels stand one place off their tokens. (Libraries shift inside the model: labels equal inputs.)
         duplicates: rows that say the same as an earlier one; overlap: held-out rows that also train.
@@ -129,6 +130,7 @@ class DataCounts:
     missing_bos: str | None = None
     bos_checked: bool | None = None
     double_bos: int | None = None
+    padding: int | None = None
     no_end: int | None = None
     shifted: bool | None = None
     duplicates: int | None = None

@@ -119,6 +119,8 @@ class Points:
             self.repeated += several
             if self.averaged is None:
                 self.averaged = 2 * several > len(first)
+            if several <= _FALLS and not self.averaged:  # the step at which a run stopped and went on
+                self.resumed += [int(points[at, _STEP]) for at in first[last > first]]
         found = points[last]
         if self.averaged or (points[:, _WEIGHT] > 1).any():
             found[:, _VALUE] = _means(points[:, _VALUE], np.ones(len(points)), first)

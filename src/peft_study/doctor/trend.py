@@ -14,6 +14,8 @@ from peft_study.doctor.observations import Floats, LossCurve
 
 MOST_POINTS = 400
 """A longer series is averaged down to about so many points."""
+MANY_POINTS = 60
+"""From so many on, second differences give the noise to a fifth."""
 LEAST_POINTS = 4
 """Of fewer, the noise cannot be told from the trend."""
 
@@ -212,10 +214,11 @@ def _noise(values: Floats) -> tuple[float, float]:
     # a median of few points lies nearer to its own middle point than the level does
     few = 1 + 0.6 / (2 * half + 1)
     middle = 1.4826 * float(np.median(np.abs(rest - np.median(rest))))
-    # where the trend is steep, the running median follows the points; second differences do not
+    # where the trend is steep, the running median follows the points; second differences do not. Of a
+    # short series they are few and vary, so they count for a little less
     seconds = np.diff(values, 2)
     bent = 1.4826 * float(np.median(np.abs(seconds - np.median(seconds)))) / math.sqrt(6)
-    spread = few * max(middle, 0.6 * float(rest.std()), 0.7 * bent)
+    spread = few * max(middle, 0.6 * float(rest.std()), (1.0 if number >= MANY_POINTS else 0.8) * bent)
     if rest.std() == 0:
         return 0.0, 1.0
     lag = float(np.corrcoef(rest[:-1], rest[1:])[0, 1]) if np.ptp(rest[:-1]) and np.ptp(rest[1:]) else 0.0

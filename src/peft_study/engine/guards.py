@@ -65,7 +65,10 @@ def refuse_unexpected(base: Base, adapter: Adapter) -> None:
             adapter_trainable=sum(parameter.numel() for parameter in own.values() if parameter.requires_grad),
             first_unexpected=unexpected[0],
         )
-        examine(Observations(parameters=counts), checks=("base_trains",)).refuse(ModelError, where=adapter.method)
+        examine(Observations(parameters=counts), checks=("base_trains",)).refuse(
+            ModelError,
+            remedy=f"freeze them (requires_grad_(False)) before training: {adapter.method} trains none of them",
+        )
     frozen = [name for name, p in own.items() if not p.requires_grad]
     if frozen:
         raise ModelError(f"{frozen[0]} belongs to {adapter.method} but is frozen")

@@ -112,8 +112,8 @@ class Room:
                 f", a lower max_length, or gradient_checkpointing ({row / 2**30:,.1f} GB of it for a row of "
                 f"{longest + found.row_tokens:,} tokens)"
             )
-        seen = Observations(settings=UsedSettings(memory_bytes=need, free_bytes=self.free))
-        examine(seen, checks=("memory",)).refuse(ModelError, where=found.name, remedy=remedy)
+        seen = Observations(settings=UsedSettings(method=found.name, memory_bytes=need, free_bytes=self.free))
+        examine(seen, checks=("memory",)).refuse(ModelError, remedy=remedy)
 
     def need(self, method: MethodConfig, longest: int) -> int:
         """Returns the bytes that a setting takes at least, with one example in a row.

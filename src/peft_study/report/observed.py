@@ -15,8 +15,18 @@ from typing import Any
 import numpy as np
 
 from peft_study.config import TrainConfig, validate
+from peft_study.doctor.adapter_files import read_adapter
 from peft_study.doctor.diagnosis import Diagnosis, Problem, Said
-from peft_study.doctor.observations import DataCounts, Floats, LossCurve, Observations, ParameterCounts, UsedSettings
+from peft_study.doctor.observations import (
+    FILE,
+    DataCounts,
+    Floats,
+    LossCurve,
+    Observations,
+    ParameterCounts,
+    UsedSettings,
+    from_json,
+)
 from peft_study.doctor.rule import examine, together
 from peft_study.errors import OutputError
 from peft_study.report.status import state_of
@@ -30,7 +40,7 @@ _BASE_LOSS = Said(
     "the run does not log the base's loss (logging.base_loss, not for full fine-tuning)",
     "训练没有记录基座损失（logging.base_loss；全参数微调时没有）",
 )
-_UNIGRAM = Said("a run's folder does not hold its tokens", "运行目录中没有词元统计")
+_UNIGRAM = Said("the run began before there were checkups", "该运行开始时还没有检查记录")
 
 
 def observe_run(folder: Path) -> Observations:
@@ -61,7 +71,7 @@ def observe_run(folder: Path) -> Observations:
     reasons: dict[str, tuple[str, str]] = {"curve.unigram_loss": _UNIGRAM}
     if curve is not None and curve.minus_base is None:
         reasons["curve.minus_base"] = _BASE_LOSS
-    return Observations(
+    seen = Observations(
         stage="after" if ended else "during",
         steps_done=max((each["step"] for each in records), default=0),
         settings=_settings(config, record),
@@ -69,6 +79,34 @@ def observe_run(folder: Path) -> Observations:
         data=_data(config, record),
         curve=curve,
         reasons=reasons,
+    )
+    if (run.adapter / "adapter_model.safetensors").is_file():
+        of_files = read_adapter(run.adapter)
+        seen = dataclasses.replace(seen, adapter=of_files.adapter, reasons={**of_files.reasons, **reasons})
+    kept = run.read_if_there(FILE) or (above.read_if_there(FILE) if above else None)
+    return seen if kept is None else _with_checkup(seen, from_json(kept["observations"]))
+
+
+def _with_checkup(seen: Observations, before: Observations) -> Observations:
+    """Returns what a run's folder tells, with what its checkup saw of the data, and of settings that the rest lacks.
+
+    Args:
+        seen: of the folder.
+        before: of doctor.json.
+    """
+    names = [field.name for field in dataclasses.fields(seen.settings)]
+    lacking = {name: getattr(before.settings, name) for name in names if getattr(seen.settings, name) is None}
+    curve = seen.curve
+    if curve is not None and before.curve is not None and before.curve.unigram_loss is not None:
+        curve = dataclasses.replace(curve, unigram_loss=before.curve.unigram_loss)
+    data = None if before.data is None else dataclasses.replace(before.data, virtual_tokens=seen.settings.tokens)
+    same_reasons = {name: why for name, why in before.reasons.items() if name.startswith("data.")}
+    return dataclasses.replace(
+        seen,
+        settings=dataclasses.replace(seen.settings, **lacking),
+        data=data or seen.data,
+        curve=curve,
+        reasons={**same_reasons, **seen.reasons},
     )
 
 

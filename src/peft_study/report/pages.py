@@ -12,6 +12,7 @@ from peft_study.report import page_sections
 from peft_study.report.cards import Card, Pairs, cards, command, verdict_of
 from peft_study.report.chart_data import Charts
 from peft_study.report.charts import colours, paired
+from peft_study.report.checks import checks
 from peft_study.report.findings import TOPICS
 from peft_study.report.page import render
 from peft_study.report.page_values import Shown, Strip, flattened, shortened, shown, strips
@@ -59,10 +60,11 @@ def _study(view: StudyView, t: Words) -> str:
         "answers_note": _answers_note(view, t),
         "trials": None if results is None else page_sections.table(results, config, t),
         "limits": page_sections.findings(view, t, LIMITS),
+        "checks": checks(view.folder.path, t, study=True),
         "protocol": page_sections.protocol(view, t),
         "environment": page_sections.environment(view.environment),
     }
-    order = ("answer", "findings", *_FIGURES, "answers", "trials", "limits", "protocol", "environment")
+    order = ("answer", "findings", *_FIGURES, "answers", "trials", "checks", "limits", "protocol", "environment")
     there = {"answer": True, **values, **dict(figures)}
     values["sections"] = [key for key in order if there.get(key)]
     return render("study.html.jinja", t, f"{view.name} – peft-study", view.charts, values)
@@ -206,9 +208,17 @@ def _run(view: RunView, t: Words) -> str:
         "card_": _run_card(view, t),
         "curve": curve,
         "settings": settings,
+        "checks": checks(status.folder.path, t, study=False),
         "environment": page_sections.environment(view.environment),
     }
-    order = {"answer": True, "training": view.charts, "curve": curve, "settings": True, "environment": view.environment}
+    order = {
+        "answer": True,
+        "training": view.charts,
+        "curve": curve,
+        "checks": values["checks"],
+        "settings": True,
+        "environment": view.environment,
+    }
     values["sections"] = [key for key, there in order.items() if there]
     return render("run.html.jinja", t, f"{view.name} – peft-study", view.charts, values)
 

@@ -64,7 +64,7 @@ def _diagnose_written(
     """Diagnoses what a run has written; arguments as of `diagnose`."""
     from peft_study.doctor.adapter_files import read_adapter
     from peft_study.doctor.logs import holds_log, read_log
-    from peft_study.report.observed import diagnose_study, observe_run
+    from peft_study.report.checks import diagnose_folder
     from peft_study.report.study_reader import is_study
 
     if not path.exists():
@@ -72,9 +72,9 @@ def _diagnose_written(
         remedy = "check the path" if near is None else f"did you mean {near}?"
         raise OutputError("is not there", where=str(path), remedy=remedy)
     if is_study(path):
-        return diagnose_study(path)
+        return diagnose_folder(path, study=True)
     if RunFolder(path).read_if_there("config.resolved.json") is not None:
-        return examine(observe_run(path), about=str(path))
+        return diagnose_folder(path, study=False)
     logged = path.is_file() or holds_log(path)
     # a log's folder may hold an adapter's configuration alone
     weights = "adapter_model.safetensors" if logged else "adapter_config.json"

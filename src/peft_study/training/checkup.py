@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from peft_study.config import TrialSettings
-from peft_study.data.checkup import split_counts
+from peft_study.data.checkup import split_counts, unigram_of
 from peft_study.doctor.diagnosis import Diagnosis
 from peft_study.doctor.observations import (
     FILE,
@@ -153,17 +153,19 @@ def measured_start(session: Session, settings: TrialSettings) -> LossCurve:
         adapter = create(settings.method, session.base, session.material, settings.training.seed)
         start = session.engine.losses([adapter], session.held_out, some)[0]
     tokens = session.held_out.counts().tokens_N[: len(some)].sum()
-    return start_curve(float(start.sum() / tokens), float(base.sum() / tokens))
+    return start_curve(session, float(start.sum() / tokens), float(base.sum() / tokens))
 
 
-def start_curve(start: float, base: float) -> LossCurve:
+def start_curve(session: Session, start: float, base: float) -> LossCurve:
     """Returns the losses before step 1 as a curve without a step.
 
     Args:
+        session: with the data.
         start: with the adapter.
         base: without.
     """
-    return LossCurve(steps=np.empty(0), loss=np.empty(0), start_loss=start, base_loss=base)
+    unigram = unigram_of(session.train)
+    return LossCurve(steps=np.empty(0), loss=np.empty(0), start_loss=start, base_loss=base, unigram_loss=unigram)
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:
@@ -186,6 +188,7 @@ class Checkup:
     """
 
     def __init__(self, session: Session, settings: TrialSettings) -> None:
+        self._session = session
         self._seen = observe_session(session, settings)
         self.diagnosis = examine(self._seen, kinds=BEFORE)
 
@@ -206,7 +209,7 @@ class Checkup:
             base: of the same, without.
         """
         told = {problem.check for problem in self.diagnosis.problems}
-        self._seen = dataclasses.replace(self._seen, curve=start_curve(start, base))
+        self._seen = dataclasses.replace(self._seen, curve=start_curve(self._session, start, base))
         self.diagnosis = examine(self._seen, kinds=BEFORE)
         new = tuple(problem for problem in self.diagnosis.problems if problem.check not in told)
         return dataclasses.replace(self.diagnosis, problems=new).short()

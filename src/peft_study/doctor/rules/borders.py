@@ -17,8 +17,10 @@ BORDER_SHARE = 0.03
 """Share of the loss: smaller jumps matter to nobody."""
 MANY = 12
 """Other places from which the spread of jumps is taken."""
-RESUME_ERRORS = 5.0
+RESUME_ERRORS = 3.0
 """Standard errors of a single jump that is looked for at a single place."""
+PERIODS, ALIKE = 3, 0.7
+"""Repeats of the same shape, and the correlation of each with the one before, that chance does not give."""
 
 
 def jump(series: Series, place: int, width: int) -> float:
@@ -54,18 +56,21 @@ def _jitter(series: Series) -> float:
 @rule(
     "run",
     looks_at="the level of the loss before and after each epoch border",
-    threshold="the mean jump lies 4 standard errors and 3 % of the loss from zero; up: a warning, down: a note",
+    threshold="the mean jump lies 4 standard errors and 3 % of the loss from zero; up: a warning, down: a note; where "
+    "the log has no epochs: the same shape 3 times (correlation 0.7)",
     source="our own; a fall by a step is what repeated examples look like",
     false_alarms="evaluation or a learning rate that restarts with each epoch",
-    needs=("curve", "curve.epoch"),
-    explains=("too_hot", "rising", "never_learned", "noisy", "undecided"),
+    needs=("curve",),
+    explains=("too_hot", "rising", "never_learned", "noisy", "undecided", "warmup_too_short"),
 )
 def epoch_jumps(seen: Observations) -> Problem | None:
     """The loss jumps at each border of an epoch."""
     curve = seen.curve
     assert curve is not None
-    assert curve.epoch is not None
-    series, borders = training_series(curve), _borders(curve)
+    series = training_series(curve)
+    if series is None:
+        return None
+    borders = _borders(curve) if curve.epoch is not None else _repeats(series)
     if series is None or not borders:
         return None
     places = [int(np.searchsorted(series.steps, border, side="left")) for border in borders]
@@ -121,6 +126,27 @@ def _at_borders(size: float, count: int, step: int, *, up: bool) -> Problem:
     )
 
 
+def _repeats(series: Series) -> list[float]:
+    """Returns the steps at which the same shape begins again, where a log has no epochs: rows in a fixed order.
+
+    The period is the lag at which the series without its trend is most like itself; a border is where it rises most.
+    """
+    number = len(series)
+    width = max(3, number // 4)
+    trend = np.convolve(np.pad(series.values, width, mode="edge"), np.ones(2 * width + 1) / (2 * width + 1), "valid")
+    rest = series.values - trend
+    lags = np.arange(5, number // PERIODS + 1)
+    if not len(lags) or np.ptp(rest) == 0:
+        return []
+    alike = np.array([np.corrcoef(rest[lag:], rest[:-lag])[0, 1] for lag in lags])
+    lag = int(lags[alike.argmax()])
+    if not alike.max() > ALIKE:
+        return []
+    rises = np.diff(series.values)
+    phase = max(range(lag), key=lambda first: float(np.median(rises[first::lag])))
+    return [float(series.steps[place + 1]) for place in range(phase, number - 1, lag)]
+
+
 def _borders(curve: LossCurve) -> list[float]:
     """Returns the first step after each whole epoch."""
     assert curve.epoch is not None
@@ -136,7 +162,7 @@ def _borders(curve: LossCurve) -> list[float]:
 @rule(
     "run",
     looks_at="the level of the loss before and after the steps at which the run was taken up again",
-    threshold="up by 5 standard errors and 3 % of the loss",
+    threshold="up by 3 standard errors and 3 % of the loss",
     source="our own; a checkpoint without its optimizer or its place in the data is the usual reason",
     false_alarms="other data after the resume, on purpose",
     needs=("curve", "curve.resumed"),
@@ -149,13 +175,11 @@ def resume_jump(seen: Observations) -> Problem | None:
     series = training_series(curve)
     if series is None or len(series) < 6:
         return None
-    width = max(3, min(10, len(series) // 10))
     places = [place for step in curve.resumed for place in _places_at(series, step)]
     if not places:
         return None
-    usual, error = elsewhere(series, places, width)
-    place = max(places, key=lambda place: jump(series, place, width))
-    rise = jump(series, place, width) - usual
+    rise, error = _sharpest(series, places)
+    place = max(places, key=lambda place: jump(series, place, 2))
     level = abs(float(np.median(series.values)))
     if rise < RESUME_ERRORS * error or rise < BORDER_SHARE * level:
         return None
@@ -180,6 +204,15 @@ def resume_jump(seen: Observations) -> Problem | None:
         values={"step": step, "jump": rise},
         step=step,
     )
+
+
+def _sharpest(series: Series, places: list[int]) -> tuple[float, float]:
+    """Returns the clearest rise at one of the points, of 2 points or of many, and its standard error."""
+    found = []
+    for width in sorted({2, 3, max(3, min(10, len(series) // 10))}):
+        usual, error = elsewhere(series, places, width)
+        found.append((max(jump(series, place, width) for place in places) - usual, error))
+    return max(found, key=lambda pair: pair[0] / max(pair[1], 1e-12))
 
 
 def _places_at(series: Series, step: int) -> list[int]:

@@ -21,6 +21,7 @@ MARGIN = 0.1
 )
 def memory(seen: Observations) -> Problem | None:
     """Whether the run fits into memory; a note with the figures where it does."""
+    who = seen.settings.method or "the run"
     need, free = seen.settings.memory_bytes or 0, seen.settings.free_bytes or 0
     fits = need <= free * (1 - MARGIN)
     return Problem(
@@ -28,8 +29,8 @@ def memory(seen: Observations) -> Problem | None:
         sure="likely",
         cause=Said("memory expected" if fits else "it does not fit into memory", "预计内存" if fits else "内存放不下"),
         evidence=Said(
-            f"it needs {need / 2**30:,.1f} GB of memory beside the base, {free / 2**30:,.1f} GB are free",
-            f"除基座外需要 {need / 2**30:,.1f} GB 内存，可用 {free / 2**30:,.1f} GB",
+            f"{who} needs {need / 2**30:,.1f} GB of memory beside the base, {free / 2**30:,.1f} GB are free",
+            f"除基座外，{who} 需要 {need / 2**30:,.1f} GB 内存，可用 {free / 2**30:,.1f} GB",
         ),
         consequence=Said("" if fits else "training ends in out of memory", "" if fits else "训练会因内存不足而中断"),
         change=Said(

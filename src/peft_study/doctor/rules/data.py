@@ -44,8 +44,8 @@ def template_differs(seen: Observations) -> Problem | None:
         sure="certain",
         cause=Said("the chat template is not the model's own", "对话模板不是模型自带的"),
         evidence=Said(
-            f"rows are written with {data.template}, the tokenizer has {data.tuned_template}",
-            f"样本使用 {data.template}，分词器自带 {data.tuned_template}",
+            f"rows are written with {data.template}, the model was tuned with {data.tuned_template}",
+            f"样本使用 {data.template}，模型调优时用的是 {data.tuned_template}",
         ),
         consequence=Said(
             "training starts at a higher loss and teaches the form first; small adapters and prompts pay most",
@@ -182,7 +182,7 @@ def labels_shifted(seen: Observations) -> Problem | None:
 @rule(
     "data",
     looks_at="supervised tokens, as a share of all",
-    threshold="all of them",
+    threshold="all of them, or any of padding",
     source="InstructGPT, Tulu and open-instruct learn answers alone; method_comparison of peft learns whole rows",
     false_alarms="plain text, or prompts that are learned on purpose: where rows are not known as chats it is a note",
     needs=("data.supervised", "data.tokens", "data.rows"),
@@ -190,17 +190,29 @@ def labels_shifted(seen: Observations) -> Problem | None:
 def nothing_masked(seen: Observations) -> Problem | None:
     """Prompts are learned like answers."""
     data = data_of(seen)
-    supervised, tokens = data.supervised or 0, data.tokens or 0
+    supervised, tokens, padding = data.supervised or 0, data.tokens or 0, data.padding or 0
     # nothing predicts the first token of a row
-    if not supervised or supervised < tokens - (data.rows or 0) or data.conversations is False:
+    whole = supervised > 0 and supervised >= tokens - (data.rows or 0) and data.conversations is not False
+    if not whole and not padding:
         return None
+    bad = bool(data.conversations or padding)
+    evidence = Said(
+        f"{supervised:,} of {tokens:,} tokens are supervised", f"{tokens:,} 个标记中有 {supervised:,} 个参与监督"
+    )
+    if padding:
+        evidence = Said(
+            f"{evidence.en}, and {padding:,} of padding beside them", f"{evidence.zh}，另有 {padding:,} 个填充标记"
+        )
     return Problem(
-        level="warning" if data.conversations else "note",
-        sure="likely" if data.conversations else "possible",
-        cause=Said("prompts are learned like answers: no label is masked", "提示也被当作回答学习：没有屏蔽任何标签"),
-        evidence=Said(
-            f"{supervised:,} of {tokens:,} tokens are supervised", f"{tokens:,} 个标记中有 {supervised:,} 个参与监督"
+        level="warning" if bad else "note",
+        sure="likely" if bad else "possible",
+        cause=Said(
+            "padding is learned: its labels are not masked"
+            if padding
+            else "prompts are learned like answers: no label is masked",
+            "填充标记也在学习：标签没有屏蔽" if padding else "提示也被当作回答学习：没有屏蔽任何标签",
         ),
+        evidence=evidence,
         consequence=Said(
             "a part of the training goes into the text of prompts, and the loss says little of the answers",
             "一部分训练用在了提示文本上，损失也难以反映回答的好坏",

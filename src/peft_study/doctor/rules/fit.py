@@ -19,6 +19,8 @@ FAR_BELOW = 0.5
 """Share of the held-out loss below which the training loss is far below it."""
 NEAR_ZERO = 0.05
 """Nats a token: nearly every token is known by heart."""
+VERY_MANY_EPOCHS = 20.0
+"""Passes after which a training loss near zero is memory, whatever the task: of one pass it may be skill."""
 MANY_EPOCHS = 2.0
 """Passes over the data from which an example can be known by heart."""
 
@@ -135,7 +137,7 @@ def _outside_interval(curve: LossCurve) -> bool | None:
 @rule(
     "run",
     looks_at="the training loss at the end against the held-out loss, and passes over the data",
-    threshold="below half the held-out loss after 2 epochs; without one: below 0.05 nats after 5 epochs",
+    threshold="below half the held-out loss after 2 epochs; without one: 0.05 nats after 20 epochs (a note from 5)",
     source="our own: an example seen once is as new to the model as a held-out one",
     false_alarms="training data that is easier than the held-out examples",
     needs=("curve",),
@@ -161,7 +163,7 @@ def memorising(seen: Observations) -> Problem | None:
         against = Said(f", {held_out:.3g} on held-out examples", f"，而验证损失为 {held_out:.3g}")
     passes = Said(f" after {epochs:.3g} epochs", f"（{epochs:.3g} 轮后）") if epochs is not None else Said("", "")
     return Problem(
-        level="warning" if held_out is not None else "note",
+        level="warning" if held_out is not None or (epochs or 0) >= VERY_MANY_EPOCHS else "note",
         sure="likely" if held_out is not None and epochs is not None else "possible",
         cause=Said("the run learns its examples by heart", "模型在背诵训练样本"),
         evidence=Said(

@@ -10,8 +10,10 @@ from peft_study.doctor.rule import rule
 
 ALWAYS = 0.95
 """Share of the steps."""
-FAR_ABOVE, LOW_CLIP = 10.0, 0.3
-"""Median norm in multiples of the clip; clips below 0.3 are unusual (transformers and TRL: 1.0, QLoRA: 0.3)."""
+FAR_ABOVE = 10.0
+"""Median norm in multiples of the clip from which plain gradient descent goes a tenth of its way at most."""
+TINY_CLIP = 0.01
+"""A clip at which plain gradient descent is cut at every step of a language model (norms of 0.1 to 10 are usual)."""
 HALVINGS = 4
 """Falls of the loss scale beyond its way down at the start (GradScaler begins at 65536 and halves)."""
 SKIPPED = 0.03
@@ -20,43 +22,57 @@ SKIPPED = 0.03
 
 @rule(
     "run",
-    looks_at="the gradient norm before clipping, against the clip",
-    threshold="above it in 95 % of at least 10 points; a warning where the norm is tenfold and the clip below 0.3",
-    source="clip 1.0 in transformers and open-instruct, 0.3 in QLoRA (Dettmers et al. 2023)",
-    false_alarms="Adam evens out a constant factor, so most such runs learn all the same: a note",
-    needs=("curve.gradient_norm", "settings.clip_norm"),
+    looks_at="the gradient norm before clipping, against the clip; the optimizer",
+    threshold="above it in 95 % of at least 10 points; a warning where the optimizer is no Adam and the norm tenfold "
+    "(no norm logged: a clip of at most 0.01)",
+    source="Adam divides by the gradient's own size (Kingma and Ba 2015), so that a constant factor evens out",
+    false_alarms="plain gradient descent with a rate that makes up for the clip",
+    needs=("curve", "settings.clip_norm"),
+    explains=("never_learned", "too_cold", "undecided", "noisy"),
 )
 def always_clipped(seen: Observations) -> Problem | None:
     """The gradient is cut at every step."""
     curve, clip = seen.curve, seen.settings.clip_norm
     assert curve is not None
-    assert curve.gradient_norm is not None
     assert clip is not None
-    norms = curve.gradient_norm[np.isfinite(curve.gradient_norm)]
-    if not 0 < clip < np.inf or len(norms) < 10 or (norms > clip).mean() < ALWAYS:
+    optimizer = (seen.settings.optimizer or "adam").lower()
+    plain = not any(name in optimizer for name in ("adam", "adafactor", "lion", "lamb"))
+    if not 0 < clip < np.inf:
         return None
-    ratio = float(np.median(norms)) / clip
-    bad = ratio >= FAR_ABOVE and clip < LOW_CLIP
-    value = f"{100 * (norms > clip).mean():.0f}"
+    norms = np.empty(0) if curve.gradient_norm is None else curve.gradient_norm[np.isfinite(curve.gradient_norm)]
+    if len(norms) < 10:
+        said = Said(f"the clip is {clip:g}", f"裁剪值为 {clip:g}")
+        return _clipped(said, clip, None, optimizer, bad=True) if plain and clip <= TINY_CLIP else None
+    if (norms > clip).mean() < ALWAYS:
+        return None
+    ratio, share = float(np.median(norms)) / clip, f"{100 * (norms > clip).mean():.0f}"
+    seen_at = Said(
+        f"the norm lies above the clip of {clip:g} at {share} % of {len(norms)} points, at {ratio:.3g} times it on the "
+        "median",
+        f"{len(norms)} 个点中有 {share}% 的梯度范数超过裁剪值 {clip:g}，中位数为其 {ratio:.3g} 倍",
+    )
+    return _clipped(seen_at, clip, ratio, optimizer, bad=plain and ratio >= FAR_ABOVE)
+
+
+def _clipped(seen_at: Said, clip: float, ratio: float | None, optimizer: str, *, bad: bool) -> Problem:
+    higher = 1.0 if ratio is None else float(f"{2 * ratio * clip:.1g}")
     return Problem(
         level="warning" if bad else "note",
         sure="likely" if bad else "possible",
         cause=Said("the gradient is clipped at nearly every step", "几乎每一步的梯度都被裁剪"),
         evidence=Said(
-            f"the norm lies above the clip of {clip:g} at {value} % of {len(norms)} points, at {ratio:.3g} times it on "
-            "the median",
-            f"{len(norms)} 个点中有 {value}% 的梯度范数超过裁剪值 {clip:g}，中位数为其 {ratio:.3g} 倍",
+            f"{seen_at.en}; the optimizer is {optimizer}" if bad else seen_at.en,
+            f"{seen_at.zh}；优化器是 {optimizer}" if bad else seen_at.zh,
         ),
         consequence=Said(
-            "every step has the same length, however large the gradient: batches with large and small gradients "
-            "count alike",
-            "无论梯度多大，每步长度都相同：梯度大和小的批次分量一样",
+            "every step has the length of clip times rate, however large the gradient",
+            "无论梯度多大，每步长度都只有裁剪值乘学习率",
         ),
         change=Said(
-            f"raise the clip to about {2 * float(np.median(norms)):.2g}, or lower the rate if the norm grows",
-            f"把裁剪值提高到约 {2 * float(np.median(norms)):.2g}；如果范数在增大，则降低学习率",
+            f"raise the clip to about {higher:g}, or lower the rate if the norm grows",
+            f"把裁剪值提高到约 {higher:g}；如果范数在增大，则降低学习率",
         ),
-        paste=f"max_grad_norm: {2 * float(np.median(norms)):.2g}",
+        paste=f"max_grad_norm: {higher:g}",
         values={"clip": clip, "ratio": ratio},
     )
 

@@ -164,7 +164,7 @@ def too_hot(seen: Observations) -> Problem | None:
     series = training_series(curve)
     if series is None or len(series) < 8:
         return None
-    climb = hot_climb(series, curve)
+    climb = _lost_start(series) or hot_climb(series, curve)
     if climb is None or _is_resume(curve, climb.step):
         return None
     end, first = series.end, series.start
@@ -183,7 +183,7 @@ def too_hot(seen: Observations) -> Problem | None:
     )
     then = Said("stays up", "没有恢复") if stays else Said(f"ends at {end.value:.3g}", f"结束时为 {end.value:.3g}")
     return Problem(
-        level="error" if end.above(first) > 4 else "warning",
+        level="error" if end.above(first) > 4 or stays else "warning",
         sure="likely" if hot or (growth or 0) > 2 or stays or climb.errors > 2 * JUMP_ERRORS else "possible",
         cause=Said("the learning rate is too high", "学习率过高"),
         evidence=Said(
@@ -199,6 +199,24 @@ def too_hot(seen: Observations) -> Problem | None:
         values={"step": climb.step, "before": climb.before, "peak": climb.peak, "errors": climb.errors},
         step=climb.step,
     )
+
+
+def _lost_start(series: Series) -> Climb | None:
+    """Returns the rise of a run that blows up in its first steps and never comes back to where it began."""
+    early = max(EARLY_STEPS, int(EARLY_SHARE * len(series)))
+    peak = int(series.values[:early].argmax())
+    if peak == 0 or len(series) < 2 * early:
+        return None
+    first, end = float(series.values[: min(peak, 3)].min()), series.end
+    high = series.values[peak]
+    # the last third lies above the first points
+    if high < SPIKE * first or end.value < (1 + JUMP_SHARE / 2) * first or series.values[-early:].min() <= first:
+        return None
+    errors = (end.value - first) / max(series.noise, 1e-12)
+    if errors < JUMP_ERRORS / 2:
+        return None
+    step = int(series.steps[peak])
+    return Climb(float(high - first), errors, step, first, float(high), step, sudden=True)
 
 
 def hot_climb(series: Series, curve: LossCurve) -> Climb | None:

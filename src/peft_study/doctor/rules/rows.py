@@ -186,7 +186,10 @@ def past_positions(seen: Observations) -> Problem | Said | None:
     return Problem(
         level="error" if hard else "warning",
         sure="certain",
-        cause=Said(f"rows are longer than what the model {what}", "样本超出了模型的位置数"),
+        cause=Said(
+            "rows are longer than " + ("the model's positions" if hard else "the model was made for"),
+            "样本超出了模型的位置数",
+        ),
         evidence=Said(
             f"the longest example's {longest:,} tokens{beside} need {need:,} positions, the model {what} {limit:,}",
             f"最长样本的 {longest:,} 个标记{beside_zh}需要 {need:,} 个位置，模型只有 {limit:,} 个",

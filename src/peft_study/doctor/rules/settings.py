@@ -22,11 +22,15 @@ MANY_TOKENS, ONE_TOKEN = 300, 1
 """Virtual tokens: 300 are the most that Li and Liang 2021 tried; one is too few below 11B (Lester et al. 2021)."""
 LARGE_SCALE = 32
 """alpha / rank: Hu et al. 2021 take 8 (alpha 32, rank 4), LoRA Without Regret 1/16 (alpha 32, rank 512)."""
+FAR_ABOVE = 2
+"""Times the model's width: a rank up to there is a waste, and one beyond it a slip."""
 FEW_STEPS, VERY_FEW_STEPS = 20, 10
 """Optimizer steps. A choice: a smoke test takes 20, and no published run so few."""
 WRECKED = 0.5
 """Nats a token above the untouched base at step 0. Text and zero initialisations stay within 0.3 here, random ones of
 prompts and prefixes begin 1 to 6 above (method_comparison of peft: 3.5 and 7.4 against 1.3)."""
+SOON = 0.2
+"""Share of the run within which a start that is made good costs little."""
 UNEVEN = 0.3
 """Spread of the rows' supervised tokens from which the mean of means differs from the mean over tokens."""
 
@@ -42,12 +46,13 @@ def _rates(seen: Observations) -> LearningRates | Said:
 
 
 def _learned(curve: LossCurve | None) -> bool:
-    """True where the loss fell and stayed down, whatever the rate: the run itself is the better witness."""
+    """True where the loss fell below its start and the base and stayed down: the run is the better witness."""
     if curve is None or len(curve.loss) < 4:
         return False
+    before = [loss for loss in (curve.start_loss, curve.base_loss) if loss is not None]
     quarter = max(1, len(curve.loss) // 4)
     first, last = float(np.median(curve.loss[:quarter])), float(np.median(curve.loss[-quarter:]))
-    return bool(np.isfinite(curve.loss).all() and last < 0.9 * first)
+    return bool(np.isfinite(curve.loss).all() and last < 0.9 * first and last < min(before, default=np.inf))
 
 
 @rule(
@@ -57,8 +62,11 @@ def _learned(curve: LossCurve | None) -> bool:
     source="LearningRates in config/methods.py; other methods: OTHER_RATES in doctor/rates.py, with their sources",
     false_alarms="tiny models, which bear more",
     needs=("settings.learning_rate", "settings.method"),
-    explains=("rising", "diverged", "too_hot", "always_clipped", "warmup_too_short", "source_rising", "fp16_overflow"),
-)
+    explains=(
+        "rising", "diverged", "too_hot", "always_clipped", "warmup_too_short", "source_rising", "fp16_overflow",
+        "wrong_labels", "never_learned",
+    ),
+)  # fmt: skip
 def rate_too_high(seen: Observations) -> Problem | Said | None:
     """The learning rate is above what the method bears."""
     rates, rate = _rates(seen), seen.settings.learning_rate
@@ -197,7 +205,7 @@ def tokens_unusual(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="rank against the sides of the layers; alpha / rank (rsLoRA: alpha / sqrt(rank))",
-    threshold="rank above the model's width (a note above the narrowest layer's side); a scale above 32 or below 1/32",
+    threshold="rank above twice the model's width (a note above a layer's side); a scale above 32 or below 1/32",
     source="a matrix has no higher rank than its smaller side; scales: Hu et al. 2021 take 8, LoRA Without Regret 1/16",
     false_alarms="a scale that a rate makes up for",
     needs=("settings.rank",),
@@ -212,7 +220,7 @@ def rank_unusual(seen: Observations) -> Problem | None:
     side = settings.narrowest or settings.width
     if side is not None and rank > side:
         return Problem(
-            level="warning" if settings.width is not None and rank > settings.width else "note",
+            level="warning" if settings.width is not None and rank > FAR_ABOVE * settings.width else "note",
             sure="certain",
             cause=Said("the rank is above the layers' own", "秩超过了层本身的秩"),
             evidence=Said(f"rank {rank:,}; the smaller side is {side:,}", f"秩为 {rank:,}，较小的边只有 {side:,}"),
@@ -276,7 +284,7 @@ def too_few_steps(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="the held-out loss before step 1, and the untouched base's on the same examples",
-    threshold="0.5 nats a token above it",
+    threshold="0.5 nats a token above it (a note where a fifth of the run makes it good)",
     source="method_comparison of peft: random prompts begin 2, random prefixes 6 nats above the base",
     false_alarms="a prompt for a task at which the base answers nothing but its own form",
     needs=("curve.start_loss", "curve.base_loss"),
@@ -288,11 +296,12 @@ def init_wrecks(seen: Observations) -> Problem | None:
     start, base = seen.curve.start_loss, seen.curve.base_loss
     if start is None or base is None or math.isnan(base) or start <= base + WRECKED:
         return None
+    recovered = _recovered(seen.curve, base)
     method = _name(seen)
     init = f" with init {seen.settings.init}" if seen.settings.init else ""
     init_zh = f"（初始化 {seen.settings.init}）" if seen.settings.init else ""
     return Problem(
-        level="warning",
+        level="note" if recovered else "warning",
         sure="certain",
         cause=Said("the initialisation wrecks the base", "初始化破坏了基座"),
         evidence=Said(
@@ -312,6 +321,15 @@ def init_wrecks(seen: Observations) -> Problem | None:
         values={"start": start, "base": base},
         step=0,
     )
+
+
+def _recovered(curve: LossCurve, base: float) -> bool:
+    """Returns whether the run was at the base's loss within its first part, and ended below it."""
+    loss = curve.loss[np.isfinite(curve.loss)]
+    if len(loss) < 8:
+        return False
+    part = max(3, round(SOON * len(loss)))
+    return bool(np.median(loss[part - part // 2 : part + 1]) <= base and np.median(loss[-part:]) < base)
 
 
 @rule(
