@@ -1,8 +1,9 @@
-"""Trains examples/rising_loss.py without the doctor in each of its states; made docs/rising-loss.json.
+"""Trains examples/rising_loss.py without the doctor in each of its states; made docs/rising-loss.json and its picture.
 
     python docs/rising_loss.py docs/rising-loss.json [STEPS]
 
-Each curve has the loss of every step, on the same batches in the same order; `base` is the untouched base on them.
+Each curve has the loss of every step, on the same batches in the same order; `base` is the untouched base on them. The
+picture shows means of ten steps. Where the file is there with as many steps, only the picture is drawn again.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import altair as alt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -20,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from rising_loss import train
 
 from peft_study.model.load import resolve_model
+from peft_study.report.chart_style import PALETTE
+from peft_study.storage.picture import write_picture
 
 RUNS: dict[str, dict[str, Any]] = {
     "never attached, 1e-4": {},
@@ -28,8 +33,41 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+MEAN_OF = 10
+"""Steps that a point of the picture averages: single batches of four differ too much from each other."""
+
+
 def main(target: Path, steps: int = 60) -> None:
-    """Writes the curves."""
+    """Writes the curves where they are not there, and the picture beside them."""
+    if not target.exists() or json.loads(target.read_text())["steps"] != steps:
+        measure(target, steps)
+    picture(json.loads(target.read_text())["curves"], target.with_suffix(".svg"))
+
+
+def picture(curves: dict[str, list[float]], path: Path) -> None:
+    """Draws means of ten steps, of each curve."""
+    points = [
+        {"run": "untouched base" if name == "base" else name, "step": end, "loss": fmean(losses[end - MEAN_OF : end])}
+        for name, losses in curves.items()
+        for end in range(MEAN_OF, len(losses) + 1, MEAN_OF)
+    ]
+    names = list(dict.fromkeys(point["run"] for point in points))
+    colours = ["#696978", *PALETTE[: len(names) - 1]]
+    base = alt.Chart(alt.InlineData(values=points), width=520, height=260)
+    encoded = base.encode(
+        x=alt.X("step:Q", title="optimizer step", scale=alt.Scale(domain=[0, max(p["step"] for p in points)])),
+        y=alt.Y("loss:Q", title=f"training loss, mean of {MEAN_OF} steps (nats a token)", scale=alt.Scale(zero=False)),
+        color=alt.Color("run:N", title=None, sort=names, scale=alt.Scale(domain=names, range=colours)),
+        shape=alt.Shape("run:N", title=None, sort=names),
+    )
+    chart = encoded.mark_line(strokeWidth=2) + encoded.mark_point(filled=True, size=50)
+    title = "Prompt tuning, 8 tokens, SmolLM2-135M: never attached, and attached at two rates"
+    chart = chart.properties(title=alt.Title(title, anchor="start"), background="white", padding=12)
+    write_picture(chart.configure_legend(orient="right", labelLimit=240).to_dict(), path)
+
+
+def measure(target: Path, steps: int) -> None:
+    """Trains, and writes the curves."""
     base = str(resolve_model("smollm2-135m-instruct"))
     found: dict[str, Any] = {
         "command": "python docs/rising_loss.py docs/rising-loss.json",

@@ -122,7 +122,7 @@ def test_series_logged_one_after_the_other() -> None:
 
 
 def test_long_logs_are_averaged() -> None:
-    points, count = Points(), 5 * MOST_POINTS
+    points, count = Points(), 5 * MOST_POINTS + 8000
     for step in range(1, count + 1):
         points.add(step, {"loss": step / 1000, **({"held_out_loss": 1.0} if step % 1000 == 0 else {})})
     found = curve_of_points(points)
@@ -133,6 +133,7 @@ def test_long_logs_are_averaged() -> None:
     assert found.steps[0] == 8
     assert found.loss[0] == pytest.approx(np.arange(1, 9).mean() / 1000)
     assert found.loss == pytest.approx((found.steps - 3.5) / 1000)
+    assert set(np.diff(found.steps)) == {8}
     assert len(found.held_out_steps) == count // 1000
 
 

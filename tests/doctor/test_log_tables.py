@@ -238,6 +238,7 @@ def test_steps_counted_anew_in_each_epoch(tmp_path: Path) -> None:
         (b"[1, 2, 3]", "holds no loss"),
         (b"{}", "holds no loss"),
         (b"step,loss\n", "holds no loss"),
+        (b"Loading\n{'loss': 2.5, 'epoch': 0.1}\n", "is what a Trainer prints, not its log; give its trainer_state"),
     ],
 )  # fmt: skip
 def test_what_is_no_log(tmp_path: Path, content: bytes, text: str) -> None:

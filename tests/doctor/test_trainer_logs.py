@@ -63,6 +63,12 @@ def test_the_state_of_a_trainer(tmp_path: Path) -> None:
     assert "--training-args" in seen.reasons["settings.clip_norm"][0]
 
 
+def test_columns_of_a_state_that_are_given(tmp_path: Path) -> None:
+    curve = read_log(state(tmp_path), columns={"loss": "entropy"}).curve
+    assert curve is not None
+    assert set(curve.loss) == {1.0}
+
+
 def test_losses_of_several_data_sets(tmp_path: Path) -> None:
     path = state(tmp_path)
     values = json.loads(path.read_text())

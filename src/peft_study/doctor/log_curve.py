@@ -15,6 +15,30 @@ from peft_study.doctor.points import MOST_POINTS, Floats, Points, aligned
 _HOLE = 20
 """Times the usual distance of two points from which on a gap in the log is told."""
 
+_REASONS = {
+    "rate": ("there is no learning rate in the log", "日志里没有学习率"),
+    "gradient_norm": ("there is no gradient norm in the log", "日志里没有梯度范数"),
+    "epoch": ("there are no epochs in the log", "日志里没有轮次"),
+    "loss_scale": ("there is no loss scale in the log", "日志里没有损失缩放系数"),
+    "held_out_loss": ("there is no held-out loss in the log", "日志里没有验证集损失"),
+    "source_loss": ("the held-out loss is not logged by source", "日志里没有按来源分开的验证集损失"),
+    "accuracy": ("there is no share of right answers in the log", "日志里没有答案正确率"),
+    "minus_base": (
+        "the loss is that of a mixture of batches; the untouched base's loss on them is not in the log",
+        "日志里只有各批次的损失，没有原始基座在同样样本上的损失",
+    ),
+    "base_loss": ("the loss of the untouched base is not in the log", "日志里没有原始基座的损失"),
+    "start_loss": ("nothing was evaluated before step 1", "第 1 步之前没有评估"),
+    "unigram_loss": ("the supervised tokens are not at hand", "没有监督词元的统计"),
+    "skipped": ("skipped steps are not in the log", "日志里没有跳过的步数"),
+}
+"""Why a curve lacks something, in English and Chinese."""
+
+
+def reasons_of(curve: LossCurve) -> dict[str, tuple[str, str]]:
+    """Returns why something is not known of a logged curve."""
+    return {f"curve.{name}": why for name, why in _REASONS.items() if getattr(curve, name) is None}
+
 
 def curve_of_points(points: Points, notes: Iterable[str] = (), *, every: int | None = None) -> LossCurve | None:
     """Returns the curve; None where there is no loss at all.

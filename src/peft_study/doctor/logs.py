@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from peft_study.doctor.adapter_config import method_settings
-from peft_study.doctor.log_curve import curve_of_points
+from peft_study.doctor.log_curve import curve_of_points, reasons_of
 from peft_study.doctor.log_text import GIVE, JsonArray, LogFile, document_of
 from peft_study.doctor.observations import LossCurve, Observations, UsedSettings, from_json
 from peft_study.doctor.tables import csv_rows, flat, json_rows, points_of_rows
@@ -94,10 +95,13 @@ def _find(path: Path) -> Path | list[tuple[str, Path]] | None:
     """Returns the file of a log, or event files; None where a folder has none, but what our callback saw."""
     if path.is_file():
         return [("", path)] if EVENTS in path.name else path
-    state = newest_state(path)
+    try:
+        state = newest_state(path)
+        found = sorted(file for file in path.iterdir() if file.is_file() and _may_be_log(file))
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}", where=str(path), remedy=GIVE) from error
     if state is not None:
         return state
-    found = sorted(file for file in path.iterdir() if file.is_file() and _may_be_log(file))
     if len(found) > 1:
         found = [file for file in found if _names_a_loss(file)] or found  # data beside the log
     if len(found) > 1:
@@ -125,7 +129,7 @@ def _read(log: Path | list[tuple[str, Path]], columns: Mapping[str, str]) -> Obs
         notes: list[str] = []
         return _of_rows(event_rows(log, notes), str(log[0][1].parent), columns, notes, "event files")
     file = LogFile(log)
-    if is_trainer_state(file):
+    if is_trainer_state(file) and not columns:
         return read_trainer_state(file)
     notes = []
     return _of_rows(_rows(file, notes), file.where, columns, notes, "table")
@@ -133,6 +137,8 @@ def _read(log: Path | list[tuple[str, Path]], columns: Mapping[str, str]) -> Obs
 
 def _rows(file: LogFile, notes: list[str]) -> Iterator[Mapping[str, Any]]:
     """Yields the rows of a table in whichever format."""
+    if re.search(r"^\{'(loss|eval_loss)': ", file.head, re.MULTILINE):
+        raise DataError("is what a Trainer prints, not its log", where=file.where, remedy=f"give its {FILE}")
     if file.head.startswith("["):
         array = JsonArray(file, None)
         for row in array:
@@ -187,20 +193,8 @@ def _of_rows(
             where=where,
             remedy="name the column, as --map loss=COLUMN" if names else GIVE,
         )
-    reasons = {
-        f"curve.{name}": (f"there is no {en} in the log", f"日志里没有{zh}")
-        for name, en, zh in (
-            ("rate", "learning rate", "学习率"),
-            ("gradient_norm", "gradient norm", "梯度范数"),
-            ("epoch", "epoch", "轮次"),
-            ("loss_scale", "loss scale", "损失缩放系数"),
-            ("held_out_loss", "held-out loss", "验证集损失"),
-            ("minus_base", "loss of the untouched base on the same examples", "原始基座在同样样本上的损失"),
-        )
-        if getattr(curve, name) is None
-    }
     ends = [steps[-1] for steps in (curve.steps, curve.held_out_steps) if steps is not None and len(steps)]
-    return Observations(stage="after", steps_done=int(max(ends)), curve=curve, reasons=reasons)
+    return Observations(stage="after", steps_done=int(max(ends)), curve=curve, reasons=reasons_of(curve))
 
 
 def _with_arguments(seen: Observations, folders: list[Path], given: Path | None) -> Observations:

@@ -136,9 +136,11 @@ def _in_order(pieces: list[Floats]) -> Floats:
 def averaged(points: Floats) -> Floats:
     """Returns at most `MOST_POINTS` points: means of 2, 4, 8, ... logged values each, as few as do."""
     weights = points[:, _WEIGHT]
-    if len(points) <= MOST_POINTS:
+    widest = float(weights.max(initial=1.0))
+    if len(points) <= MOST_POINTS and widest == 1:
         return points
-    width = 2.0 ** np.ceil(np.log2(weights.sum() / MOST_POINTS))
+    # what comes after the first averaging is averaged alike
+    width = max(widest, 2.0 ** np.ceil(np.log2(weights.sum() / MOST_POINTS)))
     group = (np.cumsum(weights) - weights) // width
     first = np.flatnonzero(np.diff(group, prepend=-1) > 0)
     found = points[np.append(first[1:], len(points)) - 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ NAME = "tfevents"
 _PARTS = {"train": "train", "training": "train", "eval": "eval", "val": "eval", "valid": "eval", "validation": "eval",
           "test": "test", "dev": "eval"}  # fmt: skip
 """Folders that are parts of one run, as Keras writes them, and what they put before their tags."""
-_DEPTH = 4
-"""Folders that are looked into, one in another."""
+_DEPTH, _MOST_FOLDERS = 4, 5000
+"""Folders that are looked into, one in another and in all."""
 
 
 def event_files(folder: Path) -> list[tuple[str, Path]]:
@@ -27,7 +28,7 @@ def event_files(folder: Path) -> list[tuple[str, Path]]:
         DataError: there are several runs.
     """
     found: dict[Path, list[Path]] = {}
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in itertools.islice(os.walk(folder), _MOST_FOLDERS):
         here = Path(place)
         if len(here.relative_to(folder).parts) >= _DEPTH:
             folders.clear()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.doctor.columns import SOURCE, meaning
-from peft_study.doctor.log_curve import curve_of_points
+from peft_study.doctor.log_curve import curve_of_points, reasons_of
 from peft_study.doctor.log_text import JsonArray, LogFile
 from peft_study.doctor.observations import Observations, UsedSettings
 from peft_study.doctor.points import Points
@@ -50,20 +50,10 @@ def read_trainer_state(file: LogFile) -> Observations:
     total = _whole(state.get("max_steps"))
     done = _whole(state.get("global_step")) or log.last_step
     ended = log.ended or (total is not None and done is not None and done >= total)
-    reasons = {
-        "curve.loss_scale": ("the Trainer does not log the loss scale", "Trainer 不记录损失缩放系数"),
-        "curve.minus_base": (
-            "the log holds the loss of a mixture of batches; the untouched base's loss on them is not known",
-            "日志里只有各批次的平均损失，不知道原始基座在同样样本上的损失",
-        ),
-    }
     if curve is None:
-        reasons["curve"] = ("nothing is logged yet (logging_steps)", "日志里还没有损失（logging_steps）")
+        reasons = {"curve": ("nothing is logged yet (logging_steps)", "日志里还没有损失（logging_steps）")}
     else:
-        lacking = {"rate": "learning_rate", "gradient_norm": "grad_norm", "held_out_loss": "eval_loss"}
-        for name, key in lacking.items():
-            if getattr(curve, name) is None:
-                reasons[f"curve.{name}"] = (f"there is no {key} in the log", f"日志里没有 {key}")
+        reasons = reasons_of(curve)
     return Observations(
         stage="after" if ended else "during",
         steps_done=done,

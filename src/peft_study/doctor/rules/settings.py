@@ -26,9 +26,10 @@ FAR_ABOVE = 2
 """Times the model's width: a rank up to there is a waste, and one beyond it a slip."""
 FEW_STEPS, VERY_FEW_STEPS = 20, 10
 """Optimizer steps. A choice: a smoke test takes 20, and no published run so few."""
-WRECKED = 0.5
-"""Nats a token above the untouched base at step 0. Text and zero initialisations stay within 0.3 here, random ones of
-prompts and prefixes begin 1 to 6 above (method_comparison of peft: 3.5 and 7.4 against 1.3)."""
+WRECKED = 1.0
+"""Nats a token above the untouched base at step 0. SmolLM2-135M on tulu-like-mix, 16 rows: text, vocab, scaled random
+prompts within 0.03, prefix from text 0.03, from zero 0.52, random 7.5; peft's random prompts and prefixes begin 2 and 6
+above (method_comparison, mean of the first 250 steps)."""
 SOON = 0.2
 """Share of the run within which a start that is made good costs little."""
 UNEVEN = 0.3
@@ -205,7 +206,7 @@ def tokens_unusual(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="rank against the sides of the layers; alpha / rank (rsLoRA: alpha / sqrt(rank))",
-    threshold="rank above twice the model's width (a note above a layer's side); a scale above 32 or below 1/32",
+    threshold="rank above twice the model's width (a note above a layer's smaller side); scale above 32 or below 1/32",
     source="a matrix has no higher rank than its smaller side; scales: Hu et al. 2021 take 8, LoRA Without Regret 1/16",
     false_alarms="a scale that a rate makes up for",
     needs=("settings.rank",),
@@ -284,7 +285,7 @@ def too_few_steps(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="the held-out loss before step 1, and the untouched base's on the same examples",
-    threshold="0.5 nats a token above it (a note where a fifth of the run makes it good)",
+    threshold="1 nat a token above it (a note where a fifth of the run makes it good)",
     source="method_comparison of peft: random prompts begin 2, random prefixes 6 nats above the base",
     false_alarms="a prompt for a task at which the base answers nothing but its own form",
     needs=("curve.start_loss", "curve.base_loss"),
@@ -317,7 +318,7 @@ def init_wrecks(seen: Observations) -> Problem | None:
             "LoRA begins at zero by itself",
             "用文本初始化（init: text；finetune 用 --prompt_init text、--prefix_init text）；LoRA 默认从零开始",
         ),
-        paste="PromptTuningConfig(..., prompt_tuning_init='TEXT', prompt_tuning_init_text='...')",
+        paste="init: text",
         values={"start": start, "base": base},
         step=0,
     )
