@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_study.doctor.adapter_config import method_settings
 from peft_study.doctor.diagnosis import Diagnosis
 from peft_study.doctor.observations import LossCurve, Observations, UsedSettings
+from peft_study.doctor.readers.adapter_config import method_settings
 from peft_study.doctor.rule import examine
 
 RECORDED = Path(__file__).resolve().parents[2] / "shared" / "references" / "recorded"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peft_reference
-from peft_study.doctor.adapter_files import read_adapter
+from peft_study.doctor.readers.adapter_files import read_adapter
 from peft_study.doctor.rule import examine
 from peft_study.errors import ModelError
 from peft_study.model.load import wrap

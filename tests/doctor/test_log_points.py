@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peft_study.doctor.log_curve import curve_of_points
 from peft_study.doctor.observations import LossCurve
-from peft_study.doctor.points import MOST_POINTS, Points
+from peft_study.doctor.readers.log_curve import curve_of_points
+from peft_study.doctor.readers.points import MOST_POINTS, Points
 
 
 def curve_of(*lives: tuple[list[float], float]) -> LossCurve:
@@ -165,7 +165,7 @@ def test_ten_million_lines_take_little_memory(tmp_path: Path, form: str) -> None
                 file.write(text if form == "jsonl" or first + 100_000 <= count else text.rstrip(",\n"))
         file.write('],\n"logging_steps": 1, "max_steps": 10000000}' if form == "state" else "")
     program = (
-        "import resource, sys, json\nfrom pathlib import Path\nfrom peft_study.doctor.logs import read_log\n"
+        "import resource, sys, json\nfrom pathlib import Path\nfrom peft_study.doctor.readers.logs import read_log\n"
         "curve = read_log(Path(sys.argv[1])).curve\n"
         "print(json.dumps([len(curve.steps), curve.window, float(curve.loss.mean()),"
         " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"

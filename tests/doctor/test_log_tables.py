@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_study.doctor.columns import meaning
-from peft_study.doctor.logs import read_log
 from peft_study.doctor.observations import LossCurve
+from peft_study.doctor.readers.columns import meaning
+from peft_study.doctor.readers.logs import read_log
 from peft_study.errors import UserError
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_study.doctor.logs import read_log
 from peft_study.doctor.observations import (
     DataCounts,
     LossCurve,
@@ -21,7 +20,8 @@ from peft_study.doctor.observations import (
     UsedSettings,
     to_json,
 )
-from peft_study.doctor.training_args import settings_of
+from peft_study.doctor.readers.logs import read_log
+from peft_study.doctor.readers.training_args import settings_of
 from peft_study.errors import UserError
 
 

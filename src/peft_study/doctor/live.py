@@ -180,7 +180,7 @@ def _values(config: Any) -> dict[str, Any]:
 
 
 def _settings(model: Any, configs: Mapping[str, Any], counts: ParameterCounts, arguments: Any) -> UsedSettings:
-    from peft_study.doctor.adapter_config import method_settings
+    from peft_study.doctor.readers.adapter_config import method_settings
 
     values: dict[str, Any] = {}
     if configs:

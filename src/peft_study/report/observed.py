@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from peft_study.config import TrainConfig, validate
-from peft_study.doctor.adapter_files import read_adapter
 from peft_study.doctor.diagnosis import Diagnosis, Problem, Said
 from peft_study.doctor.observations import (
     FILE,
@@ -27,6 +26,7 @@ from peft_study.doctor.observations import (
     UsedSettings,
     from_json,
 )
+from peft_study.doctor.readers.adapter_files import read_adapter
 from peft_study.doctor.rule import examine, together
 from peft_study.errors import OutputError
 from peft_study.report.status import state_of

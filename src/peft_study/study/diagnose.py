@@ -62,8 +62,8 @@ def _diagnose_written(
     path: Path, base: str | None, training_args: str | Path | None, columns: Mapping[str, str] | None
 ) -> Diagnosis:
     """Diagnoses what a run has written; arguments as of `diagnose`."""
-    from peft_study.doctor.adapter_files import read_adapter
-    from peft_study.doctor.logs import holds_log, read_log
+    from peft_study.doctor.readers.adapter_files import read_adapter
+    from peft_study.doctor.readers.logs import holds_log, read_log
     from peft_study.report.checks import diagnose_folder
     from peft_study.report.study_reader import is_study
 

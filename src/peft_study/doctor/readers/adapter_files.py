@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_study.doctor.adapter_config import differences, method_settings
 from peft_study.doctor.observations import AdapterState, Observations, UsedSettings
+from peft_study.doctor.readers.adapter_config import differences, method_settings
 from peft_study.errors import ModelError, UserError, first_line, nearest_path
 
 _CONFIG, _WEIGHTS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from peft_study.doctor.adapter_config import method_settings
-from peft_study.doctor.log_curve import curve_of_points, reasons_of
-from peft_study.doctor.log_text import GIVE, JsonArray, LogFile, document_of
 from peft_study.doctor.observations import LossCurve, Observations, UsedSettings, from_json
-from peft_study.doctor.tables import csv_rows, flat, json_rows, points_of_rows
-from peft_study.doctor.tensorboard_log import NAME as EVENTS
-from peft_study.doctor.tensorboard_log import event_files, event_rows
-from peft_study.doctor.trainer_state import FILE, is_trainer_state, newest_state, read_trainer_state
-from peft_study.doctor.training_args import BESIDE, read_training_args
+from peft_study.doctor.readers.adapter_config import method_settings
+from peft_study.doctor.readers.log_curve import curve_of_points, reasons_of
+from peft_study.doctor.readers.log_text import GIVE, JsonArray, LogFile, document_of
+from peft_study.doctor.readers.tables import csv_rows, flat, json_rows, points_of_rows
+from peft_study.doctor.readers.tensorboard_log import NAME as EVENTS
+from peft_study.doctor.readers.tensorboard_log import event_files, event_rows
+from peft_study.doctor.readers.trainer_state import FILE, is_trainer_state, newest_state, read_trainer_state
+from peft_study.doctor.readers.training_args import BESIDE, read_training_args
 from peft_study.errors import DataError, nearest_path
 
 SEEN = "doctor.json"

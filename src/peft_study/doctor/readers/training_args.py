@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from peft_study.doctor.adapter_config import method_settings
+from peft_study.doctor.readers.adapter_config import method_settings
 from peft_study.errors import DataError, first_line
 
 BESIDE = ("training_args.json", "training_args.yaml", "training_args.yml")

@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peft_study.doctor.columns import KIND_COLUMNS, Columns, of_evaluation
-from peft_study.doctor.log_text import LogFile
-from peft_study.doctor.points import Points
+from peft_study.doctor.readers.columns import KIND_COLUMNS, Columns, of_evaluation
+from peft_study.doctor.readers.log_text import LogFile
+from peft_study.doctor.readers.points import Points
 from peft_study.errors import DataError
 
 _SAMPLE = 1000

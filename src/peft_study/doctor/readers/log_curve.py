@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_study.doctor.columns import SOURCE
 from peft_study.doctor.observations import LossCurve
-from peft_study.doctor.points import MOST_POINTS, Floats, Points, aligned
+from peft_study.doctor.readers.columns import SOURCE
+from peft_study.doctor.readers.points import MOST_POINTS, Floats, Points, aligned
 
 _HOLE = 20
 """Times the usual distance of two points from which on a gap in the log is told."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_study.doctor.columns import SOURCE, meaning
-from peft_study.doctor.log_curve import curve_of_points, reasons_of
-from peft_study.doctor.log_text import JsonArray, LogFile
 from peft_study.doctor.observations import Observations, UsedSettings
-from peft_study.doctor.points import Points
+from peft_study.doctor.readers.columns import SOURCE, meaning
+from peft_study.doctor.readers.log_curve import curve_of_points, reasons_of
+from peft_study.doctor.readers.log_text import JsonArray, LogFile
+from peft_study.doctor.readers.points import Points
 from peft_study.errors import DataError
 
 FILE = "trainer_state.json"
