@@ -40,12 +40,12 @@ def seen(loss: Any, *, settings: UsedSettings | None = None, stage: str = "after
 
 def wrong(observed: Observations) -> list[str]:
     """Returns the errors and warnings, the worst first."""
-    return [problem.check for problem in examine(observed).problems if problem.level != "note"]
+    return [problem.check for problem in examine(observed, kinds=("run",)).problems if problem.level != "note"]
 
 
 def all_checks(observed: Observations) -> list[str]:
     """Returns every check that says something."""
-    return [problem.check for problem in examine(observed).problems]
+    return [problem.check for problem in examine(observed, kinds=("run",)).problems]
 
 
 def one(check: str, observed: Observations) -> Problem | None:

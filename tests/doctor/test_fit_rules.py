@@ -99,10 +99,20 @@ def test_a_jump_at_a_resume_is_told_as_such() -> None:
     assert not wrong(seen(falling(100) + noise(100, 0.05), resumed=(60,)))
 
 
-@pytest.mark.parametrize(("clip", "norm", "level"), [(1.0, 3.0, "note"), (1.0, 30.0, "note"), (0.01, 3.0, "warning")])
-def test_clipping_at_every_step_is_a_note_unless_the_clip_is_tiny(clip: float, norm: float, level: str) -> None:
+@pytest.mark.parametrize(
+    ("clip", "norm", "optimizer", "level"),
+    [
+        (1.0, 3.0, "sgd", "note"),
+        (1.0, 30.0, "sgd", "warning"),
+        (0.01, 3.0, "adamw_torch", "note"),
+        (0.1, 3.0, None, "note"),
+    ],
+)
+def test_clipping_at_every_step_is_a_note_unless_plain_descent_is_cut_short(
+    clip: float, norm: float, optimizer: str | None, level: str
+) -> None:
     norms = norm * (1 + 0.1 * noise(50, 1.0))
-    settings = UsedSettings(clip_norm=clip)
+    settings = UsedSettings(clip_norm=clip, optimizer=optimizer)
     problem = one("always_clipped", seen(falling(50), gradient_norm=norms, settings=settings))
     assert problem is not None
     assert problem.level == level

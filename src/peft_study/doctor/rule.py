@@ -119,7 +119,7 @@ def table_of_checks() -> str:
 
     lines = []
     for kind, title in KINDS.items():
-        lines += [f"## {title}", "", "| check | looks at | threshold | its source | known false alarms |"]
+        lines += [f"### {title}", "", "| check | looks at | threshold | its source | known false alarms |"]
         lines += ["|---|---|---|---|---|"]
         for one in RULES.values():
             if one.kind == kind:
