@@ -27,9 +27,11 @@ FAR_ABOVE = 2
 FEW_STEPS, VERY_FEW_STEPS = 20, 10
 """Optimizer steps. A choice: a smoke test takes 20, and no published run so few."""
 WRECKED = 1.0
-"""Nats a token above the untouched base at step 0. SmolLM2-135M on tulu-like-mix, 16 rows: text, vocab and scaled random
-prompts within 0.03, prefix from text 0.03, from zero 0.52, random 7.5; peft's random prompts and prefixes begin 2 and 6
-above (method_comparison, mean of the first 250 steps)."""
+"""Nats a token above the untouched base at step 0.
+
+SmolLM2-135M on tulu-like-mix, 16 rows: prompts from text, vocabulary and scaled random numbers within 0.03; prefixes from
+text 0.03, zero 0.52, random 7.5. Random prompts and prefixes of peft: 2 and 6 (method_comparison, first 250 steps).
+"""
 UNEVEN = 0.3
 """Spread of the rows' supervised tokens from which the mean of means differs from the mean over tokens."""
 
