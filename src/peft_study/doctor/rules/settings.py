@@ -29,7 +29,7 @@ FEW_STEPS, VERY_FEW_STEPS = 20, 10
 WRECKED = 1.0
 """Nats a token above the untouched base at step 0.
 
-SmolLM2-135M on tulu-like-mix, 16 rows: prompts from text, vocabulary and scaled random numbers within 0.03; prefixes from
+SmolLM2-135M on tulu-like-mix, 16 rows: prompts from text, vocabulary, scaled random numbers within 0.03; prefixes from
 text 0.03, zero 0.52, random 7.5. Random prompts and prefixes of peft: 2 and 6 (method_comparison, first 250 steps).
 """
 UNEVEN = 0.3
