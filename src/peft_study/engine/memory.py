@@ -108,10 +108,8 @@ class Room:
         need = self.need(method, longest)
         remedy = found.remedy
         if (row := need - self.slot(method)) > 0:
-            remedy += (
-                f", a lower max_length, or gradient_checkpointing ({row / 2**30:,.1f} GB of it for a row of "
-                f"{longest + found.row_tokens:,} tokens)"
-            )
+            of_it = f"{row / 2**30:,.1f} GB of it for a row of {longest + found.row_tokens:,} tokens"
+            remedy = f"{of_it}; {remedy}, a lower max_length, or gradient_checkpointing"
         seen = Observations(settings=UsedSettings(method=found.name, memory_bytes=need, free_bytes=self.free))
         examine(seen, checks=("memory",)).refuse(ModelError, remedy=remedy)
 
