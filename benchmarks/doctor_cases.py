@@ -6,6 +6,8 @@
     python benchmarks/doctor_cases.py --out DIR --pack              # tests/doctor/cases_a.zip of what lies there
 
 tests/doctor/cases_a.json names each case, its fault and how it is made; it was written before the rules were looked at.
+No label was changed afterwards. How five cases are made was: the fault of a-014, a-021, a-022 was not in the run (our
+program takes held-out rows out of the training), and the healthy a-077 and a-078 ended above the untouched base.
 Each case becomes a folder as its user has it after the run. The three cases of SmolLM2 need its folder and, in the
 data's folder, llm-adapters/mawps_train.jsonl.gz.
 """

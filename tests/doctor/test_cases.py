@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import doctor  # noqa: E402 - the benchmarks are scripts, found by their folder
 
-REACHED = {"a": (0, 0), "b": (0, 0)}
+REACHED = {"a": (28, 60), "b": (0, 0)}
 """By half: of how many faulty cases the right cause is told first, and how many healthy ones are silent, at least."""
 LARGEST = 1_200_000
 """Bytes of a half's archive."""
@@ -48,7 +48,7 @@ def test_the_right_cause_is_told_first_and_healthy_runs_are_left_alone(half: str
     found = doctor.totals(doctor.answers(half))
     right, silent = found["right_cause_first"]["right"], found["silent_healthy"]["right"]
     assert found["failed"] == []
-    assert (right, silent) >= (REACHED[half][0], 0), (right, found["misses"])
+    assert right >= REACHED[half][0], (right, found["misses"])
     assert silent >= REACHED[half][1], (silent, found["false_alarms"])
 
 
