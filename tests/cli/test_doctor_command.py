@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_a_healthy_log_is_told_healthy(cli: CommandLine, tmp_path: Path) -> None
     ran = cli("doctor", path).ok()
     assert "nothing wrong was found" in ran.out
     assert "not checked: " in ran.out
-    assert max(map(len, ran.out.splitlines())) <= 80
+    assert max(map(len, ran.out.splitlines()[1:])) <= 80  # the first is the path
     assert "没有发现问题" in cli("doctor", path, "--lang", "zh").ok().out
 
 
@@ -47,8 +48,7 @@ def test_something_wrong_ends_with_1(cli: CommandLine, tmp_path: Path) -> None:
     path = log(tmp_path, losses, learning_rate=1e-4)
     ran = cli("doctor", path)
     assert ran.code == 1
-    assert ran.out.splitlines()[2].startswith("ERROR: ")
-    assert "[diverged, certain]" in ran.out
+    assert re.search(r"^ERROR: .*\n?.*\[diverged,\s+certain\]", ran.out, re.M)
     values = json.loads(cli("doctor", path, "--json").out)
     assert values["wrong"]
     assert (values["problems"][0]["check"], values["problems"][0]["step"]) == ("diverged", 31)
@@ -63,7 +63,7 @@ def test_settings_beside_a_log_are_used(cli: CommandLine, tmp_path: Path) -> Non
     (tmp_path / "a/adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 8}))
     said = cli("doctor", path, "--training-args", settings)
     assert said.code == 1
-    assert said.out.splitlines()[2].startswith("ERROR: the learning rate is too low for prompt tuning")
+    assert "ERROR: the learning rate is too low for prompt tuning" in said.out
 
 
 def test_a_column_may_be_named(cli: CommandLine, tmp_path: Path) -> None:
@@ -104,7 +104,9 @@ def test_the_list_of_checks(cli: CommandLine) -> None:
 def test_a_model_before_a_loop() -> None:
     model = tiny_world.model()
     found = peft_study.diagnose(model, arguments={"learning_rate": 1e-4})
-    assert "[" not in found.about
+    assert found.about == "LlamaForCausalLM"
+    assert not found.wrong
+    assert "rate_too_high" in found.checked
     model.requires_grad_(False)
     assert [problem.check for problem in peft_study.diagnose(model).problems] == ["nothing_trains"]
 

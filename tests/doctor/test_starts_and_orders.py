@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from run_curves import falling, noise, one, seen, wrong
 
 from peft_study.doctor.batches import IGNORED, Ends, LabelledRow, count_batches, supervised_padding
 from peft_study.doctor.observations import DataCounts, Observations, UsedSettings
 from peft_study.doctor.rule import examine
-from run_curves import falling, noise, one, seen, wrong
 
 ENDS = Ends(1, "<s>", True, frozenset({2}))
 

@@ -43,7 +43,7 @@ def observe_model(
     Args:
         model: of transformers or peft, wrapped or not (DDP, torch.compile, TRL).
         batches: a few batches of the data loader: input_ids, labels, attention_mask, position_ids.
-        arguments: `transformers.TrainingArguments`, or a class of TRL made from it.
+        arguments: `transformers.TrainingArguments`, a class of TRL made from it, or a mapping with names of theirs.
         tokenizer: of the data; without it BOS and end tokens are not checked.
 
     Raises:
@@ -51,14 +51,13 @@ def observe_model(
     """
     model = unwrapped(model)
     configs = _configurations(model)
-    rate = getattr(arguments, "learning_rate", None)
     counts = count_parameters(model, configs)
     settings = _settings(model, configs, counts, arguments)
     reasons = {"adapter": ("the run has not begun", "训练还没有开始")}
     reasons |= {f"adapter.{name}": ("no adapter file was read", "没有读取适配器文件") for name in _OF_FILES}
     if arguments is None:
         reasons["settings"] = ("no training arguments were given", "没有给出训练参数")
-    counts, why = _with_unmoved(model, counts, rate, settings.optimizer, arguments)
+    counts, why = _with_unmoved(model, counts, settings.learning_rate, settings.optimizer, arguments)
     if why:
         reasons["parameters.unmoved"] = why
     data, curve = None, None
@@ -181,6 +180,7 @@ def _values(config: Any) -> dict[str, Any]:
 
 def _settings(model: Any, configs: Mapping[str, Any], counts: ParameterCounts, arguments: Any) -> UsedSettings:
     from peft_study.doctor.readers.adapter_config import method_settings
+    from peft_study.doctor.readers.training_args import settings_of
 
     values: dict[str, Any] = {}
     if configs:
@@ -192,10 +192,12 @@ def _settings(model: Any, configs: Mapping[str, Any], counts: ParameterCounts, a
         values = {"method": "full"}
     trained = _most_common_dtype(p for p in model.parameters() if p.requires_grad)
     computed = _most_common_dtype(model.parameters())
-    if arguments is not None:
+    if isinstance(arguments, Mapping):
+        values |= settings_of(arguments)[0]
+    elif arguments is not None:
         computed = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else computed
         values |= _argument_values(model, arguments)
-    return UsedSettings(parameter_dtype=trained, compute_dtype=computed, **values)
+    return UsedSettings(**{"parameter_dtype": trained, "compute_dtype": computed} | values)
 
 
 def _most_common_dtype(parameters: Iterator[Tensor]) -> str | None:

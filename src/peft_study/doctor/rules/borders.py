@@ -139,9 +139,11 @@ def _repeats(series: Series) -> list[float]:
     if not len(lags) or np.ptp(rest) == 0:
         return []
     alike = np.array([np.corrcoef(rest[lag:], rest[:-lag])[0, 1] for lag in lags])
-    lag = int(lags[alike.argmax()])
-    if not alike.max() > ALIKE:
+    # twice the period is as alike: the first peak counts
+    peaks = [at for at in range(len(lags)) if alike[at] > ALIKE and alike[at] == alike[max(0, at - 2) : at + 3].max()]
+    if not peaks:
         return []
+    lag = int(lags[peaks[0]])
     rises = np.diff(series.values)
     phase = max(range(lag), key=lambda first: float(np.median(rises[first::lag])))
     return [float(series.steps[place + 1]) for place in range(phase, number - 1, lag)]

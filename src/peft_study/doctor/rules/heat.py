@@ -164,7 +164,8 @@ def too_hot(seen: Observations) -> Problem | None:
     series = training_series(curve)
     if series is None or len(series) < 8:
         return None
-    climb = _lost_start(series) or hot_climb(series, curve)
+    lost = _lost_start(series)
+    climb = lost or hot_climb(series, curve)
     if climb is None or _is_resume(curve, climb.step):
         return None
     end, first = series.end, series.start
@@ -183,7 +184,7 @@ def too_hot(seen: Observations) -> Problem | None:
     )
     then = Said("stays up", "没有恢复") if stays else Said(f"ends at {end.value:.3g}", f"结束时为 {end.value:.3g}")
     return Problem(
-        level="error" if end.above(first) > 4 or stays else "warning",
+        level="error" if end.above(first) > 4 or stays or lost else "warning",
         sure="likely" if hot or (growth or 0) > 2 or stays or climb.errors > 2 * JUMP_ERRORS else "possible",
         cause=Said("the learning rate is too high", "学习率过高"),
         evidence=Said(
