@@ -207,7 +207,7 @@ def _ours(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: str
     built.generation_config.eos_token_id, built.generation_config.bos_token_id = EOS, BOS
     built.save_pretrained("tiny-llama")
     tokenizer.save_pretrained("tiny-llama")
-    train, _ = split(case["data"], data, case["seed"], 400)
+    train = fitting(split(case["data"], data, case["seed"], 1200)[0], tokenizer, 200)[:400]
     lines = [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "id": str(number)}
         for number, (q, a) in enumerate(train)
@@ -217,13 +217,23 @@ def _ours(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: str
     command += ["--train_file", "train.jsonl", "--output_dir", "out", "--held_out", "40", "--device", device]
     command += ["--max_train_steps", str(case["steps"]), "--learning_rate", str(case["rate"])]
     command += ["--per_device_train_batch_size", str(case["batch"]), "--lr_scheduler_type", case["schedule"]]
-    command += ["--max_seq_length", "256", "--seed", str(case["seed"]), "--eval_steps", "20", "--logging_steps", "1"]
+    command += [
+        "--max_seq_length",
+        "320",
+        "--seed",
+        str(case["seed"]),
+        "--eval_steps",
+        "20",
+        "--logging_steps",
+        "1",
+        "--add_bos",
+    ]
     command += [_METHODS[case["method"]], *_ours_method(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stdout[-1500:] + done.stderr[-1500:])
     _keep_ours(Path("out"), out)
-    return {"said": done.stdout[-1500:].splitlines()}
+    return {"said": [line for line in done.stdout.splitlines() if ": step " not in line]}
 
 
 def _keep_ours(run: Path, out: Path) -> None:
