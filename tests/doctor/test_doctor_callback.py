@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from peft_study.doctor.callback import DoctorCallback, curve_of, some_batches
+from peft_study.doctor.callback import DoctorCallback, curve_of, rows_that_train, some_batches
 from peft_study.doctor.observations import from_json
 from peft_study.doctor.rule import RULES
 from peft_study.errors import UserError
@@ -246,3 +246,19 @@ def test_a_log_becomes_a_curve() -> None:
     assert (curve.held_out_steps.tolist(), curve.held_out_loss.tolist()) == ([10], [2.5])
     empty = curve_of([], None)
     assert (empty.steps.size, empty.rate, empty.held_out_loss) == (0, None, None)
+
+
+def test_held_out_rows_that_train_are_found_at_the_first_evaluation(tmp_path: Path) -> None:
+    rows, other = examples(24), [{**row, "input_ids": row["input_ids"][::-1]} for row in examples(8)]
+    for held_out, told in ((rows[:8], True), (other, False)):
+        doctor = DoctorCallback(stop=False)
+        arguments = TrainingArguments(
+            str(tmp_path), report_to="none", save_strategy="no", max_steps=6, eval_strategy="steps", eval_steps=3
+        )
+        collator = DataCollatorForSeq2Seq(tokenizer())
+        Trainer(lora(), arguments, collator, rows, eval_dataset=held_out, callbacks=[doctor]).train()
+        assert doctor.diagnosis is not None
+        assert ("overlap" in {problem.check for problem in doctor.diagnosis.problems}) == told
+        assert "overlap" in doctor.diagnosis.checked
+    assert rows_that_train(DataLoader(rows), DataLoader([*rows[:2], *other[:2]])) == (2, 4)  # type: ignore[arg-type]
+    assert rows_that_train(None, None) is None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import random
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from peft_study.storage.files import atomic_writer, json_text
 
 _ROWS = 64
 """Rows of the training data that are looked at before step 1, spread over all of it."""
+_LONGEST = 1.0
+"""Seconds that training and held-out rows are compared for."""
 _LOOKS = 20
 """Times that a run's curve is looked at."""
 _FEWEST_STEPS = 10
@@ -91,6 +94,16 @@ class DoctorCallback(TrainerCallback):
         """Looks at the curve every so often."""
         if state.global_step - self._looked_at >= max(_FEWEST_STEPS, state.max_steps // _LOOKS):
             self._look(state, kwargs["model"], "during")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compares training and held-out rows, once: before its first evaluation a trainer has not made the latter."""
+        if self._first is None or self._first.data is None or self._first.data.held_out_rows is not None:
+            return
+        with _same_random_numbers():
+            found = rows_that_train(kwargs.get("train_dataloader"), kwargs.get("eval_dataloader"))
+        if found is not None:
+            data = dataclasses.replace(self._first.data, overlap=found[0], held_out_rows=found[1])
+            self._first = dataclasses.replace(self._first, data=data)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Looks at curve and weights, and writes doctor.json."""
@@ -182,6 +195,28 @@ def some_batches(loader: Any, batch_size: int) -> list[Any]:
         return [collate([rows[place] for place in group]) for group in groups]
     except Exception:  # noqa: BLE001 - a data set may want other places than numbers: its training must not stop for it
         return []
+
+
+def rows_that_train(train: Any, held_out: Any) -> tuple[int, int] | None:
+    """Returns how many of up to 64 held-out rows are training rows too, and how many were looked at.
+
+    None where the rows cannot be taken by number, or are too many to be compared in a second.
+
+    Args:
+        train, held_out: data loaders.
+    """
+    try:
+        rows, others = train.dataset, held_out.dataset
+        places = np.unique(np.linspace(0, len(others) - 1, min(_ROWS, len(others))).astype(int)).tolist()
+        wanted = [tuple(map(int, others[place]["input_ids"])) for place in places]
+        missing, until = set(wanted), time.monotonic() + _LONGEST
+        for place in range(len(rows)):
+            missing.discard(tuple(map(int, rows[place]["input_ids"])))
+            if time.monotonic() > until:
+                return None
+    except Exception:  # noqa: BLE001 - rows of any kind: a training must not stop for this
+        return None
+    return sum(row not in missing for row in wanted), len(wanted)
 
 
 def curve_of(history: Sequence[dict[str, Any]], first: LossCurve | None, *, resumed: int = 0) -> LossCurve:
