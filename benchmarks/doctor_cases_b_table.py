@@ -202,7 +202,7 @@ def _healthy_trainers() -> list[Case]:
         _row("trl", "qwen2", "csqa", 120, 209, rate=1e-3, text_only=True, look_alike_of="nothing_masked",
              callback=True, note="plain language modelling: one text column, all of it is learned; "
              "not roleplay as planned: its rows are long"),
-        _row("trl", "gpt2", "p3", 80, 210, rate=1e-3, look_alike_of="wrong_labels",
+        _row("trl", "gpt2", "p3", 200, 210, rate=1e-3, look_alike_of="wrong_labels",
              note="hard data; other than planned: the base knew dolly already"),
         _row("trl", "llama", "csqa", 12, 211, rate=1e-3, warmup=1, look_alike_of="too_few_steps", arguments="json",
              note="a smoke test of 12 steps"),
@@ -216,11 +216,14 @@ def _healthy_folders() -> list[Case]:
     return [
         _row("ours", "llama", "codealpaca", 40, 301, rate=1e-3),
         _row("ours", "llama", "codegen", 40, 302, rate=5e-4, schedule="constant"),
-        _row("ours", "llama", "toolformer", 40, 303, method="prompt_tuning", tokens=8, init="text", rate=3e-2),
-        _row("ours", "llama", "toolformer", 40, 304, method="prefix_tuning", tokens=8, init="text", rate=1e-2),
+        _row("ours", "llama", "codealpaca", 120, 303, method="prompt_tuning", tokens=8, init="text", rate=3e-2,
+             note="not toolformer as planned, where it hardly got below the base"),
+        _row("ours", "llama", "codealpaca", 120, 304, method="prefix_tuning", tokens=8, init="text", rate=1e-2,
+             note="not toolformer as planned, where it hardly got below the base"),
         _row("adapter", "qwen2", "codegen", 40, 305, rank=2),
         _row("adapter", "llama", "codealpaca", 40, 306, method="ia3", rate=1e-2),
-        _row("adapter", "gpt2", "toolformer", 40, 307, method="prompt_tuning", tokens=8, rate=3e-2),
+        _row("adapter", "gpt2", "codegen", 80, 307, method="prompt_tuning", tokens=8, rate=0.1,
+             note="not toolformer as planned, where it did not get below the base"),
         _row("adapter", "qwen2", "toolformer", 40, 308, rank=2, modules_to_save=["norm"],
              look_alike_of="embeddings_saved", note="a norm of the base was trained on purpose and saved along"),
     ]  # fmt: skip
@@ -230,11 +233,11 @@ def _healthy_smollm2() -> list[Case]:
     tiny = "a tiny model: no GPU for SmolLM2"
     return [
         _row("jsonl", "smollm2", "dolly", 40, 401, rate=5e-4, batch=4, val=10, warmup=4, arguments="json"),
-        _row("csv", "gpt2", "codegen", 90, 402, rate=1e-3, schedule="constant", val=10, note=tiny),
+        _row("csv", "smollm2", "roleplay", 40, 402, rate=2e-4, batch=4, schedule="constant", val=10),
         _row("jsonl", "llama", "codegen", 100, 403, method="ia3", rate=1e-2, val=10, arguments="yaml", note=tiny),
         _row("csv", "qwen2", "codealpaca", 110, 404, method="prompt_tuning", tokens=16, rate=3e-2, val=10, note=tiny),
         _row("jsonl", "gpt2", "csqa", 90, 405, method="full", rate=2e-4, val=10, arguments="json", note=tiny),
-        _row("csv", "llama", "csqa", 120, 406, batch=1, rate=1e-3, look_alike_of="rising", note=f"batch of 1; {tiny}"),
+        _row("csv", "smollm2", "csqa", 90, 406, batch=1, rate=2e-4, look_alike_of="rising", note="batch of 1"),
         _row("jsonl", "smollm2", "dolly", 12, 407, rate=2e-4, warmup=1, batch=4, look_alike_of="too_few_steps",
              note="a smoke test of 12 steps"),
         _row("csv", "qwen2", "toolformer", 45, 408, rows=120, epoch=True, rate=1e-3, val=7,
