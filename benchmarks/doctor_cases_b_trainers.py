@@ -189,7 +189,7 @@ def _adapter(case: Case, out: Path, world: tuple[Any, Any], data: Path, device: 
     run = Run(case, wrapped, task, device)
     run.whole()
     if case["broken"] == "nan":
-        wrapped.peft_config["default"].base_model_name_or_path = "/home/anna/models/llama-3layer-v2"
+        wrapped.peft_config["default"].base_model_name_or_path = "/mnt/models/llama-3layer-v2"
     wrapped.save_pretrained(str(out), save_embedding_layers=case["broken"] == "embeddings")
     (out / "README.md").unlink(missing_ok=True)
     if case["broken"] == "edited":
@@ -241,7 +241,7 @@ def _keep_ours(run: Path, out: Path) -> None:
         if path.is_file() and path.stat().st_size < 200_000 and "checkpoint" not in str(path):
             target = out / path.relative_to(run)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes().replace(str(Path.cwd()).encode(), b"/home/user"))
+            target.write_bytes(path.read_bytes().replace(str(Path.cwd()).encode(), b"/mnt/user"))
 
 
 def _ours_method(case: Case) -> list[str]:
