@@ -267,7 +267,7 @@ def test_rates_out_of_range_are_warned_of(cli: CommandLine, flags: tuple[Any, ..
         "WARNING: the learning rate is too low for prompt tuning: 0.0001, and prompt tuning is known to learn between"
     )
     assert _lines(ran, f"{text} 0.001 and 3") == 1
-    ran = cli(*flags, "--use_prompt_tuning", "--output_dir", tmp_path / "b").ok()
+    ran = cli(*flags, "--use_prompt_tuning", "--output_dir", tmp_path / "b", "--max_train_steps", 20).ok()
     assert _lines(ran, "WARNING") == 0
     resolved = json.loads((tmp_path / "b" / "config.resolved.json").read_text())
     assert resolved["training"]["learning_rate"] == 0.1

@@ -141,7 +141,8 @@ def test_a_run_that_does_not_fit_is_refused_with_the_numbers(
     line = cli(*flags, *words).error()
     assert name in line
     assert " GB of memory beside the base" in line
-    assert " GB are free; use " in line
+    assert " GB are free; " in line
+    assert "; use " in line
     assert not (tmp_path / "out").exists()
 
 
