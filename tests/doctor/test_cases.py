@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import doctor  # noqa: E402 - the benchmarks are scripts, found by their folder
 
-REACHED = {"a": (28, 60), "b": (0, 0)}
+REACHED = {"a": (29, 60), "b": (29, 60)}
 """By half: of how many faulty cases the right cause is told first, and how many healthy ones are silent, at least."""
 LARGEST = 1_200_000
 """Bytes of a half's archive."""

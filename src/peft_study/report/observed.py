@@ -82,7 +82,10 @@ def observe_run(folder: Path) -> Observations:
     )
     if (run.adapter / "adapter_model.safetensors").is_file():
         of_files = read_adapter(run.adapter)
-        seen = dataclasses.replace(seen, adapter=of_files.adapter, reasons={**of_files.reasons, **reasons})
+        assert of_files.adapter is not None
+        # the run knows its base; a folder that was copied to another machine is no fault
+        adapter = dataclasses.replace(of_files.adapter, base_found=None)
+        seen = dataclasses.replace(seen, adapter=adapter, reasons={**of_files.reasons, **reasons})
     kept = run.read_if_there(FILE) or (above.read_if_there(FILE) if above else None)
     return seen if kept is None else _with_checkup(seen, from_json(kept["observations"]))
 

@@ -271,7 +271,7 @@ def warmup_too_short(seen: Observations) -> Problem | None:
     if len(early) < 2 or not _full_by(seen, curve, int(early[-1])):
         return None
     peak = int(early[int(curve.loss[early].argmax())])
-    first = float(np.median(curve.loss[early[early < peak][:3]])) if (early < peak).any() else None
+    first = float(curve.loss[early[early < peak][:3]].min()) if (early < peak).any() else None
     if first is None or curve.loss[peak] < SPIKE * first:
         return None
     beyond = (float(curve.loss[peak]) - first) / max(series.noise, 1e-12)
