@@ -98,7 +98,7 @@ def test_unfinished_runs_are_under_way(tmp_path: Path) -> None:
     nothing = write_run(tmp_path / "s", [], status="interrupted")
     seen = observe_run(nothing)
     assert (seen.stage, seen.steps_done, seen.curve) == ("during", 0, None)
-    assert not examine(seen).wrong
+    assert not examine(seen, kinds=("run",)).wrong
     with pytest.raises(OutputError, match="holds no run"):
         observe_run(tmp_path)
 

@@ -29,8 +29,8 @@ NEAR_ZERO = 0.1
 """Nats a token from which on there is little left to learn."""
 NO_ANSWER = 0.02
 """Share of right answers that is as good as none (1 of 50)."""
-AT_UNIGRAM = 0.06
-"""Share of the unigram loss below it that is still at it."""
+AT_UNIGRAM, ABOVE_UNIGRAM = 0.06, 0.03
+"""Shares of the unigram loss below and above it that are still at it."""
 
 
 @rule(
@@ -177,7 +177,7 @@ def never_learned(seen: Observations) -> Problem | None:
 @rule(
     "run",
     looks_at="the level at which the loss stays, against the best guess that ignores the input (unigram loss)",
-    threshold="at most 6 % below it over the last fifth, and no fall there",
+    threshold="up to 6 % below it over the last fifth, or up to 3 % above it over the last half, and no fall there",
     source="a model that cannot use its inputs learns the frequencies of the labels alone",
     false_alarms="data whose answers do not depend on the inputs",
     needs=("curve", "curve.unigram_loss"),
@@ -191,12 +191,15 @@ def wrong_labels(seen: Observations) -> Problem | None:
     series, unigram = training_series(curve), curve.unigram_loss
     if series is None or len(series) < 12 or unigram < NEAR_ZERO:
         return None
-    last = max(6, len(series) // 5)
-    middle = series.level(len(series) - last, len(series) - last // 2)
-    end = series.level(len(series) - last // 2, len(series))
-    low = (1 - AT_UNIGRAM) * unigram - end.error
-    still = middle.value - end.value < max(3 * math.hypot(middle.error, end.error), 0.02 * unigram)
-    if not (low <= end.value <= unigram) or not still or series.start.value < end.value - 2 * series.start.error:
+    end = series.level(len(series) - max(3, len(series) // 10), len(series))
+    low, high = (1 - AT_UNIGRAM) * unigram - end.error, (1 + ABOVE_UNIGRAM) * unigram
+    # above it a run may be on its way down: there it has to stay for half of its steps, and noise is no excuse
+    above = end.value > unigram
+    part = len(series) // (2 if above else 5)
+    middle = series.level(len(series) - max(6, part), len(series) - max(3, part // 2))
+    slack = 0.0 if above else 3 * math.hypot(middle.error, end.error)
+    still = middle.value - end.value < max(slack, 0.02 * unigram)
+    if not (low <= end.value <= high) or not still or series.start.value < end.value - 2 * series.start.error:
         return None
     # a base below it has used the inputs already
     knows = curve.base_loss is not None and curve.base_loss < (1 - AT_UNIGRAM) * unigram
