@@ -24,7 +24,7 @@ LARGE_SCALE = 32
 """alpha / rank: Hu et al. 2021 take 8 (alpha 32, rank 4), LoRA Without Regret 1/16 (alpha 32, rank 512)."""
 FAR_ABOVE = 2
 """Times the model's width: a rank up to there is a waste, and one beyond it a slip."""
-FEW_STEPS, VERY_FEW_STEPS = 20, 10
+FEW_STEPS, VERY_FEW_STEPS = 20, 5
 """Optimizer steps. A choice: a smoke test takes 20, and no published run so few."""
 WRECKED = 1.0
 """Nats a token above the untouched base at step 0. SmolLM2-135M on tulu-like-mix, 16 rows: text, vocab, scaled random
@@ -254,7 +254,7 @@ def rank_unusual(seen: Observations) -> Problem | None:
 @rule(
     "settings",
     looks_at="optimizer steps of the whole run",
-    threshold="fewer than 10 (a note below 20)",
+    threshold="fewer than 5 (a note below 20)",
     source="AdamW moves a number by about the rate a step, whatever the gradient: few steps are a short way",
     false_alarms="a run that only tries the machinery",
     needs=("settings.total_steps",),
