@@ -13,6 +13,7 @@ import pytest
 import peft_study
 import tiny_world
 from command_line import CommandLine
+from peft_study.doctor import live
 from peft_study.doctor.rule import RULES, table_of_checks
 
 
@@ -101,7 +102,9 @@ def test_the_list_of_checks(cli: CommandLine) -> None:
     assert all(f"| `{name}` |" in said for name in RULES)
 
 
-def test_a_model_before_a_loop() -> None:
+def test_a_model_before_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    # other tests of this process have made configurations of peft, too
+    monkeypatch.setattr(live, "_unattached", lambda: None)
     model = tiny_world.model()
     found = peft_study.diagnose(model, arguments={"learning_rate": 1e-4})
     assert found.about == "LlamaForCausalLM"
