@@ -66,13 +66,18 @@ def checks(folder: Path, t: Words, *, study: bool) -> Checks | None:
     return Checks(t(key, wrong=wrong, n=len(found.checked)), lines)
 
 
-def diagnose_folder(folder: Path, *, study: bool) -> Diagnosis:
+def diagnose_folder(folder: Path, *, study: bool, weights: bool = False) -> Diagnosis:
     """Returns what is wrong with a run or study of ours: what was kept at its start, and what its curves tell.
+
+    Args:
+        folder: of it.
+        study: whether it is a study.
+        weights: the adapter of a run is read too, which loads torch.
 
     Raises:
         UserError: its files cannot be read.
     """
-    after = diagnose_study(folder) if study else examine(observe_run(folder), about=str(folder))
+    after = diagnose_study(folder) if study else examine(observe_run(folder, weights=weights), about=str(folder))
     kept = RunFolder(folder).read_if_there(FILE)
     if kept is None:
         return after

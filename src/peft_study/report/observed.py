@@ -43,11 +43,12 @@ _BASE_LOSS = Said(
 _UNIGRAM = Said("the run began before there were checkups", "该运行开始时还没有检查记录")
 
 
-def observe_run(folder: Path) -> Observations:
+def observe_run(folder: Path, *, weights: bool = False) -> Observations:
     """Returns what is known of one of our runs, or of a trial: running, killed, diverged or finished.
 
     Args:
         folder: of the run.
+        weights: the adapter's are read too, which loads torch.
 
     Raises:
         OutputError: where there is none, another version wrote it, or its files are damaged.
@@ -80,7 +81,7 @@ def observe_run(folder: Path) -> Observations:
         curve=curve,
         reasons=reasons,
     )
-    if (run.adapter / "adapter_model.safetensors").is_file():
+    if weights and (run.adapter / "adapter_model.safetensors").is_file():
         of_files = read_adapter(run.adapter)
         assert of_files.adapter is not None
         # the run knows its base; a folder that was copied to another machine is no fault

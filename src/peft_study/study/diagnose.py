@@ -74,7 +74,7 @@ def _diagnose_written(
     if is_study(path):
         return diagnose_folder(path, study=True)
     if RunFolder(path).read_if_there("config.resolved.json") is not None:
-        return diagnose_folder(path, study=False)
+        return diagnose_folder(path, study=False, weights=True)
     logged = path.is_file() or holds_log(path)
     # a log's folder may hold an adapter's configuration alone
     weights = "adapter_model.safetensors" if logged else "adapter_config.json"
