@@ -3,7 +3,7 @@
     python benchmarks/doctor_cases.py --out DIR                     # the cases of tiny models: 15 minutes on two cores
     python benchmarks/doctor_cases.py --out DIR --only smollm2 --model FOLDER --data FOLDER
     python benchmarks/doctor_cases.py --out DIR --only a-017,a-031  # these alone
-    python benchmarks/doctor_cases.py --out DIR --pack              # tests/doctor/cases_a.zip of what lies there
+    python benchmarks/doctor_cases.py --out DIR --pack              # packs DIR as tests/doctor/cases_a.zip
 
 tests/doctor/cases_a.json names each case, its fault and how it is made; it was written before the rules were looked at.
 No label was changed afterwards. How five cases are made was: the fault of a-014, a-021, a-022 was not in the run (our

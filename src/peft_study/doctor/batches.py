@@ -68,7 +68,7 @@ class Ends(NamedTuple):
 def as_rows(batches: Iterable[Any], *, pad: int | None = None) -> list[LabelledRow]:
     """Returns the examples of batches; those that have no input_ids (batch, T) and labels are left out.
 
-        position_ids  0 1 2 3 4 0 1 2 0 1      a row of several examples is taken apart where they begin anew
+        position_ids  0 1 2 3 4 0 1 2 0 1      a row of several examples is split where positions restart
 
     Args:
         batches: mappings of tensors or lists.

@@ -156,7 +156,7 @@ def _stops(problem: Problem) -> bool:
 
 def _error(problem: Problem, language: str) -> UserError:
     texts = (problem.cause, problem.evidence, problem.consequence, problem.change)
-    cause, evidence, consequence, change = ((text.zh if language == "zh" else text.en) for text in texts)
+    cause, evidence, consequence, change = (text.to(language) for text in texts)
     paste = f":\n    {problem.paste}".replace("\n", "\n    ") if problem.paste else ""
     return UserError(f"{cause}: {evidence}; {consequence}", remedy=f"{change}{paste}")
 

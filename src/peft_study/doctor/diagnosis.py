@@ -23,6 +23,10 @@ class Said(NamedTuple):
     en: str
     zh: str
 
+    def to(self, language: str) -> str:
+        """Returns the text in a language: zh, or en for any other."""
+        return self.zh if language == "zh" else self.en
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -118,13 +122,13 @@ class Diagnosis:
         for problem in self.problems:
             lines += ["", *_problem(problem, language, width)]
         if not self.wrong:
-            lines += ["", _in(_HEALTHY, language)]
-        lines += ["", _in(_CHECKED, language).format(n=len(self.checked))]
+            lines += ["", _HEALTHY.to(language)]
+        lines += ["", _CHECKED.to(language).format(n=len(self.checked))]
         by_reason: dict[str, list[str]] = defaultdict(list)
         for name, why in self.unchecked.items():
-            by_reason[_in(why, language)].append(name)
+            by_reason[why.to(language)].append(name)
         for reason, names in by_reason.items():
-            lines += _wrapped(_in(_UNCHECKED, language).format(names=", ".join(names), why=reason), width, "  ")
+            lines += _wrapped(_UNCHECKED.to(language).format(names=", ".join(names), why=reason), width, "  ")
         return "\n".join(lines).strip()
 
     def short(self, language: str = "en") -> list[str]:
@@ -132,7 +136,7 @@ class Diagnosis:
         lines = []
         for problem in self.problems:
             if problem.level != "note":
-                said = [_in(part, language) for part in (problem.cause, problem.evidence, problem.change)]
+                said = [part.to(language) for part in (problem.cause, problem.evidence, problem.change)]
                 paste = f" ({problem.paste})" if problem.paste and "\n" not in problem.paste else ""
                 lines.append(f"WARNING: {said[0]}: {said[1]}; {said[2]}{paste}")
         return lines
@@ -179,18 +183,18 @@ _TEXTS = ("cause", "evidence", "consequence", "change")
 
 
 def _problem(problem: Problem, language: str, width: int) -> list[str]:
-    level, sure = _in(LEVEL_WORDS[problem.level], language), _in(SURENESS_WORDS[problem.sure], language)
-    lines = _wrapped(f"{level}: {_in(problem.cause, language)} [{problem.check}, {sure}]", width, "  ")
+    level, sure = LEVEL_WORDS[problem.level].to(language), SURENESS_WORDS[problem.sure].to(language)
+    lines = _wrapped(f"{level}: {problem.cause.to(language)} [{problem.check}, {sure}]", width, "  ")
     for name in ("evidence", "consequence", "change"):
-        text = _in(getattr(problem, name), language)
+        text = getattr(problem, name).to(language)
         if text:
-            lines += _wrapped(f"  {_in(_LINES[name], language)}: {text}", width, "    ")
+            lines += _wrapped(f"  {_LINES[name].to(language)}: {text}", width, "    ")
     if problem.paste:
         lines += [f"    {line}" for line in problem.paste.splitlines()]
     for name, names in (("effects", problem.effects), ("places", problem.places)):
         if names:
             shown = ", ".join(names[:8]) + (f" (+{len(names) - 8})" if len(names) > 8 else "")
-            lines += _wrapped(f"  {_in(_LINES[name], language)}: {shown}", width, "    ")
+            lines += _wrapped(f"  {_LINES[name].to(language)}: {shown}", width, "    ")
     return lines
 
 
@@ -218,7 +222,3 @@ def _problem_json(problem: Problem) -> dict[str, Any]:
         "effects": list(problem.effects),
         "places": list(problem.places),
     }
-
-
-def _in(said: Said, language: str) -> str:
-    return said.zh if language == "zh" else said.en

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
+from peft_study.config import MethodConfig, TrainingConfig
+
 Floats = npt.NDArray[np.float64]
 
 FILE = "doctor.json"
@@ -224,6 +226,36 @@ class Observations:
     curve: LossCurve | None = None
     adapter: AdapterState | None = None
     reasons: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+
+def configured(method: MethodConfig, training: TrainingConfig, *, steps: int | None, dtype: str | None) -> UsedSettings:
+    """Returns the settings of a run of ours.
+
+    Args:
+        method, training: as configured.
+        steps: optimizer steps of the whole run.
+        dtype: of the base, which computes in it; what is added to it trains in float32.
+    """
+    rates = method.learning_rates
+    return UsedSettings(
+        method=method.method,
+        learning_rate=training.learning_rate or (rates.default if rates else None),
+        optimizer="adamw",
+        schedule=training.schedule,
+        warmup_steps=None if steps is None else int(steps * training.warmup_ratio),
+        total_steps=steps,
+        batch_size=training.batch_size,
+        accumulation=1,
+        mean_of_means=False,
+        clip_norm=np.inf if training.clip_norm is None else training.clip_norm,
+        weight_decay=training.weight_decay,
+        parameter_dtype="float32",
+        compute_dtype=dtype,
+        rank=getattr(method, "rank", None),
+        alpha=getattr(method, "alpha", None),
+        tokens=getattr(method, "tokens", None),
+        init=getattr(method, "init", None),
+    )
 
 
 def to_json(value: Any) -> Any:

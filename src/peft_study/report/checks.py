@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peft_study.doctor.diagnosis import LEVEL_WORDS, LEVELS, Diagnosis, Said, from_json
+from peft_study.doctor.diagnosis import LEVEL_WORDS, LEVELS, Diagnosis, from_json
 from peft_study.doctor.observations import FILE
 from peft_study.doctor.rule import examine
 from peft_study.errors import UserError
@@ -51,11 +51,11 @@ def checks(folder: Path, t: Words, *, study: bool) -> Checks | None:
     lines = tuple(
         CheckLine(
             problem.level,
-            _in(LEVEL_WORDS[problem.level], t),
-            _in(problem.cause, t),
-            _in(problem.evidence, t),
-            _in(problem.consequence, t),
-            _in(problem.change, t),
+            LEVEL_WORDS[problem.level].to(t.lang),
+            problem.cause.to(t.lang),
+            problem.evidence.to(t.lang),
+            problem.consequence.to(t.lang),
+            problem.change.to(t.lang),
             problem.paste,
             ", ".join(problem.places[:8]) + (f" (+{len(problem.places) - 8})" if len(problem.places) > 8 else ""),
         )
@@ -91,7 +91,3 @@ def diagnose_folder(folder: Path, *, study: bool, weights: bool = False) -> Diag
     checked = tuple(dict.fromkeys((*before.checked, *after.checked)))
     unchecked = {name: why for name, why in after.unchecked.items() if name not in checked}
     return replace(after, problems=tuple(problems), checked=checked, unchecked=unchecked)
-
-
-def _in(said: Said, t: Words) -> str:
-    return said.zh if t.lang == "zh" else said.en

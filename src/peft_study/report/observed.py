@@ -24,6 +24,7 @@ from peft_study.doctor.observations import (
     Observations,
     ParameterCounts,
     UsedSettings,
+    configured,
     from_json,
 )
 from peft_study.doctor.readers.adapter_files import read_adapter
@@ -119,26 +120,8 @@ def _settings(config: TrainConfig, record: Mapping[str, Any]) -> UsedSettings:
     rows = record.get("data", {}).get("train_rows")
     total = training.steps or (None if rows is None else training.epochs * math.ceil(rows / training.batch_size))
     dtype = record.get("base", {}).get("dtype")
-    rates = method.learning_rates
-    return UsedSettings(
-        method=method.method,
-        learning_rate=training.learning_rate or (rates.default if rates else None),
-        optimizer="adamw",
-        schedule=training.schedule,
-        warmup_steps=None if total is None else int(total * training.warmup_ratio),
-        total_steps=total,
-        batch_size=training.batch_size,
-        accumulation=1,
-        mean_of_means=False,
-        clip_norm=math.inf if training.clip_norm is None else training.clip_norm,
-        weight_decay=training.weight_decay,
-        parameter_dtype=dtype if method.method == "full" else "float32",
-        compute_dtype=dtype,
-        rank=getattr(method, "rank", None),
-        alpha=getattr(method, "alpha", None),
-        tokens=getattr(method, "tokens", None),
-        init=getattr(method, "init", None),
-    )
+    found = configured(method, training, steps=total, dtype=dtype)
+    return dataclasses.replace(found, parameter_dtype=dtype) if method.method == "full" else found
 
 
 def _parameters(config: TrainConfig, values: Mapping[str, Any] | None) -> ParameterCounts | None:

@@ -14,7 +14,7 @@ from peft_study.errors import ConfigError, UserError
 from peft_study.methods.registry import is_exclusive
 from peft_study.search.budget import steps_of
 from peft_study.search.lr_range_test import central
-from peft_study.training.checkup import BEFORE, count_data, measured_start, observe_session, used_settings
+from peft_study.training.checkup import BEFORE, count_data, measured_start, observe_session
 from peft_study.training.fitting import check_methods
 from peft_study.training.session import Session
 
@@ -97,12 +97,12 @@ def _diagnose_space(
     space, middle = config.methods[name], central(config.methods[name])
     if space.kind == "none":
         return None
+    lengths_N = session.train.lengths()
 
     def seen_at(values: dict[str, Any]) -> Observations:
         settings = space.at(values, config.training)
-        seen = observe_session(session, settings, data)
-        steps = steps_of(settings.training, config.budget.tokens, session.train.lengths())
-        return replace(seen, settings=used_settings(session, settings, steps=steps))
+        steps = steps_of(settings.training, config.budget.tokens, lengths_N)
+        return observe_session(session, settings, data, steps=steps)
 
     try:
         seen = seen_at(middle)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_study.doctor.rule import examine
-from peft_study.errors import OutputError, nearest_path
 from peft_study.storage.run_dir import RunFolder
 
 if TYPE_CHECKING:
@@ -67,15 +66,11 @@ def _diagnose_written(
     from peft_study.report.checks import diagnose_folder
     from peft_study.report.study_reader import is_study
 
-    if not path.exists():
-        near = nearest_path(path)
-        remedy = "check the path" if near is None else f"did you mean {near}?"
-        raise OutputError("is not there", where=str(path), remedy=remedy)
     if is_study(path):
         return diagnose_folder(path, study=True)
     if RunFolder(path).read_if_there("config.resolved.json") is not None:
         return diagnose_folder(path, study=False, weights=True)
-    logged = path.is_file() or holds_log(path)
+    logged = not path.is_dir() or holds_log(path)  # `read_log` tells where nothing is there
     # a log's folder may hold an adapter's configuration alone
     weights = "adapter_model.safetensors" if logged else "adapter_config.json"
     adapter = read_adapter(path, base=base) if (path / weights).exists() else None

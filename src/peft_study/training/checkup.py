@@ -6,7 +6,6 @@ Session + settings --observe_session--> Observations --examine--> Diagnosis --> 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from peft_study.doctor.observations import (
     Observations,
     ParameterCounts,
     UsedSettings,
+    configured,
     to_json,
 )
 from peft_study.doctor.rule import Kind, examine
@@ -37,13 +37,16 @@ _STARTS = 16
 _NOT_BEGUN = ("the run has not begun", "训练还没有开始")
 
 
-def observe_session(session: Session, settings: TrialSettings, data: DataCounts | None = None) -> Observations:
+def observe_session(
+    session: Session, settings: TrialSettings, data: DataCounts | None = None, *, steps: int | None = None
+) -> Observations:
     """Returns what is known of a run of ours before it trains.
 
     Args:
         session: with model and data.
         settings: of the run.
         data: of `count_data`, where it was called already.
+        steps: optimizer steps, where they are not those of the settings.
 
     Raises:
         ModelError: when the method does not fit the model.
@@ -64,7 +67,7 @@ def observe_session(session: Session, settings: TrialSettings, data: DataCounts 
     }
     return Observations(
         stage="before",
-        settings=used_settings(session, settings),
+        settings=_used_settings(session, settings, steps),
         parameters=_parameters(session, settings, found.trained),
         data=dataclasses.replace(data, virtual_tokens=virtual),
         reasons=reasons,
@@ -78,37 +81,14 @@ def count_data(session: Session) -> DataCounts:
     return dataclasses.replace(counts, longest=session.longest, positions=base.positions, context=base.context)
 
 
-def used_settings(session: Session, settings: TrialSettings, *, steps: int | None = None) -> UsedSettings:
-    """Returns how a run trains, and the memory it takes.
-
-    Args:
-        session: with model and data.
-        settings: of the run.
-        steps: optimizer steps, where they are not those of the settings.
-    """
+def _used_settings(session: Session, settings: TrialSettings, steps: int | None) -> UsedSettings:
+    """Returns how a run trains, and the memory it takes."""
     method, training, base = settings.method, settings.training, session.base
-    rates = method.learning_rates
     steps = total_steps(training, len(session.train)) if steps is None else steps
     shapes = [side for pair in _shapes(session, settings) for side in pair]
     need, free = session.room.need(method, session.longest), session.room.free
-    return UsedSettings(
-        method=method.method,
-        learning_rate=training.learning_rate or (rates.default if rates else None),
-        optimizer="adamw",
-        schedule=training.schedule,
-        warmup_steps=int(steps * training.warmup_ratio),
-        total_steps=steps,
-        batch_size=training.batch_size,
-        accumulation=1,
-        mean_of_means=False,
-        clip_norm=math.inf if training.clip_norm is None else training.clip_norm,
-        weight_decay=training.weight_decay,
-        parameter_dtype="float32",
-        compute_dtype=base.placement.dtype_name,
-        rank=getattr(method, "rank", None),
-        alpha=getattr(method, "alpha", None),
-        tokens=getattr(method, "tokens", None),
-        init=getattr(method, "init", None),
+    return dataclasses.replace(
+        configured(method, training, steps=steps, dtype=base.placement.dtype_name),
         rank_stabilised=getattr(method, "rslora", None),
         narrowest=min(shapes, default=None),
         width=getattr(base.model.config.get_text_config(), "hidden_size", None),

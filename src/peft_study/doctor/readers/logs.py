@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from peft_study.doctor.observations import FILE as SEEN
 from peft_study.doctor.observations import LossCurve, Observations, UsedSettings, from_json
 from peft_study.doctor.readers.adapter_config import method_settings
 from peft_study.doctor.readers.log_curve import curve_of_points, reasons_of
@@ -29,8 +30,6 @@ from peft_study.doctor.readers.trainer_state import FILE, is_trainer_state, newe
 from peft_study.doctor.readers.training_args import BESIDE, read_training_args
 from peft_study.errors import DataError, nearest_path
 
-SEEN = "doctor.json"
-"""What our callback saw of the run while it lived."""
 _TABLES = (".jsonl", ".ndjson", ".csv", ".tsv")
 _LOOKED_FOR = f"looked for {FILE}, checkpoint-*/{FILE}, event files (*{EVENTS}*), *.jsonl, *.csv and {SEEN}"
 _NO_ARGUMENTS = (

@@ -281,7 +281,7 @@ def base_not_found(seen: Observations) -> Problem | None:
         sure="certain",
         cause=Said("the base that the adapter names does not exist", "适配器所指的基座不存在"),
         evidence=Said(
-            f"base_model_name_or_path is {seen.adapter.base!r}, and no model lies there",
+            f"base_model_name_or_path is {seen.adapter.base!r}, and there is no model at that path",
             f"base_model_name_or_path 是 {seen.adapter.base!r}，该处没有模型",
         ),
         consequence=Said("the adapter cannot be loaded by its name alone", "只凭适配器文件夹无法加载"),
