@@ -26,8 +26,11 @@ def test_where_it_does_not_fit_it_is_a_row_that_failed(
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(settings))
     ran = cli("run", tmp_path / "study.yaml").ok()
-    assert "full-000: failed (full fine-tuning needs 0.0 GB of memory beside the base" in ran.out
-    assert "- full: its only setting did not finish (full fine-tuning needs" in ran.out
+    why = "it does not fit into memory: full fine-tuning needs 0.0 GB of memory beside the base"
+    assert f"full-000: failed ({why}" in ran.out
+    assert f"- full: its only setting did not finish ({why}" in ran.out
+    assert f"full will be a row that failed: {why}" in ran.out
+    assert "WARNING: it does not fit" not in ran.out  # the line above has said it
     assert "winner by mean dev loss over 3 new seeds: lora" in ran.out
     assert "full will be a row that failed: " in cli("run", tmp_path / "study.yaml", "--dry-run").ok().out
 

@@ -18,6 +18,8 @@ from peft_study.config import (
     PrefixTuningConfig,
     PromptTuningConfig,
 )
+from peft_study.doctor.observations import Observations, configured
+from peft_study.doctor.rule import examine
 from peft_study.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "open-instruct"
@@ -72,19 +74,20 @@ def test_a_left_out_rate_is_the_methods_own_and_a_given_one_is_kept() -> None:
 
 
 @pytest.mark.parametrize("flag", ["lora", "prefix_tuning", "prompt_tuning"])
-def test_a_rate_outside_the_methods_range_is_warned_of_with_the_range(flag: str) -> None:
+def test_the_doctor_sees_the_commands_rate(flag: str) -> None:
     rates = METHODS[flag].learning_rates
     assert rates is not None
-    assert run(f"--use_{flag}", "--learning_rate", str(rates.default)).warnings == ()
-    for rate, word in ((rates.low / 10, "low"), (rates.low, "low"), (rates.high * 10, "high")):
-        (line,) = run(f"--use_{flag}", "--learning_rate", repr(rate)).warnings
-        assert f"is {word} for {flag.replace('_', ' ')}" in line
-        assert f"{rates.low:g} to {rates.high:g}" in line
+    assert of_the_rate(run(f"--use_{flag}", "--learning_rate", str(rates.default))) == []
+    for rate, word in ((rates.low / 10, "low"), (rates.high * 10, "high")):
+        (line,) = of_the_rate(run(f"--use_{flag}", "--learning_rate", repr(rate)))
+        assert f"is too {word} for {flag.replace('_', ' ')}" in line
+        assert f"between {rates.low:g} and {rates.high:g}" in line
 
 
-def test_the_rate_of_the_users_prompt_tuning_script_is_warned_of() -> None:
-    (line,) = run("--use_prompt_tuning", "--learning_rate", "1e-4").warnings
-    assert line.startswith("--learning_rate 0.0001 is low for prompt tuning: its range is 0.001 to 3")
+def of_the_rate(made: Run) -> list[str]:
+    """Returns what the doctor says of a run's rate."""
+    settings = configured(made.config.method, made.config.training, steps=None, dtype=None)
+    return examine(Observations(settings=settings), checks=("rate_too_low", "rate_too_high")).short()
 
 
 def test_without_a_method_all_weights_are_trained_and_it_is_said() -> None:
@@ -328,7 +331,8 @@ def test_the_examples_make_the_runs_they_promise(script: Path, tmp_path: Path) -
     assert training.clip_norm == (None if four_bit else 1.0)
     assert (training.warmup_ratio, training.epochs, training.steps) == (0.03, 1, 2)
     assert made.config.output == tmp_path / "out"
-    assert (made.warnings == ()) == script.stem.endswith("lora")
+    assert made.warnings == ()
+    assert (of_the_rate(made) == []) == script.stem.endswith("lora")  # 1e-4 teaches virtual tokens nothing
     merged = [
         "--lora_model_name_or_path",
         f"{tmp_path}/out",

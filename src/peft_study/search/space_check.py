@@ -15,7 +15,7 @@ from peft_study.methods.registry import is_exclusive
 from peft_study.search.budget import steps_of
 from peft_study.search.lr_range_test import central
 from peft_study.training.checkup import BEFORE, count_data, measured_start, observe_session
-from peft_study.training.fitting import check_methods
+from peft_study.training.fitting import check_methods, refuse_unfit
 from peft_study.training.session import Session
 
 
@@ -105,6 +105,7 @@ def _diagnose_space(
         return observe_session(session, settings, data, steps=steps)
 
     try:
+        refuse_unfit(session, space.at(middle, config.training).method)
         seen = seen_at(middle)
         if starts:
             seen = replace(seen, curve=measured_start(session, space.at(middle, config.training)))

@@ -34,8 +34,8 @@ def memory(seen: Observations) -> Problem | None:
         ),
         consequence=Said("" if fits else "training ends in out of memory", "" if fits else "训练会因内存不足而中断"),
         change=Said(
-            "" if fits else "make the adapter smaller, max_length lower, or set gradient_checkpointing",
-            "" if fits else "缩小适配器、降低 max_length，或启用 gradient_checkpointing",
+            "" if fits else "take a smaller adapter or base, a lower max_length, or set gradient_checkpointing",
+            "" if fits else "换用更小的适配器或基座，降低 max_length，或启用 gradient_checkpointing",
         ),
         values={"bytes": need, "free": free},
     )
