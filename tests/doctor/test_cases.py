@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks" / "doctor"))
 
-import doctor  # noqa: E402 - the benchmarks are scripts, found by their folder
+import score  # noqa: E402 - the benchmarks are scripts, found by their folder
 
 REACHED = {"a": (29, 60), "b": (29, 60)}
 """By half: of how many faulty cases the right cause is told first, and how many healthy ones are silent, at least."""
@@ -22,12 +22,12 @@ LARGEST = 1_200_000
 
 def the_cases(half: str) -> list[dict[str, object]]:
     """Returns a half's labels."""
-    return list(json.loads((doctor.FOLDER / f"cases_{half}.json").read_text()))
+    return list(json.loads((score.FOLDER / f"cases_{half}.json").read_text()))
 
 
 def archive(half: str) -> Path:
     """Returns where a half's files lie."""
-    return doctor.FOLDER / f"cases_{half}.zip"
+    return score.FOLDER / f"cases_{half}.zip"
 
 
 @pytest.mark.parametrize("half", sorted(REACHED))
@@ -45,7 +45,7 @@ def test_half_has_its_cases(half: str) -> None:
 
 @pytest.mark.parametrize("half", sorted(REACHED))
 def test_the_right_cause_is_told_first_and_healthy_runs_are_left_alone(half: str) -> None:
-    found = doctor.totals(doctor.answers(half))
+    found = score.totals(score.answers(half))
     right, silent = found["right_cause_first"]["right"], found["silent_healthy"]["right"]
     assert found["failed"] == []
     assert right >= REACHED[half][0], (right, found["misses"])
@@ -53,11 +53,11 @@ def test_the_right_cause_is_told_first_and_healthy_runs_are_left_alone(half: str
 
 
 def test_a_case_is_right_where_its_cause_is_first_and_a_healthy_one_where_nothing_is_said() -> None:
-    def of(faults: tuple[str, ...], said: tuple[str, ...], right: bool) -> doctor.Answer:
-        return doctor.Answer("x", "a", faults, said, (), right, 0)
+    def of(faults: tuple[str, ...], said: tuple[str, ...], right: bool) -> score.Answer:
+        return score.Answer("x", "a", faults, said, (), right, 0)
 
-    found = doctor.totals([of(("rising",), ("rising",), True), of((), ("noisy",), False), of((), (), True)])
+    found = score.totals([of(("rising",), ("rising",), True), of((), ("noisy",), False), of((), (), True)])
     assert found["right_cause_first"] == {"right": 1, "of": 1, "low": 0.025, "high": 1.0}
     assert (found["silent_healthy"]["right"], found["silent_healthy"]["of"]) == (1, 2)
     assert found["false_alarms"] == {"noisy": 1}
-    assert "  healthy and silent: 1 of 2 [1.3%, 98.7%]" in doctor.lines("half a", found)
+    assert "  healthy and silent: 1 of 2 [1.3%, 98.7%]" in score.lines("half a", found)

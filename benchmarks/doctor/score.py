@@ -1,6 +1,6 @@
 """What the doctor says of the cases with planted faults and of the healthy ones: hits, misses, false alarms.
 
-    python benchmarks/doctor.py [--half a|b] [--json FILE] [--quiet]
+    python benchmarks/doctor/score.py [--half a|b] [--json FILE] [--quiet]
 
 The cases lie in tests/doctor/cases_a.* and cases_b.*: half b is by somebody who did not know the rules. A case is right
 where the first problem told is the fault that was planted (the root, where there are two) or a name that tells the same
@@ -21,7 +21,7 @@ from typing import Any
 
 from peft_study.statistics import accuracy
 
-FOLDER = Path(__file__).resolve().parents[1] / "tests" / "doctor"
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "doctor"
 HALVES = ("a", "b")
 
 

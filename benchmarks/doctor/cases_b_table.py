@@ -1,8 +1,8 @@
 """The cases of half B, as planned before any of them was tried: what is trained, how, and what is broken in it.
 
 A row is a dictionary. Keys of the label (tests/doctor/cases_b.json): id, faults, accept, look_alike_of, kind, method,
-model, data, steps, seed, note. All other keys are the recipe; see `doctor_cases_b_loop.py` and
-`doctor_cases_b_trainers.py` for what each one does.
+model, data, steps, seed, note. All other keys are the recipe; see `cases_b_loop.py` and
+`cases_b_trainers.py` for what each one does.
 """
 
 from __future__ import annotations

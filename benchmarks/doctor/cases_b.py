@@ -1,8 +1,8 @@
 """Half B of the doctor's cases: 30 runs with planted faults and 60 healthy ones, all trained for real.
 
-    python benchmarks/doctor_cases_b.py --data DATA --out OUT                  # all but smollm2
-    python benchmarks/doctor_cases_b.py --only smollm2 --device cuda --model FOLDER --data DATA --out OUT
-    python benchmarks/doctor_cases_b.py --out OUT --pack                       # tests/doctor/cases_b.zip and .json
+    python benchmarks/doctor/cases_b.py --data DATA --out OUT                  # all but smollm2
+    python benchmarks/doctor/cases_b.py --only smollm2 --device cuda --model FOLDER --data DATA --out OUT
+    python benchmarks/doctor/cases_b.py --out OUT --pack                       # tests/doctor/cases_b.zip and .json
 
 DATA is a folder with the data sets' folders. A case's folder has the case's id. OUT/measured.json holds the held-out
 losses by which a label was judged. `--only` takes ids, kinds, models or `faulty`, more than one apart by commas.
@@ -15,18 +15,15 @@ import importlib
 import json
 import multiprocessing
 import shutil
-import sys
 import time
 import traceback
 import zipfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+from cases_b_table import cases, label
 
-from doctor_cases_b_table import cases, label
-
-TESTS = Path(__file__).parents[1] / "tests" / "doctor"
+TESTS = Path(__file__).parents[2] / "tests" / "doctor"
 _MOST_BYTES = 1_200_000
 _DATE = (2026, 11, 27, 12, 0, 0)
 
@@ -46,10 +43,10 @@ def train(case: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     folder.mkdir(parents=True)
     places = {"model": options.model, "data": options.data, "work": options.work, "device": options.device}
     if case["kind"] in ("jsonl", "csv"):
-        from doctor_cases_b_loop import plain
+        from cases_b_loop import plain
 
         return plain(case, folder, **places)
-    from doctor_cases_b_trainers import with_library
+    from cases_b_trainers import with_library
 
     if case["kind"] == "trl":
         importlib.import_module("trl")

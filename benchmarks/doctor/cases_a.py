@@ -1,9 +1,9 @@
 """Makes the doctor's cases of half A: real training runs, a third of them broken in a known way.
 
-    python benchmarks/doctor_cases.py --out DIR                     # the cases of tiny models: 15 minutes on two cores
-    python benchmarks/doctor_cases.py --out DIR --only smollm2 --model FOLDER --data FOLDER
-    python benchmarks/doctor_cases.py --out DIR --only a-017,a-031  # these alone
-    python benchmarks/doctor_cases.py --out DIR --pack              # packs DIR as tests/doctor/cases_a.zip
+    python benchmarks/doctor/cases_a.py --out DIR                     # tiny models: 15 minutes on two cores
+    python benchmarks/doctor/cases_a.py --out DIR --only smollm2 --model FOLDER --data FOLDER
+    python benchmarks/doctor/cases_a.py --out DIR --only a-017,a-031  # these alone
+    python benchmarks/doctor/cases_a.py --out DIR --pack              # packs DIR as tests/doctor/cases_a.zip
 
 tests/doctor/cases_a.json names each case, its fault and how it is made; it was written before the rules were looked at.
 No label was changed afterwards. How five cases are made was: the fault of a-014, a-021, a-022 was not in the run (our
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_training import train_case, train_ours
-from doctor_world import Row, pretrained, word_rows
+from cases_a_training import train_case, train_ours
+from cases_a_world import Row, pretrained, word_rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = ROOT / "tests" / "doctor" / "cases_a.json"
 MAWPS = "llm-adapters/mawps_train.jsonl.gz"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -1,6 +1,6 @@
 """What the doctor says of runs that others recorded: 63 curves of peft's method comparison, and 30 of our soft prompts.
 
-    python benchmarks/doctor_recorded.py [--folder ../shared/references/recorded] [--lines]
+    python benchmarks/doctor/recorded.py [--folder ../shared/references/recorded] [--lines]
 
 peft's runs (Llama-3.2-3B on MetaMathQA, a point every 250 steps) count as never learned where they end at 0.5 % right
 answers or less: of those the doctor should say so, and of all others it should be silent. `--lines` prints what
@@ -24,7 +24,7 @@ from peft_study.doctor.observations import LossCurve, Observations, UsedSettings
 from peft_study.doctor.readers.adapter_config import method_settings
 from peft_study.doctor.rule import examine
 
-RECORDED = Path(__file__).resolve().parents[2] / "shared" / "references" / "recorded"
+RECORDED = Path(__file__).resolve().parents[3] / "shared" / "references" / "recorded"
 NEVER_LEARNED = 0.005
 """Share of right answers at the end at which a run has learned nothing."""
 NOTHING = ("never_learned", "too_cold", "rate_too_low")

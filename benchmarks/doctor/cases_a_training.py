@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_breaks import ROWS, break_model, break_saved, lose_optimizer, stale_optimizer
-from doctor_world import NAMES, encoded, messages, padded
+from cases_a_breaks import ROWS, break_model, break_saved, lose_optimizer, stale_optimizer
+from cases_a_world import NAMES, encoded, messages, padded
 
 KEPT_ARGUMENTS = """
     learning_rate lr_scheduler_type warmup_steps warmup_ratio max_steps num_train_epochs per_device_train_batch_size

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_cases_b_loop import Run, measured, task_of, write_arguments
-from doctor_cases_b_worlds import BOS, EOS, Pair, attach, base, collate, encode, fitting, held_out_loss, split
+from cases_b_loop import Run, measured, task_of, write_arguments
+from cases_b_worlds import BOS, EOS, Pair, attach, base, collate, encode, fitting, held_out_loss, split
 
 Case = dict[str, Any]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from doctor_cases_b_worlds import attach, base, collate, encode, held_out_loss, split
+from cases_b_worlds import attach, base, collate, encode, held_out_loss, split
 
 Case = dict[str, Any]
 LENGTH = {"smollm2": 64}

@@ -1,7 +1,7 @@
 """What PyPI's `trainspotter` says of the doctor's cases, in the doctor's words.
 
     pip install --target SITE --no-deps trainspotter
-    python benchmarks/doctor_rival.py CASES LABELS.json --site SITE [--out rival.json]
+    python benchmarks/doctor/rival.py CASES LABELS.json --site SITE [--out rival.json]
 
 CASES is a folder with a folder a case, or a zip archive of one; LABELS a list of {"id", "faults", "accept"}. A case is
 read where it has a log that trainspotter reads: trainer_state.json, JSON lines or CSV. It is silent where it finds
