@@ -182,3 +182,9 @@ def test_odd_numbers_raise_nothing(value: float) -> None:
         if type(known) in (int, float):
             told(**{name: value}, free_bytes=10)
     told(curve=losses(1, 2, 3, 4, start=value, base=value), learning_rate=1.0)
+
+
+@pytest.mark.parametrize(("method", "check"), [("lora", "tokens_unusual"), ("prompt_tuning", "rank_unusual")])
+def test_a_setting_that_the_method_does_not_have_is_not_missed(method: str, check: str) -> None:
+    assert check not in told(method=method, rank=None, tokens=None).unchecked
+    assert check in told(method=None, rank=None, tokens=None).unchecked

@@ -100,7 +100,8 @@ def examine(
     for one in chosen:
         missing = next((need for need in one.needs if _value(seen, need) is None), None)
         if missing is not None:
-            unchecked[one.name] = _reason(seen, missing)
+            if seen.settings.method not in _HAVE_NONE.get(missing, ()):
+                unchecked[one.name] = _reason(seen, missing)
             continue
         problem = one.find(seen)
         if isinstance(problem, Said):
@@ -194,6 +195,13 @@ _PARTS = {
     "adapter": Said("there are no adapter weights to look at", "没有适配器权重可以检查"),
     "settings": Said("the settings of the run are not known", "不知道训练设置"),
 }
+
+
+_HAVE_NONE = {
+    "settings.tokens": ("lora", "full"),
+    "settings.rank": ("prompt_tuning", "prefix_tuning", "p_tuning", "full"),
+}
+"""Methods that do not have a setting, so that its checks are not about them."""
 
 
 def _reason(seen: Observations, need: str) -> Said:

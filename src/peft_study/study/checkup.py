@@ -12,13 +12,15 @@ from peft_study.compat.finetune import pointed, to_run
 from peft_study.config import StudyConfig, TrainConfig, TrialSettings, validate
 from peft_study.doctor.diagnosis import Diagnosis
 from peft_study.doctor.rule import examine
+from peft_study.engine.trial import total_steps
 from peft_study.errors import UserError
 from peft_study.search.space_check import check_spaces, diagnose_spaces
 from peft_study.study.yaml_file import SettingsFile, load_yaml
 from peft_study.training.checkup import BEFORE, measured_start, observe_session
+from peft_study.training.cost import TIMED_STEPS, seconds_a_token
 from peft_study.training.finetune import resolve
 from peft_study.training.fitting import check_methods
-from peft_study.training.session import Say, open_session, unheard
+from peft_study.training.session import Say, open_session, timed, unheard
 
 _COMMANDS = ("peft-study", "finetune", "run")
 
@@ -86,4 +88,9 @@ def _of_run(config: TrainConfig, say: Say) -> Diagnosis:
     check_methods(session, [config.method], config.training.seed)
     settings = TrialSettings(method=config.method, training=config.training)
     seen = replace(observe_session(session, settings), curve=measured_start(session, settings))
+    with timed(say, f"timing {TIMED_STEPS} steps"):
+        a_token = seconds_a_token(session, settings)
+    steps, training = total_steps(config.training, len(session.train)), config.training
+    seconds = steps * training.batch_size * float(session.train.lengths().mean()) * a_token
+    seen = replace(seen, settings=replace(seen.settings, seconds=seconds))
     return examine(seen, about=f"{config.method.method} on {config.model.name}, before it trains", kinds=BEFORE)

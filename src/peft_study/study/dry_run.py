@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_study.config import MethodConfig, StudyConfig
-from peft_study.engine.trial import Trial
+from peft_study.config import MethodConfig, StudyConfig, TrialSettings
 from peft_study.errors import UserError
-from peft_study.methods.registry import create
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
@@ -17,11 +14,9 @@ from peft_study.search.pruners import rungs
 from peft_study.search.space_check import check_spaces, diagnose_spaces, largest, tried
 from peft_study.search.trials import StudyState
 from peft_study.training.checkup import lines
+from peft_study.training.cost import TIMED_STEPS, seconds_a_token
 from peft_study.training.fitting import check_methods
 from peft_study.training.session import Say, Session, open_session, timed
-
-MEASURED_STEPS = 2
-"""Optimizer steps that are timed, after one that is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +118,8 @@ def _method(
     training = space.at(lr_range_test.central(space), config.training).training
     lengths_N = session.train.lengths()
     steps = steps_of(training, config.budget.tokens, lengths_N)
-    adapter = create(setting, session.base, session.material, training.seed)
-    trial = Trial(name, adapter, training.model_copy(update={"steps": MEASURED_STEPS + 1}), session.train)
-    with timed(say, f"timing {MEASURED_STEPS} steps of {name}"):
-        seconds_a_token = _seconds_a_token(session, trial)
+    with timed(say, f"timing {TIMED_STEPS} steps of {name}"):
+        a_token = seconds_a_token(session, TrialSettings(method=setting, training=training))
     tokens_a_trial = round(steps * training.batch_size * float(lengths_N.mean()))
     trials, finals = config.trials(name), config.finals.best * config.finals.seeds
     finals = min(finals, trials * config.finals.seeds)
@@ -134,24 +127,9 @@ def _method(
     tests = rates * tested / steps
     most = round((tests + trials + finals) * tokens_a_trial)
     least = round((tests + trials * _least_share(config, steps) + finals) * tokens_a_trial)
-    seconds = most * seconds_a_token, least * seconds_a_token
-    step = seconds_a_token * training.batch_size * float(lengths_N.mean())
+    seconds = most * a_token, least * a_token
+    step = a_token * training.batch_size * float(lengths_N.mean())
     return MethodEstimate(name, trials, steps, rates, tested, most, least, *seconds, step, slot)
-
-
-def _seconds_a_token(session: Session, trial: Trial) -> float:
-    """Returns the time of a data token, after one optimizer step that is not counted."""
-    engine = session.engine
-    engine.admit(trial)
-    try:
-        while trial.step == 0:
-            engine.step()
-        before, started = trial.tokens, time.perf_counter()
-        while not trial.finished:
-            engine.step()
-        return (time.perf_counter() - started) / max(1, trial.tokens - before)
-    finally:
-        engine.evict(trial)
 
 
 def _least_share(config: StudyConfig, steps: int) -> float:

@@ -33,6 +33,8 @@ from peft_study.training.slot_count import CPU_ROW
 
 _SECONDS, _ROUNDS, _MOST_ROUNDS = 1.0, 2, 50
 """A method is timed for so long, with so many rows at least and at most; the fastest of them counts."""
+TIMED_STEPS = 2
+"""Optimizer steps from which the time of a run is expected before it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,29 @@ class TrialCost:
     tokens_per_second: float
     row_tokens: int
     data_tokens: int
+
+
+def seconds_a_token(session: Session, settings: TrialSettings) -> float:
+    """Returns the time of a data token in the first steps of a setting, alone in the engine, after one that warms up.
+
+    Args:
+        session: of the run; no trial is in its engine before or after.
+        settings: with a learning rate.
+    """
+    engine = session.engine
+    adapter = create(settings.method, session.base, session.material, settings.training.seed)
+    training = settings.training.model_copy(update={"steps": TIMED_STEPS + 1})
+    trial = Trial("timed", adapter, training, session.train)
+    engine.admit(trial)
+    try:
+        while trial.step == 0:
+            engine.step()
+        before, started = trial.tokens, time.perf_counter()
+        while not trial.finished:
+            engine.step()
+        return (time.perf_counter() - started) / max(1, trial.tokens - before)
+    finally:
+        engine.evict(trial)
 
 
 def measure_costs(session: Session, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
