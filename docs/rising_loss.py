@@ -1,13 +1,15 @@
 """Trains examples/rising_loss.py without the doctor in each of its states; made docs/rising-loss.json and its picture.
 
-    python docs/rising_loss.py docs/rising-loss.json [STEPS]
+    python docs/rising_loss.py docs/rising-loss.json [STEPS]     # 8 minutes on two cores
 
 Each curve has the loss of every step, on the same batches in the same order; `base` is the untouched base on them. The
-picture shows means of ten steps. Where the file is there with as many steps, only the picture is drawn again.
+picture shows means of ten steps. Where the file is there with as many steps, only the picture is drawn again. The
+picture of the second case is drawn from its recorded losses, where they lie beside the project.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import tempfile
@@ -32,36 +34,59 @@ RUNS: dict[str, dict[str, Any]] = {
     "attached, 0.1": {"attach": True, "rate": 0.1},
 }
 
-
+RECORDED = Path(__file__).resolve().parents[2] / "shared/references/recorded/soft-prompt-curves-2026-11-25.csv"
 MEAN_OF = 10
 """Steps that a point of the picture averages: single batches of four differ too much from each other."""
 
 
 def main(target: Path, steps: int = 60) -> None:
-    """Writes the curves where they are not there, and the picture beside them."""
+    """Writes the curves where they are not there, and the pictures beside them."""
     if not target.exists() or json.loads(target.read_text())["steps"] != steps:
         measure(target, steps)
-    picture(json.loads(target.read_text())["curves"], target.with_suffix(".svg"))
-
-
-def picture(curves: dict[str, list[float]], path: Path) -> None:
-    """Draws means of ten steps, of each curve."""
     points = [
         {"run": "untouched base" if name == "base" else name, "step": end, "loss": fmean(losses[end - MEAN_OF : end])}
-        for name, losses in curves.items()
+        for name, losses in json.loads(target.read_text())["curves"].items()
         for end in range(MEAN_OF, len(losses) + 1, MEAN_OF)
     ]
+    picture(
+        points,
+        title="Prompt tuning, 8 tokens, SmolLM2-135M: never attached, and attached at two rates",
+        loss=f"training loss, mean of {MEAN_OF} steps (nats a token)",
+        colours=["#696978", *PALETTE[:3]],
+        path=target.with_suffix(".svg"),
+    )
+    if RECORDED.exists():
+        picture(
+            recorded(),
+            title="Prompt tuning, 8 tokens, SmolLM2-135M, MAWPS: the same batches at three rates (recorded)",
+            loss="training loss of a batch of 4 (nats a token)",
+            colours=[PALETTE[0], PALETTE[2], PALETTE[1]],
+            path=target.with_name("rising-loss-attached.svg"),
+        )
+
+
+def recorded() -> list[dict[str, Any]]:
+    """Returns the losses of the second case, and of the rates on either side of it."""
+    with RECORDED.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["event"] == "train" and row["tokens"] == "8"]
+    return [
+        {"run": f"rate {float(row['learning_rate']):g}", "step": int(row["step"]), "loss": float(row["loss"])}
+        for row in sorted(rows, key=lambda row: float(row["learning_rate"]))
+        if row["method"] == "prompt_tuning" and float(row["learning_rate"]) in (0.03, 0.1, 0.3)
+    ]
+
+
+def picture(points: list[dict[str, Any]], *, title: str, loss: str, colours: list[str], path: Path) -> None:
+    """Draws a curve for each run of the points."""
     names = list(dict.fromkeys(point["run"] for point in points))
-    colours = ["#696978", *PALETTE[: len(names) - 1]]
     base = alt.Chart(alt.InlineData(values=points), width=520, height=260)
     encoded = base.encode(
         x=alt.X("step:Q", title="optimizer step", scale=alt.Scale(domain=[0, max(p["step"] for p in points)])),
-        y=alt.Y("loss:Q", title=f"training loss, mean of {MEAN_OF} steps (nats a token)", scale=alt.Scale(zero=False)),
+        y=alt.Y("loss:Q", title=loss, scale=alt.Scale(zero=False)),
         color=alt.Color("run:N", title=None, sort=names, scale=alt.Scale(domain=names, range=colours)),
-        shape=alt.Shape("run:N", title=None, sort=names),
+        shape=alt.Shape("run:N", title=None, sort=names, scale=alt.Scale(domain=names)),
     )
     chart = encoded.mark_line(strokeWidth=2) + encoded.mark_point(filled=True, size=50)
-    title = "Prompt tuning, 8 tokens, SmolLM2-135M: never attached, and attached at two rates"
     chart = chart.properties(title=alt.Title(title, anchor="start"), background="white", padding=12)
     write_picture(chart.configure_legend(orient="right", labelLimit=240).to_dict(), path)
 

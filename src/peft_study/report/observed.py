@@ -41,6 +41,7 @@ _BASE_LOSS = Said(
     "the run does not log the base's loss (logging.base_loss, not for full fine-tuning)",
     "训练没有记录基座损失（logging.base_loss；全参数微调时没有）",
 )
+_BEGUN = ("the run has begun", "该运行已经开始")
 _UNIGRAM = Said("the run began before there were checkups", "该运行开始时还没有检查记录")
 
 
@@ -70,7 +71,7 @@ def observe_run(folder: Path, *, weights: bool = False) -> Observations:
     rows = record.get("data", {}).get("train_rows")
     passes = config.training.batch_size / rows if rows else None
     curve = _curve(records, reason if state == "diverged" else None, passes)
-    reasons: dict[str, tuple[str, str]] = {"curve.unigram_loss": _UNIGRAM}
+    reasons: dict[str, tuple[str, str]] = {"curve.unigram_loss": _UNIGRAM, "settings.seconds": _BEGUN}
     if curve is not None and curve.minus_base is None:
         reasons["curve.minus_base"] = _BASE_LOSS
     seen = Observations(
