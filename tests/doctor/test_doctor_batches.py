@@ -161,3 +161,11 @@ def test_losses_that_cannot_be_measured_say_why() -> None:
     assert "no such input" in why[0]
     unsupervised = batch() | {"labels": torch.full((4, 12), N)}
     assert losses_before(model(), [unsupervised], has_adapter=False)[0] is None
+
+
+def test_rows_without_any_label_are_not_taken_for_cut_ones() -> None:
+    masked = rows(*[([1, 5, 6, 7], [N] * 4)] * 4)
+    assert count(masked).truncated is None
+    assert count(masked).unsupervised == 4
+    some = rows(*[([1, 5, 6, 7], [N] * 4)] * 5, ([1, 5, 2], [N, 5, 2]))
+    assert count(some).truncated == 5

@@ -133,3 +133,13 @@ def test_overflow_in_float16_is_told_but_not_the_scalers_way_down() -> None:
     assert one("fp16_overflow", seen(falling(100), gradient_norm=norms)) is None
     assert one("fp16_overflow", seen(falling(100), skipped=30, settings=half)) is not None
     assert one("fp16_overflow", seen(falling(100), skipped=2, settings=half)) is None
+
+
+def test_held_out_losses_that_are_no_numbers() -> None:
+    nan = float("nan")
+    problem = one("held_out_broken", seen(falling(100), **held_out(2.0, nan, nan)))
+    assert problem is not None
+    assert (problem.level, problem.step) == ("warning", 50)
+    assert one("held_out_broken", seen(falling(100), **held_out(2.0, nan, 1.5))) is None
+    # a run that diverged has told it
+    assert one("held_out_broken", seen([2.0, 1.5, nan], **held_out(2.0, nan, nan))) is None

@@ -177,3 +177,35 @@ def test_weights_are_compared_with_their_start() -> None:
     with torch.no_grad():
         parameter[0, 1] = float("nan")
     assert adapter_state(attached, start).bad == (name,)
+
+
+def test_weights_that_are_no_numbers_are_found_before_training() -> None:
+    attached = peft.get_peft_model(model(), CONFIGS["lora"]())
+    assert "bad_weights" in examine(observe_model(attached)).checked
+    with torch.no_grad():
+        next(p for p in attached.parameters() if p.requires_grad).view(-1)[0] = float("nan")
+    (problem, *_) = examine(observe_model(attached)).problems
+    assert problem.check == "bad_weights"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"arguments": 5}, "arguments is a int"),
+        ({"arguments": "args.yaml"}, "arguments is a str"),
+        ({"batches": 3}, "batches is a int"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        observe_model(model(), **values)
+
+
+def test_batches_may_be_one_and_may_hold_lists() -> None:
+    batch = {"input_ids": [[5, 6, 7, 2]] * 4, "labels": [[-100, 6, 7, 2]] * 4}
+    for batches in (batch, [batch]):
+        seen = observe_model(model(), batches=batches)
+        assert seen.data is not None
+        assert seen.data.rows == 4
+        assert seen.curve is not None
+        assert seen.curve.start_loss is not None

@@ -266,3 +266,28 @@ def test_lines_between_that_are_no_json(tmp_path: Path) -> None:
     path.write_text('{"step": 1, "loss": 2}\nWARNING: slow\n{"step": 2, "loss": 1}\n\n{"step": 3, "loss": 1}\n')
     assert curve(path).steps.tolist() == [1, 2, 3]
     assert "1 lines are no JSON objects, first line 2: they are left out" in curve(path).notes
+
+
+def test_the_column_of_steps_can_be_named(tmp_path: Path) -> None:
+    table = tmp_path / "log.csv"
+    table.write_text("k,step,loss\n" + "".join(f"{50 * n},0,{2 - n / 10}\n" for n in range(8)))
+    assert curve(table, columns={"step": "k"}).steps.tolist() == [50 * n for n in range(8)]
+    table.write_text("step,loss\n" + "".join(f"{50 * n},{2 - n / 10}\n" for n in range(8)))
+    assert curve(table, columns={"step": "step"}).steps[-1] == 350
+
+
+def test_llama_factorys_steps_and_steps_with_separators(tmp_path: Path) -> None:
+    rows = [{"current_steps": 50 * n, "total_steps": 400, "loss": 2 - n / 10, "lr": 1e-4} for n in range(8)]
+    assert curve(lines(tmp_path / "trainer_log.jsonl", rows)).steps[-1] == 350
+    table = tmp_path / "log.csv"
+    table.write_text("step;loss\n" + "".join(f"{step};1,5\n" for step in ("500", "1,000", "1,500", "12,000")))
+    found = curve(table)
+    assert found.steps.tolist() == [500, 1000, 1500, 12000]
+    assert found.loss.tolist() == [1.5] * 4  # a decimal comma there
+
+
+def test_the_loss_of_a_run_that_learns_from_rewards_is_not_judged(tmp_path: Path) -> None:
+    rows = [{"step": n, "loss": n / 1000, "train/reward": n / 10} for n in range(40)]
+    seen = read_log(lines(tmp_path / "log.jsonl", rows))
+    assert seen.curve is None
+    assert "rewards" in seen.reasons["curve"][0]

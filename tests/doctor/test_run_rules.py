@@ -220,3 +220,39 @@ def test_every_rule_of_a_run_survives_odd_input() -> None:
                 if rule.kind == "run":
                     one(rule.name, observed)
             assert examine(observed).text("zh")
+
+
+def test_a_loss_of_exactly_zero_is_no_success() -> None:
+    assert wrong(seen(np.zeros(40)))[0] == "zero_loss"
+    ends = np.concatenate([falling(40), np.zeros(20)])
+    problem = one("zero_loss", seen(ends, gradient_norm=np.full(60, 0.5)))
+    assert problem is not None
+    assert (problem.level, problem.step) == ("error", 41)
+    # a loss that went to zero by itself, and single zeros
+    assert one("zero_loss", seen(np.concatenate([falling(40, end=0.01), np.zeros(20)]))) is None
+    assert one("zero_loss", seen(np.concatenate([falling(40), [0.0, 0.0, 1.0]]))) is None
+
+
+@pytest.mark.parametrize("value", [2.3, 2.3026, 2.302585, 0.6931, 3.14159])
+@pytest.mark.parametrize("points", [20, 60, 200])
+def test_a_constant_loss_has_learned_nothing_whatever_its_digits(points: int, value: float) -> None:
+    assert wrong(seen(np.full(points, value))) == ["never_learned"]
+
+
+def test_the_highest_of_many_noisy_points_is_no_short_warm_up() -> None:
+    for points in (500, 3000, 6000):
+        for seed in range(10):
+            loss = falling(points) * (1 + noise(points, 0.2, seed=seed))
+            assert not wrong(seen(loss)), (points, seed)
+    bump = falling(3000) + noise(3000, 0.1)
+    bump[20:80] += 3.0
+    assert "warmup_too_short" in wrong(seen(bump))
+
+
+def test_a_log_of_evaluations_alone_says_nothing_of_training() -> None:
+    steps = np.array([100.0, 200.0, 300.0])
+    losses = {"steps": [], "held_out_steps": steps, "held_out_loss": np.array([1.5, 2.0, 2.4])}
+    problem = one("overfitting", seen([], **losses))
+    assert problem is not None
+    assert "training loss" not in problem.evidence.en
+    assert one("undecided", seen([], **losses)) is None

@@ -125,6 +125,9 @@ def test_broken_states(tmp_path: Path) -> None:
     assert "2 lines of log_history have no step: they are left out" in seen.curve.notes
     values["log_history"] = []
     path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match="holds no loss yet"):
+        read_log(path)
+    (tmp_path / "training_args.json").write_text('{"learning_rate": 1e-4}')
     seen = read_log(path)
     assert seen.curve is None
     assert "nothing is logged yet" in seen.reasons["curve"][0]
@@ -278,3 +281,17 @@ def test_event_files_of_keras_and_ours(tmp_path: Path) -> None:
     assert ours.minus_base is not None
     assert np.isnan(ours.minus_base).tolist() == [False, True, False]
     assert (ours.base_loss, ours.start_loss) == (2.0, 2.0)
+
+
+def test_the_loss_of_grpo_is_not_judged(tmp_path: Path) -> None:
+    history = [{"step": n, "loss": n / 1000, "reward": 0.1, "kl": 0.01} for n in range(1, 40)]
+    seen = read_log(state(tmp_path, log_history=history))
+    assert seen.curve is None
+    assert "rewards" in seen.reasons["curve"][0]
+
+
+def test_llama_factorys_arguments_and_values_that_are_no_numbers() -> None:
+    found, notes = settings_of({"finetuning_type": "lora", "lora_rank": 8, "learning_rate": "fast", "max_steps": 10})
+    assert (found["method"], found["rank"], found["total_steps"]) == ("lora", 8, 10)
+    assert "learning_rate" not in found
+    assert notes == ["learning_rate is 'fast', which is no number: it is left out"]

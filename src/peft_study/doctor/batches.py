@@ -197,6 +197,8 @@ def _cut(rows: Sequence[LabelledRow], ends: frozenset[int], *, pieces: bool) -> 
         pieces: rows look like pieces of a stream; of these only such without a supervised token lost something.
     """
     longest = max(len(row.ids) for row in rows)
+    if not any((row.labels != IGNORED).any() for row in rows):  # nothing is supervised: no cut need have done it
+        return None
     cut = [row for row in rows if len(row.ids) == longest and not _ended(row, ends)]
     silent = sum(not (row.labels[1:] != IGNORED).any() for row in cut)
     return len(cut) if len(cut) >= _FEWEST_CUT and (silent or not pieces) else None

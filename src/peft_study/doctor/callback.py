@@ -124,7 +124,7 @@ class DoctorCallback(TrainerCallback):
             steps_done=state.global_step,
             curve=curve_of(state.log_history, self._first.curve, resumed=began),
             adapter=adapter_state(model, start),
-            reasons={name: why for name, why in self._first.reasons.items() if name != "adapter"},
+            reasons={name: why for name, why in self._first.reasons.items() if name != "adapter.untouched"},
         )
         self.diagnosis = examine(seen)
         self._say(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -202,11 +203,21 @@ def _wrapped(text: str, width: int, indent: str) -> list[str]:
     first = text[: len(text) - len(text.lstrip())]
     # Chinese has no spaces and its letters are two columns wide
     if any("\u4e00" <= letter <= "\u9fff" for letter in text):
-        from rich.cells import chop_cells
-
-        rows = chop_cells(text.strip(), max(width - len(indent), 20))
+        rows = _chinese_rows(text.strip(), max(width - len(indent), 20))
         return [(first if place == 0 else indent) + row for place, row in enumerate(rows)]
     return textwrap.wrap(text.strip(), width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _chinese_rows(text: str, width: int) -> list[str]:
+    """Returns lines of so many columns; a name in Latin letters is not cut in two."""
+    from rich.cells import cell_len
+
+    rows = [""]
+    for piece in re.findall(r"[\x21-\x7e]+|.", text):
+        if cell_len(rows[-1] + piece) > width and rows[-1]:
+            rows.append("")
+        rows[-1] += piece if rows[-1] or piece != " " else ""
+    return [row.rstrip() for row in rows]
 
 
 def _problem_json(problem: Problem) -> dict[str, Any]:

@@ -50,10 +50,15 @@ def observe_model(
         ConfigError: the model is no torch module.
     """
     model = unwrapped(model)
+    if isinstance(batches, Mapping):
+        batches = [batches]
+    if batches is not None and not isinstance(batches, Sequence):
+        raise ConfigError(f"batches is a {type(batches).__name__}", remedy="give a list of batches")
+    batches = None if batches is None else [_tensors(batch) for batch in batches]
     configs = _configurations(model)
     counts = count_parameters(model, configs)
     settings = _settings(model, configs, counts, arguments)
-    reasons = {"adapter": ("the run has not begun", "训练还没有开始")}
+    reasons = {"adapter.untouched": ("the run has not begun", "训练还没有开始")}
     reasons |= {f"adapter.{name}": ("no adapter file was read", "没有读取适配器文件") for name in _OF_FILES}
     if arguments is None:
         reasons["settings"] = ("no training arguments were given", "没有给出训练参数")
@@ -63,7 +68,25 @@ def observe_model(
     data, curve = None, None
     if batches:
         data, curve = _look_at(model, batches, arguments, tokenizer, settings, reasons)
-    return Observations(stage="before", settings=settings, parameters=counts, data=data, curve=curve, reasons=reasons)
+    return Observations(
+        stage="before",
+        settings=settings,
+        parameters=counts,
+        data=data,
+        curve=curve,
+        adapter=adapter_state(model),
+        reasons=reasons,
+    )
+
+
+def _tensors(batch: Any) -> Any:
+    """Returns a batch with its lists as tensors, where they are even."""
+    if not isinstance(batch, Mapping):
+        return batch
+    try:
+        return {name: torch.as_tensor(value) if isinstance(value, list) else value for name, value in batch.items()}
+    except (TypeError, ValueError):
+        return batch
 
 
 def unwrapped(model: Any) -> Any:
@@ -195,6 +218,9 @@ def _settings(model: Any, configs: Mapping[str, Any], counts: ParameterCounts, a
     if isinstance(arguments, Mapping):
         values |= settings_of(arguments)[0]
     elif arguments is not None:
+        if not hasattr(arguments, "learning_rate"):
+            what = f"arguments is a {type(arguments).__name__}"
+            raise ConfigError(what, remedy='give TrainingArguments, or a mapping such as {"learning_rate": 1e-4}')
         computed = "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else computed
         values |= _argument_values(model, arguments)
     return UsedSettings(**{"parameter_dtype": trained, "compute_dtype": computed} | values)

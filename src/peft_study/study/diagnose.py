@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft_study.doctor.rule import examine
+from peft_study.errors import ConfigError
 from peft_study.storage.run_dir import RunFolder
 
 if TYPE_CHECKING:
@@ -49,6 +51,9 @@ def diagnose(
         from peft_study.study.checkup import diagnose_words
 
         return diagnose_words([str(word) for word in what])
+    if not isinstance(what, (str, os.PathLike)):
+        remedy = "give a model, the path of a study file, run, log or adapter, or the words of a command"
+        raise ConfigError(f"{type(what).__name__} is nothing to diagnose", remedy=remedy)
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
         from peft_study.study.checkup import diagnose_file

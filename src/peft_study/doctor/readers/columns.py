@@ -18,8 +18,8 @@ _LOSS = (
 )  # fmt: skip
 _STEP = (
     "global_step", "trainer_global_step", "optimizer_step", "step", "steps", "global_steps", "iteration", "iter",
-    "iterations", "global_iter", "global_iteration", "num_updates", "update", "updates", "n_iter", "it", "batch", "i",
-    "_step",
+    "iterations", "current_steps", "global_iter", "global_iteration", "num_updates", "update", "updates", "n_iter",
+    "it", "batch", "i", "_step",
 )  # fmt: skip
 _NORM = (
     "grad_norm", "gradient_norm", "gradnorm", "gnorm", "gn", "global_grad_norm", "total_grad_norm", "grad_norm_total",
@@ -129,7 +129,7 @@ class Columns:
                 raise UserError(f"{what} is nothing that a log holds", where="--map", remedy=nearest(what, _GIVEN))
             self._given[name] = _GIVEN.get(what, what)
         self._chosen: dict[tuple[str, bool], str | None] = {}
-        self._taken: dict[str, str] = {}
+        self._taken: dict[str, str] = {what: name for name, what in self._given.items()}
         self._others: dict[str, list[str]] = {}
 
     @property

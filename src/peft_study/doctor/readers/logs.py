@@ -21,12 +21,13 @@ import numpy as np
 from peft_study.doctor.observations import FILE as SEEN
 from peft_study.doctor.observations import LossCurve, Observations, UsedSettings, from_json
 from peft_study.doctor.readers.adapter_config import method_settings
+from peft_study.doctor.readers.columns import plain
 from peft_study.doctor.readers.log_curve import curve_of_points, reasons_of
 from peft_study.doctor.readers.log_text import GIVE, JsonArray, LogFile, document_of
 from peft_study.doctor.readers.tables import csv_rows, flat, json_rows, points_of_rows
 from peft_study.doctor.readers.tensorboard_log import NAME as EVENTS
 from peft_study.doctor.readers.tensorboard_log import event_files, event_rows
-from peft_study.doctor.readers.trainer_state import FILE, is_trainer_state, newest_state, read_trainer_state
+from peft_study.doctor.readers.trainer_state import FILE, REWARDED, is_trainer_state, newest_state, read_trainer_state
 from peft_study.doctor.readers.training_args import BESIDE, read_training_args
 from peft_study.errors import DataError, nearest_path
 
@@ -77,7 +78,14 @@ def read_log(
     seen = _with_live(seen, folders)
     if seen.curve is None and log is None and seen.parameters is None:
         raise DataError("holds no log", where=str(path), remedy=_LOOKED_FOR)
+    if seen.curve is None and seen.reasons.get("curve") != REWARDED and not _known_otherwise(seen):
+        raise DataError("holds no loss yet", where=str(where), remedy="wait for the first one (logging_steps)")
     return _with_logged_rates(seen)
+
+
+def _known_otherwise(seen: Observations) -> bool:
+    """Returns whether there is something to check beside a curve."""
+    return seen.parameters is not None or seen.settings.learning_rate is not None
 
 
 def holds_log(folder: Path) -> bool:
@@ -185,6 +193,8 @@ def _of_rows(
 ) -> Observations:
     points, said, names = points_of_rows(rows, where, columns)
     curve = curve_of_points(points, [*said, *notes])
+    if curve is not None and any(re.fullmatch("(train_)?rewards?(_mean)?", plain(name)) for name in names):
+        return Observations(stage="after", reasons={"curve": REWARDED})
     if curve is None:
         shown = ", ".join(name[:40] for name in names[:12]) + (", ..." if len(names) > 12 else "")
         raise DataError(

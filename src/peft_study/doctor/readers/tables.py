@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -97,8 +98,9 @@ class _Filler:
         if isinstance(value, int):
             return math.inf  # of hundreds of digits
         if isinstance(value, str):
+            thousands = what == "step" and re.fullmatch(r"\d{1,3}(,\d{3})+", value.strip())
             try:
-                return float(value.replace(",", "."))  # a decimal comma
+                return float(value.replace(",", "" if thousands else "."))  # else it is a decimal comma
             except ValueError:
                 self._bad[what] = self._bad.get(what, 0) + 1
                 self._first_bad = self._first_bad or value[:40]

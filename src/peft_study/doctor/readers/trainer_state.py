@@ -20,6 +20,10 @@ _KNOWN = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "rate",
 """Keys of the Trainer; TRL adds others, none of them a loss."""
 _SUMMARY = "train_runtime"
 """Only the last line of a training has it; `train_loss` there is the mean of the run."""
+REWARDED = (
+    "the run learns from rewards (GRPO, PPO): its loss says nothing of what is learned",
+    "该训练从奖励中学习（GRPO、PPO），其损失不能说明学到了什么",
+)
 
 
 def is_trainer_state(file: LogFile) -> bool:
@@ -50,7 +54,9 @@ def read_trainer_state(file: LogFile) -> Observations:
     total = _whole(state.get("max_steps"))
     done = _whole(state.get("global_step")) or log.last_step
     ended = log.ended or (total is not None and done is not None and done >= total)
-    if curve is None:
+    if log.rewarded:
+        curve, reasons = None, {"curve": REWARDED}
+    elif curve is None:
         reasons = {"curve": ("nothing is logged yet (logging_steps)", "日志里还没有损失（logging_steps）")}
     else:
         reasons = reasons_of(curve)
@@ -84,11 +90,13 @@ class _History:
         points: so far.
         ended: whether the last line says that the training ended.
         last_step: of the lines.
+        rewarded: whether lines have a reward.
     """
 
     def __init__(self) -> None:
         self.points = Points()
         self.ended, self.last_step = False, 0
+        self.rewarded = False
         self._ended_at: list[int] = []
         self._odd = 0
 
@@ -102,6 +110,7 @@ class _History:
         if _SUMMARY in line:
             self.ended = True
             return
+        self.rewarded = self.rewarded or "reward" in line
         values = dict(_values(line))
         if "loss" in values and self.ended:
             self.ended = False

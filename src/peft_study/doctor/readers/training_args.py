@@ -30,7 +30,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "max_norm",
     ),
     "weight_decay": ("weight_decay", "wd"),
-    "method": ("peft_type", "adapter", "peft_method", "method"),
+    "method": ("peft_type", "adapter", "peft_method", "finetuning_type", "method"),
     "rank": ("lora_r", "lora_rank", "r", "rank", "peft_lora_r"),
     "alpha": ("lora_alpha", "peft_lora_alpha"),
     "tokens": ("num_virtual_tokens", "prompt_tokens", "num_prompt_tokens"),
@@ -77,6 +77,7 @@ def settings_of(arguments: Mapping[str, Any], *, total_steps: int | None = None)
     plain = _plain(arguments)
     given = {what: value for what, names in _NAMES.items() if (value := _first(plain, names)) is not None}
     numbers = {what: number for what in given if (number := _number(given[what])) is not None}
+    odd = [what for what in ("learning_rate", "total_steps", "batch_size") if what in given and what not in numbers]
     found: dict[str, Any] = {name: numbers[name] for name in ("learning_rate", "weight_decay") if name in numbers}
     for name in ("optimizer", "schedule"):
         if isinstance(given.get(name), str) and given[name]:
@@ -96,7 +97,7 @@ def settings_of(arguments: Mapping[str, Any], *, total_steps: int | None = None)
     dtype = dtype or _DTYPES.get(str(plain.get("mixed_precision", "")).lower())
     if dtype is not None:
         found["compute_dtype"] = dtype
-    return found, notes
+    return found, [*notes, *(f"{what} is {given[what]!r}, which is no number: it is left out" for what in odd)]
 
 
 def _plain(arguments: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:

@@ -82,6 +82,44 @@ def rate_zero(seen: Observations) -> Problem | None:
 
 @rule(
     "run",
+    looks_at="training losses of exactly 0",
+    threshold="at every point of at least 3; or at the last 3 and more, after a loss above 0.1",
+    source="a mean over no supervised token, and a loss of NaN that transformers leaves out, are logged as 0",
+    false_alarms="an answer that is known by heart, in a log that rounds",
+    needs=("curve",),
+    explains=("never_learned", "memorising", "epoch_jumps", "noisy", "undecided", "too_cold", "rate_too_low"),
+)
+def zero_loss(seen: Observations) -> Problem | None:
+    """The loss is exactly zero."""
+    curve = seen.curve
+    assert curve is not None
+    zeros = curve.loss == 0
+    last = len(zeros) if zeros.all() else int((~zeros[::-1]).argmax())
+    if last < ZERO_POINTS or (last < len(zeros) and not curve.loss[len(zeros) - last - 1] > NEAR_ZERO):
+        return None
+    step, whole = int(curve.steps[len(zeros) - last]), last == len(zeros)
+    before = "" if whole else f"{curve.loss[len(zeros) - last - 1]:.3g}"
+    return Problem(
+        level="error",
+        sure="certain" if whole else "likely",
+        cause=Said("the loss is exactly zero", "损失恰好为零"),
+        evidence=Said(
+            "at every logged step" if whole else f"from step {step} on, {before} before",
+            "所有记录的步上都是 0" if whole else f"从第 {step} 步起为 0，之前为 {before}",
+        ),
+        consequence=Said("nothing is learned", "什么也学不到"),
+        change=Said(
+            "look whether any label of a batch is supervised, and whether losses or gradients overflow (fp16)",
+            "检查批次里是否有监督标签，以及损失或梯度是否溢出（fp16）",
+        ),
+        paste="print((batch['labels'] != -100).sum())",
+        values={"step": step, "points": last},
+        step=step,
+    )
+
+
+@rule(
+    "run",
     looks_at="the fall of the loss, and the rate against the range of the method",
     threshold="the rate lies below the range (unknown method: 1e-6), and the loss falls by less than 5 %",
     source="the search ranges of config/methods.py and their sources",
@@ -149,6 +187,7 @@ def never_learned(seen: Observations) -> Problem | None:
         fall = max(fall, curve.start_loss - series.end.value)
     small = fall < NO_FALL * error or fall + 2 * error < SLIGHT_FALL * series.start.value
     flat = small and decidable(series) and not series.falls() and abs(series.start.above(series.end)) < CLEAR - 1
+    flat = flat or _constant(series)
     flat = flat and held_out_fall(curve) < TINY_FALL / 2 and series.start.value > NEAR_ZERO and not _below_base(series)
     unanswered = _no_answers(curve)
     if not flat and not (unanswered and fall < 0.2 * series.start.value):
@@ -243,6 +282,11 @@ def _below_base(series: Series) -> bool:
     """Returns whether the run ends clearly below the untouched base on the same examples."""
     gap = series.base - series.end.value if series.base is not None else 0.0
     return gap > CLEAR * series.end.error and gap > SLIGHT_FALL / 2 * abs(series.base or 0.0)
+
+
+def _constant(series: Series) -> bool:
+    """Returns whether all points are one number, but for its rounding."""
+    return bool(np.ptp(series.values) <= 1e-6 * abs(series.start.value))
 
 
 def _no_answers(curve: LossCurve) -> bool:

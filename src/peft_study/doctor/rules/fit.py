@@ -59,6 +59,42 @@ def turn(steps: Floats, losses: Floats) -> Turn | None:
 
 @rule(
     "run",
+    looks_at="held-out losses that are no numbers, while the training loss is one",
+    threshold="the last one",
+    source="a mean over no supervised token is NaN; half precision overflows",
+    false_alarms="none known",
+    needs=("curve.held_out_loss", "curve.held_out_steps"),
+)
+def held_out_broken(seen: Observations) -> Problem | None:
+    """The held-out loss is not a number."""
+    curve = seen.curve
+    assert curve is not None
+    assert curve.held_out_loss is not None
+    assert curve.held_out_steps is not None
+    bad = ~np.isfinite(curve.held_out_loss)
+    if not len(bad) or not bad[-1] or (len(curve.loss) and not np.isfinite(curve.loss[-1])):
+        return None
+    first = int(curve.held_out_steps[: len(bad)][bad][0])
+    return Problem(
+        level="warning",
+        sure="certain",
+        cause=Said("the held-out loss is not a number", "验证损失不是有限的数"),
+        evidence=Said(
+            f"{bad.sum()} of {len(bad)} evaluations, first at step {first}",
+            f"{len(bad)} 次评估中有 {bad.sum()} 次，首次在第 {first} 步",
+        ),
+        consequence=Said("whether new examples are learned is not known", "无法知道模型在新样本上学得如何"),
+        change=Said(
+            "leave out held-out rows without a supervised token, and evaluate in bfloat16 or float32",
+            "去掉没有监督标签的验证样本，并用 bfloat16 或 float32 评估",
+        ),
+        values={"evaluations": int(bad.sum()), "step": first},
+        step=first,
+    )
+
+
+@rule(
+    "run",
     looks_at="the held-out loss after its lowest value, while the training loss falls",
     threshold="ends 3 % above its lowest (10 % where one evaluation lies after it), beyond its noise",
     source="Prechelt (1998): generalisation loss of 2 to 5 %",
@@ -81,15 +117,16 @@ def overfitting(seen: Observations) -> Problem | None:
     if shown is False and found.share < TURNS_ONCE:
         return None
     never = found.step <= 0
+    falls = Said(", while the training loss falls on", "，而训练损失仍在下降") if len(curve.loss) else Said("", "")
     return Problem(
         level="warning",
         sure="certain" if found.share > TURNS_ONCE else "likely",
         cause=Said("the run overfits", "过拟合"),
         evidence=Said(
             f"the held-out loss is lowest at step {found.step} ({found.lowest:.3g}) and ends at {found.last:.3g}, "
-            f"{100 * found.share:.0f} % higher, while the training loss falls on",
+            f"{100 * found.share:.0f} % higher{falls.en}",
             f"验证损失在第 {found.step} 步最低（{found.lowest:.3g}），结束时为 {found.last:.3g}，"
-            f"高出 {100 * found.share:.0f}%，而训练损失仍在下降",
+            f"高出 {100 * found.share:.0f}%{falls.zh}",
         ),
         consequence=Said(
             "every step after that makes the model worse on new examples", "此后的每一步都让模型在新样本上变差"

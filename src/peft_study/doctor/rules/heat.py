@@ -270,12 +270,16 @@ def warmup_too_short(seen: Observations) -> Problem | None:
     early = early[np.isfinite(curve.loss[early])]
     if len(early) < 2 or not _full_by(seen, curve, int(early[-1])):
         return None
-    peak = int(early[int(curve.loss[early].argmax())])
-    first = float(curve.loss[early[early < peak][:3]].min()) if (early < peak).any() else None
-    if first is None or curve.loss[peak] < SPIKE * first:
+    # of many points the highest is noise: a peak lasts for a tenth of them
+    width = max(1, len(early) // 10)
+    levels = np.median(np.lib.stride_tricks.sliding_window_view(curve.loss[early], width), axis=1)
+    place = int(levels.argmax())
+    peak = int(early[place + width // 2])
+    if place == 0 or levels[place] < SPIKE * levels[: min(place, 3)].min():
         return None
-    beyond = (float(curve.loss[peak]) - first) / max(series.noise, 1e-12)
-    if beyond < JUMP_ERRORS or series.end.value >= first or not _lasts(curve, peak, first, series.noise):
+    first = float(levels[: min(place, 3)].min())
+    beyond = (float(levels[place]) - first) / max(series.noise, 1e-12)
+    if beyond < JUMP_ERRORS or series.end.value >= first or not (width > 2 or _lasts(curve, peak, first, series.noise)):
         return None
     step, rate = int(curve.steps[peak]), _rate_and_norm(curve, peak)
     steps = max(10, round(USUAL_WARMUP * total), (seen.settings.warmup_steps or 0) * 3)
@@ -284,13 +288,13 @@ def warmup_too_short(seen: Observations) -> Problem | None:
         sure="likely",
         cause=Said("the warm-up is too short for this rate", "对这个学习率来说，预热太短"),
         evidence=Said(
-            f"the loss rises from {first:.3g} to {curve.loss[peak]:.3g} at step {step}, and recovers later{rate.en}",
-            f"损失在第 {step} 步从 {first:.3g} 升到 {curve.loss[peak]:.3g}，之后恢复{rate.zh}",
+            f"the loss rises from {first:.3g} to {levels[place]:.3g} at step {step}, and recovers later{rate.en}",
+            f"损失在第 {step} 步从 {first:.3g} 升到 {levels[place]:.3g}，之后恢复{rate.zh}",
         ),
         consequence=Said("what the start gave is lost, and steps with it", "丢失了初始化的好处，也浪费了步数"),
         change=Said(f"warm up over {steps} steps, or lower the learning rate", f"预热 {steps} 步，或者降低学习率"),
         paste=f"warmup_steps: {steps}",
-        values={"step": step, "start": first, "peak": float(curve.loss[peak])},
+        values={"step": step, "start": first, "peak": float(levels[place])},
         step=step,
     )
 

@@ -58,9 +58,9 @@ def rising(seen: Observations) -> Problem | None:
         cause=Said("the loss rises", "损失在上升"),
         evidence=Said(
             f"{start.value:.3g} at the start, {end.value:.3g} at the end{over.en}: "
-            f"{errors:.1f} standard errors of its noise{rates_said(seen.settings).en}",
+            f"{min(errors, 99):.0f} standard errors of its noise{rates_said(seen.settings).en}",
             f"开始时 {start.value:.3g}，结束时 {end.value:.3g}{over.zh}：为噪声标准误的 "
-            f"{errors:.1f} 倍{rates_said(seen.settings).zh}",
+            f"{min(errors, 99):.0f} 倍{rates_said(seen.settings).zh}",
         ),
         consequence=Said("training makes the model worse", "训练让模型变差"),
         change=Said(
@@ -136,7 +136,7 @@ def undecided(seen: Observations) -> Problem | None:
     curve = seen.curve
     assert curve is not None
     series = training_series(curve)
-    if held_out_fall(curve) > WORTHWHILE:
+    if held_out_fall(curve) > WORTHWHILE or not len(curve.loss):
         return None
     if series is None:
         count = int(np.isfinite(curve.loss).sum())
