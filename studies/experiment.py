@@ -1,0 +1,213 @@
+"""The studies behind docs/findings.md: which trials they have, and how they are trained.
+
+    python studies/experiment.py write      # the blocks, studies/NAME/block-NN.yaml
+    python studies/experiment.py run        # trains those that have no rows yet; studies/NAME/block-NN.parquet
+
+`words` and `choices` are the designed experiment: rate, tokens or rank, initialisation, warm-up, weight decay, batch
+and steps, all at once. The points of a data set are one scrambled Sobol sequence a method, so that every part of it
+covers the whole space. `sample` asks whether the best of three rates on 300 rows is the best on 3,000: one pass each.
+
+A block trains for at most about 40 minutes on two cores. Nothing is stopped early. A run that was killed goes on where
+it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from scipy.stats import qmc
+
+import peft_study
+from peft_study.model.load import resolve_model
+
+HERE = Path(__file__).resolve().parent
+SHARED = HERE.parents[1] / "shared" / "data"
+RUNS = HERE.parent / "runs" / "studies"
+MODEL = "smollm2-135m-instruct"
+RATES = 1e-5, 10.0
+TOKENS = 1, 100
+RANKS = 1, 64
+WARMUP, WEIGHT_DECAY = 0.2, 0.1
+BATCHES = 4, 8
+STEPS = 20, 36, 66, 120
+"""Evenly spaced on a log scale."""
+POINTS = {"prompt_tuning": 64, "prefix_tuning": 64, "lora": 32}
+INITS = {"prompt_tuning": ("text", "vocab", "random"), "prefix_tuning": ("text", "zero", "random")}
+HELD_OUT = 96
+SAMPLES, SEEDS = (300, 3000), (0, 1, 2)
+SAMPLED = {
+    "prompt_tuning": {"tokens": 20, "learning_rate": (0.03, 0.1, 0.3)},
+    "prefix_tuning": {"tokens": 30, "learning_rate": (0.003, 0.01, 0.03)},
+    "lora": {"rank": 16, "learning_rate": (1e-4, 3e-4, 1e-3)},
+}
+"""Of `sample`: a third of the usual rate, the usual one, and three times it."""
+BLOCK_TOKENS = 650_000
+"""Of a block: some 35 minutes at the 320 tokens a second of two cores."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the experiment: `file` under ../shared/data, its rows of at most `most` tokens, `mean` of them."""
+
+    file: str
+    most: int
+    mean: int
+
+
+SETS = {
+    "words": DataSet("dolly-partial/train.jsonl.gz", 64, 54),
+    "choices": DataSet("commonsenseqa/train.jsonl.gz", 80, 77),
+}
+
+
+SAMPLE = DataSet("dolly-partial/train.jsonl.gz", 128, 72)
+
+
+def points(method: str, seed: int) -> list[dict[str, Any]]:
+    """Returns the settings of a method's trials, with batch size and steps."""
+    sobol = qmc.Sobol(7, seed=np.random.default_rng([seed, list(POINTS).index(method)]))
+    return [_setting(method, unit) for unit in sobol.random(POINTS[method])]
+
+
+def _setting(method: str, unit: np.ndarray) -> dict[str, Any]:
+    rate, size, init, warmup, decay, batch, steps = unit.tolist()
+    setting: dict[str, Any] = {"method": method, "learning_rate": float(f"{_log(rate, *RATES):.3g}")}
+    if method == "lora":
+        setting["rank"] = round(_log(size, *RANKS))
+    else:
+        setting |= {"tokens": round(_log(size, *TOKENS)), "init": _of(INITS[method], init)}
+    setting |= {"warmup_ratio": round(warmup * WARMUP, 3), "weight_decay": round(decay * WEIGHT_DECAY, 4)}
+    return {**setting, "batch_size": _of(BATCHES, batch), "steps": _of(STEPS, steps)}
+
+
+def _log(unit: float, low: float, high: float) -> float:
+    return float(low * (high / low) ** unit)
+
+
+def _of(choices: tuple[Any, ...], unit: float) -> Any:
+    return choices[min(int(unit * len(choices)), len(choices) - 1)]
+
+
+def write(name: str) -> None:
+    """Writes the blocks of a data set."""
+    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for method in POINTS:
+        for number, point in enumerate(points(method, seed=list(SETS).index(name))):
+            cells[point.pop("steps"), point.pop("batch_size")][f"{method}-{number:02d}"] = point
+    (HERE / name).mkdir(exist_ok=True)
+    number = 0
+    for (steps, batch), trials in sorted(cells.items()):
+        each = max(1, BLOCK_TOKENS // (steps * batch * SETS[name].mean))
+        parts = -(-len(trials) // each)
+        for part in range(parts):
+            number += 1
+            chosen = dict(list(trials.items())[part::parts])
+            data = {"train": f"runs/studies/{name}.jsonl", "held_out": HELD_OUT, "max_length": SETS[name].most}
+            _write(name, number, data, {"steps": steps, "batch_size": batch}, chosen)
+
+
+def write_sample() -> None:
+    """Writes the blocks of `sample`: of 300 rows all methods at once, of 3,000 one at a time."""
+    trials = {
+        method: {
+            f"{method}-{number}": {"method": method, **setting, "learning_rate": rate}
+            for number, rate in enumerate(setting["learning_rate"])
+        }
+        for method, setting in SAMPLED.items()
+    }
+    (HERE / "sample").mkdir(exist_ok=True)
+    few, many = SAMPLES
+    together = {name: setting for each in trials.values() for name, setting in each.items()}
+    blocks = [(few, seed, together) for seed in SEEDS]
+    blocks += [(many, seed, each) for seed in SEEDS for each in trials.values()]
+    for number, (rows, seed, chosen) in enumerate(blocks, start=1):
+        files = {"train": "runs/studies/sample.jsonl", "held_out": "runs/studies/sample-held-out.jsonl"}
+        data = {**files, "max_length": SAMPLE.most, "limit": rows}
+        training = {"steps": rows // 8, "batch_size": 8, "seed": seed}
+        _write("sample", number, data, training, chosen)
+
+
+def _write(
+    name: str, number: int, data: dict[str, Any], training: dict[str, Any], trials: dict[str, dict[str, Any]]
+) -> None:
+    block = f"block-{number:02d}"
+    study = {
+        "model": {"name": MODEL},
+        "data": data,
+        "training": training,
+        "methods": trials,
+        "budget": {"trials": 1},
+        "search": {"sampler": "grid", "pruner": "none", "range_test": False, "widen": False},
+        "finals": {"best": 0},
+        "logging": {"evaluate_every": training["steps"], "base_loss": False, "tensorboard": False},
+        "output": f"runs/studies/{name}/{block}",
+    }
+    (HERE / name / f"{block}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def prepare(name: str) -> None:
+    """Writes the rows of a study that are short enough, once; of `sample` the held-out ones in a file of their own."""
+    target = RUNS / f"{name}.jsonl"
+    if target.exists():
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve_model(MODEL)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = SETS.get(name, SAMPLE)
+    with gzip.open(SHARED / source.file, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    kept = [
+        json.dumps(row) + "\n"
+        for row in rows
+        if len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) <= source.most
+    ]
+    if name == "sample":
+        (RUNS / "sample-held-out.jsonl").write_text("".join(kept[:HELD_OUT]))
+        kept = kept[HELD_OUT:]
+    target.write_text("".join(kept))
+
+
+def run(name: str) -> None:
+    """Trains the blocks of a data set that have no rows yet."""
+    for block in sorted((HERE / name).glob("block-*.yaml")):
+        if block.with_suffix(".parquet").exists():
+            continue
+        prepare(name)
+        result = peft_study.Study.from_yaml(block).run(verbose=False)
+        collect(result, block)
+        print(f"{name}/{block.stem}: {result.state}", flush=True)
+
+
+def collect(result: peft_study.StudyResult, block: Path) -> None:
+    """Writes a row a trial of a block."""
+    study = yaml.safe_load(block.read_text())
+    frame = result.trials_dataframe()
+    frame["batch_size"], frame["rows"] = study["training"]["batch_size"], study["data"].get("limit")
+    frame["steps"], frame["seed"] = study["training"]["steps"], study["training"].get("seed", 0)
+    frame.to_parquet(block.with_suffix(".parquet"), index=False)
+
+
+def main() -> None:
+    """Does what the command names, for each data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("write", "run"))
+    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)} or sample; none: all")
+    options = parser.parse_args()
+    for name in options.sets or [*SETS, "sample"]:
+        if options.do == "run":
+            run(name)
+        else:
+            write_sample() if name == "sample" else write(name)
+
+
+if __name__ == "__main__":
+    main()
