@@ -6,6 +6,7 @@
 `words` and `choices` are the designed experiment: rate, tokens or rank, initialisation, warm-up, weight decay, batch
 and steps, all at once. The points of a data set are one scrambled Sobol sequence a method, so that every part of it
 covers the whole space. `sample` asks whether the best of three rates on 300 rows is the best on 3,000: one pass each.
+`transfer` puts the defaults beside a search of 32 trials, on a data set that no default comes from.
 
 A block trains for at most about 40 minutes on two cores. Nothing is stopped early. A run that was killed goes on where
 it stopped.
@@ -18,6 +19,7 @@ import gzip
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ import yaml
 from scipy.stats import qmc
 
 import peft_study
+from peft_study.config import METHODS
 from peft_study.model.load import resolve_model
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +45,12 @@ STEPS = 20, 36, 66, 120
 POINTS = {"prompt_tuning": 64, "prefix_tuning": 64, "lora": 32}
 INITS = {"prompt_tuning": ("text", "vocab", "random"), "prefix_tuning": ("text", "zero", "random")}
 HELD_OUT = 96
+DESIGNED = {
+    "budget": {"trials": 1},
+    "search": {"sampler": "grid", "pruner": "none", "range_test": False, "widen": False},
+    "finals": {"best": 0},
+}
+"""Every trial is one setting, and runs to its end."""
 SAMPLES, SEEDS = (300, 3000), (0, 1, 2)
 SAMPLED = {
     "prompt_tuning": {"tokens": 20, "learning_rate": (0.03, 0.1, 0.3)},
@@ -69,6 +78,7 @@ SETS = {
 
 
 SAMPLE = DataSet("dolly-partial/train.jsonl.gz", 128, 72)
+TRANSFER = DataSet("codealpaca-2k/train.jsonl.gz", 128, 95)
 
 
 def points(method: str, seed: int) -> list[dict[str, Any]]:
@@ -135,19 +145,38 @@ def write_sample() -> None:
         _write("sample", number, data, training, chosen)
 
 
+def write_transfer() -> None:
+    """Writes the blocks of `transfer`: a method's search and its defaults, both retrained with three seeds."""
+    (HERE / "transfer").mkdir(exist_ok=True)
+    for number, method in enumerate(POINTS, start=1):
+        defaults = {"method": method, "learning_rate": METHODS[method].learning_rates.default}
+        trials = {method: {"space": "default"}, f"{method}-defaults": defaults}
+        data = {"train": "runs/studies/transfer.jsonl", "held_out": HELD_OUT, "test": 200, "max_length": TRANSFER.most}
+        searched = {"budget": {"trials": 32}, "search": {}, "finals": {"best": 1, "seeds": 3, "answers": 0}}
+        _write("transfer", number, data, {"steps": 48, "batch_size": 8}, trials, searched)
+
+
 def _write(
-    name: str, number: int, data: dict[str, Any], training: dict[str, Any], trials: dict[str, dict[str, Any]]
+    name: str,
+    number: int,
+    data: dict[str, Any],
+    training: dict[str, Any],
+    trials: dict[str, dict[str, Any]],
+    searched: dict[str, Any] = DESIGNED,
 ) -> None:
     block = f"block-{number:02d}"
+    designed = searched is DESIGNED
     study = {
         "model": {"name": MODEL},
         "data": data,
         "training": training,
         "methods": trials,
-        "budget": {"trials": 1},
-        "search": {"sampler": "grid", "pruner": "none", "range_test": False, "widen": False},
-        "finals": {"best": 0},
-        "logging": {"evaluate_every": training["steps"], "base_loss": False, "tensorboard": False},
+        **searched,
+        "logging": {
+            "evaluate_every": training["steps"] if designed else None,
+            "base_loss": False,
+            "tensorboard": False,
+        },
         "output": f"runs/studies/{name}/{block}",
     }
     (HERE / name / f"{block}.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
@@ -162,7 +191,7 @@ def prepare(name: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(str(resolve_model(MODEL)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    source = SETS.get(name, SAMPLE)
+    source = {**SETS, "sample": SAMPLE, "transfer": TRANSFER}[name]
     with gzip.open(SHARED / source.file, "rt") as file:
         rows = [json.loads(line) for line in file]
     kept = [
@@ -200,13 +229,14 @@ def main() -> None:
     """Does what the command names, for each data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("write", "run"))
-    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)} or sample; none: all")
+    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)}, sample or transfer; none: all")
     options = parser.parse_args()
-    for name in options.sets or [*SETS, "sample"]:
+    writers = {**{name: partial(write, name) for name in SETS}, "sample": write_sample, "transfer": write_transfer}
+    for name in options.sets or writers:
         if options.do == "run":
             run(name)
         else:
-            write_sample() if name == "sample" else write(name)
+            writers[name]()
 
 
 if __name__ == "__main__":
