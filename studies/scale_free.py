@@ -31,7 +31,7 @@ from peft_study.training.session import open_session
 
 SCALES = 1 / 8, 1 / 2, 1.0, 2.0, 8.0
 STEPS = 20
-RATES = 0.003, 0.01, 0.03, 0.1
+RATES = 0.003, 0.01, 0.03, 0.1, 0.3
 """Tried on SmolLM2, in either unit."""
 
 
@@ -156,7 +156,7 @@ def smollm2() -> None:
     trials = {}
     for unit in ("as it is", "in units"):
         for rate in RATES:
-            made = PrefixAdapter(plain.config, base, plain.table().detach(), 0)
+            made = PrefixAdapter(plain.config, base, plain.table().detach().clone(), 0)
             adapter = made if unit == "as it is" else ScaledPrefix(made, base, units_W)
             settings = training.model_copy(update={"learning_rate": rate})
             trials[unit, rate] = Trial(f"{unit} {rate}", adapter, settings, session.train)
