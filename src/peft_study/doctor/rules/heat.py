@@ -275,9 +275,9 @@ def warmup_too_short(seen: Observations) -> Problem | None:
     levels = np.median(np.lib.stride_tricks.sliding_window_view(curve.loss[early], width), axis=1)
     place = int(levels.argmax())
     peak = int(early[place + width // 2])
-    if place == 0 or levels[place] < SPIKE * levels[: min(place, 3)].min():
+    first = float(levels[: min(place, 3)].min()) if place else None
+    if first is None or levels[place] < SPIKE * first:
         return None
-    first = float(levels[: min(place, 3)].min())
     beyond = (float(levels[place]) - first) / max(series.noise, 1e-12)
     if beyond < JUMP_ERRORS or series.end.value >= first or not (width > 2 or _lasts(curve, peak, first, series.noise)):
         return None
