@@ -221,7 +221,7 @@ def collect(result: peft_study.StudyResult, block: Path) -> None:
     study = yaml.safe_load(block.read_text())
     frame = result.trials_dataframe()
     frame["batch_size"], frame["rows"] = study["training"]["batch_size"], study["data"].get("limit")
-    frame["steps"], frame["seed"] = study["training"]["steps"], study["training"].get("seed", 0)
+    frame["planned_steps"] = study["training"]["steps"]  # `steps` are those that a trial took
     frame.to_parquet(block.with_suffix(".parquet"), index=False)
 
 

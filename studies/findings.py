@@ -48,6 +48,7 @@ def rows() -> pd.DataFrame:
             frame["data"], frame["block"] = name, path.stem
             found.append(frame[frame["kind"] == "search"])
     table = pd.concat(found, ignore_index=True)
+    table["steps"] = table["planned_steps"]
     table["method"] = table["method"].str.rsplit("-", n=1).str[0]
     table["size"] = table["tokens"].fillna(table["rank"])
     table["gain"] = table["dev_minus_base"].astype(float)

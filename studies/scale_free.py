@@ -145,7 +145,7 @@ def scaled(tiny_world: Any, scale: float) -> Any:
 
 
 def smollm2() -> None:
-    """Trains the same prefix at four rates in either unit, all side by side, and writes a row a trial."""
+    """Trains the same prefix at each rate in either unit, all side by side, and writes a row a trial."""
     prepare("words")
     data = {"train": str(RUNS / "words.jsonl"), "held_out": HELD_OUT, "max_length": SETS["words"].most}
     training = TrainingConfig(steps=66, batch_size=4)
