@@ -17,10 +17,10 @@ quickstart: $(PROGRAM)
 
 install: $(PROGRAM)
 
-studies: $(PROGRAM)
+studies: $(TOOLS)
 	$(BIN)/python studies/experiment.py run
 
-findings: $(PROGRAM)
+findings: $(TOOLS)
 	$(BIN)/python studies/findings.py
 
 # torch first and alone: it is pinned to a version with a CPU build, and pip must not choose another for a dependency.

@@ -2,6 +2,7 @@
 
     python studies/experiment.py write      # the blocks, studies/NAME/block-NN.yaml
     python studies/experiment.py run        # trains those that have no rows yet; studies/NAME/block-NN.parquet
+    OMP_NUM_THREADS=1 taskset -c 1 python studies/experiment.py run words/block-07      # one of them, on one core
 
 `words` and `choices` are the designed experiment: rate, tokens or rank, initialisation, warm-up, weight decay, batch
 and steps, all at once. The points of a data set are one scrambled Sobol sequence a method, so that every part of it
@@ -30,6 +31,7 @@ from scipy.stats import qmc
 import peft_study
 from peft_study.config import METHODS
 from peft_study.model.load import resolve_model
+from peft_study.report.costs import costs
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[1] / "shared" / "data"
@@ -206,22 +208,25 @@ def prepare(name: str) -> None:
 
 
 def run(name: str) -> None:
-    """Trains the blocks of a data set that have no rows yet."""
-    for block in sorted((HERE / name).glob("block-*.yaml")):
+    """Trains the blocks of a study that have no rows yet, or one block, as `words/block-07`."""
+    study, _, block_name = name.partition("/")
+    for block in sorted((HERE / study).glob(f"{block_name or 'block-*'}.yaml")):
         if block.with_suffix(".parquet").exists():
             continue
-        prepare(name)
+        prepare(study)
         result = peft_study.Study.from_yaml(block).run(verbose=False)
         collect(result, block)
-        print(f"{name}/{block.stem}: {result.state}", flush=True)
+        print(f"{study}/{block.stem}: {result.state}", flush=True)
 
 
 def collect(result: peft_study.StudyResult, block: Path) -> None:
-    """Writes a row a trial of a block."""
+    """Writes a row a trial of a block, with the speed that its setting has alone on this machine."""
     study = yaml.safe_load(block.read_text())
     frame = result.trials_dataframe()
     frame["batch_size"], frame["rows"] = study["training"]["batch_size"], study["data"].get("limit")
     frame["planned_steps"] = study["training"]["steps"]  # `steps` are those that a trial took
+    speeds = {method: cost.tokens_per_second for method, cost in costs(result.folder).items()}
+    frame["tokens_per_second_alone"] = frame["method"].map(speeds)
     frame.to_parquet(block.with_suffix(".parquet"), index=False)
 
 
@@ -229,7 +234,7 @@ def main() -> None:
     """Does what the command names, for each data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("write", "run"))
-    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)}, sample or transfer; none: all")
+    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)}, sample or transfer; NAME/block-NN; none: all")
     options = parser.parse_args()
     writers = {**{name: partial(write, name) for name in SETS}, "sample": write_sample, "transfer": write_transfer}
     for name in options.sets or writers:
