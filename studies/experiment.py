@@ -7,7 +7,8 @@
 `words` and `choices` are the designed experiment: rate, tokens or rank, initialisation, warm-up, weight decay, batch
 and steps, all at once. The points of a data set are one scrambled Sobol sequence a method, so that every part of it
 covers the whole space. `sample` asks whether the best of three rates on 300 rows is the best on 3,000: one pass each.
-`transfer` puts the defaults beside a search of 32 trials, on a data set that no default comes from.
+`rising` trains all weights and an attached prompt, and keeps their curves. `transfer` puts the defaults beside a search
+of 32 trials, on a data set that no default comes from.
 
 A block trains for at most about 40 minutes on two cores. Nothing is stopped early. A run that was killed goes on where
 it stopped.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from scipy.stats import qmc
 
@@ -53,13 +55,23 @@ DESIGNED = {
     "finals": {"best": 0},
 }
 """Every trial is one setting, and runs to its end."""
-SAMPLES, SEEDS = (300, 3000), (0, 1, 2)
+SEEDS = 0, 1, 2
+SAMPLES = {300: SEEDS, 3000: SEEDS[:2]}
+"""Rows of `sample`, with the seeds of each."""
 SAMPLED = {
     "prompt_tuning": {"tokens": 20, "learning_rate": (0.03, 0.1, 0.3)},
     "prefix_tuning": {"tokens": 30, "learning_rate": (0.003, 0.01, 0.03)},
     "lora": {"rank": 16, "learning_rate": (1e-4, 3e-4, 1e-3)},
 }
 """Of `sample`: a third of the usual rate, the usual one, and three times it."""
+RISING = {
+    "full-1e-4": {"method": "full", "learning_rate": 1e-4},
+    "full-1e-3": {"method": "full", "learning_rate": 1e-3},
+    "prompt-1e-4": {"method": "prompt_tuning", "learning_rate": 1e-4},
+    "prompt-1e-1": {"method": "prompt_tuning", "learning_rate": 0.1},
+    "prompt-1e0": {"method": "prompt_tuning", "learning_rate": 1.0},
+}
+"""Of `rising`: an adapter that was never attached is full fine-tuning at the adapter's rate."""
 BLOCK_TOKENS = 650_000
 """Of a block: some 35 minutes at the 320 tokens a second of two cores."""
 
@@ -79,7 +91,7 @@ SETS = {
 }
 
 
-SAMPLE = DataSet("dolly-partial/train.jsonl.gz", 128, 72)
+SAMPLE = DataSet("dolly-partial/train.jsonl.gz", 108, 72)
 TRANSFER = DataSet("codealpaca-2k/train.jsonl.gz", 128, 95)
 
 
@@ -138,8 +150,8 @@ def write_sample() -> None:
     (HERE / "sample").mkdir(exist_ok=True)
     few, many = SAMPLES
     together = {name: setting for each in trials.values() for name, setting in each.items()}
-    blocks = [(few, seed, together) for seed in SEEDS]
-    blocks += [(many, seed, each) for seed in SEEDS for each in trials.values()]
+    blocks = [(few, seed, together) for seed in SAMPLES[few]]
+    blocks += [(many, seed, each) for seed in SAMPLES[many] for each in trials.values()]
     for number, (rows, seed, chosen) in enumerate(blocks, start=1):
         files = {"train": "runs/studies/sample.jsonl", "held_out": "runs/studies/sample-held-out.jsonl"}
         data = {**files, "max_length": SAMPLE.most, "limit": rows}
@@ -158,6 +170,14 @@ def write_transfer() -> None:
         _write("transfer", number, data, {"steps": 48, "batch_size": 8}, trials, searched)
 
 
+def write_rising() -> None:
+    """Writes the blocks of `rising`: all weights and an attached prompt at a rate each, a seed a block."""
+    (HERE / "rising").mkdir(exist_ok=True)
+    for number, seed in enumerate(SEEDS, start=1):
+        data = {"train": "runs/studies/words.jsonl", "held_out": HELD_OUT, "max_length": SETS["words"].most}
+        _write("rising", number, data, {"steps": 60, "batch_size": 8, "seed": seed}, RISING, every=10)
+
+
 def _write(
     name: str,
     number: int,
@@ -165,9 +185,11 @@ def _write(
     training: dict[str, Any],
     trials: dict[str, dict[str, Any]],
     searched: dict[str, Any] = DESIGNED,
+    every: int | None = None,
 ) -> None:
     block = f"block-{number:02d}"
-    designed = searched is DESIGNED
+    if searched is DESIGNED:
+        every = every or training["steps"]
     study = {
         "model": {"name": MODEL},
         "data": data,
@@ -175,7 +197,7 @@ def _write(
         "methods": trials,
         **searched,
         "logging": {
-            "evaluate_every": training["steps"] if designed else None,
+            "evaluate_every": every,
             "base_loss": False,
             "tensorboard": False,
         },
@@ -228,15 +250,33 @@ def collect(result: peft_study.StudyResult, block: Path) -> None:
     speeds = {method: cost.tokens_per_second for method, cost in costs(result.folder).items()}
     frame["tokens_per_second_alone"] = frame["method"].map(speeds)
     frame.to_parquet(block.with_suffix(".parquet"), index=False)
+    if block.parent.name == "rising":
+        curves(result.folder).to_parquet(block.with_name(f"{block.stem}-curves.parquet"), index=False)
+
+
+def curves(folder: Path) -> pd.DataFrame:
+    """Returns training and held-out losses of a study's trials, a row a step."""
+    lines = [
+        {"trial": path.parent.name, **json.loads(line)}
+        for path in sorted(folder.glob("trials/*/metrics.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    return pd.DataFrame(lines)[["trial", "event", "step", "loss", "minus_base"]]
 
 
 def main() -> None:
     """Does what the command names, for each data set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("write", "run"))
-    parser.add_argument("sets", nargs="*", metavar="NAME", help=f"{', '.join(SETS)}, sample or transfer; NAME/block-NN; none: all")
+    parser.add_argument(
+        "sets",
+        nargs="*",
+        metavar="NAME",
+        help=f"{', '.join(SETS)}, sample, rising or transfer; NAME/block-NN; none: all",
+    )
     options = parser.parse_args()
-    writers = {**{name: partial(write, name) for name in SETS}, "sample": write_sample, "transfer": write_transfer}
+    writers = {name: partial(write, name) for name in SETS}
+    writers |= {"sample": write_sample, "rising": write_rising, "transfer": write_transfer}
     for name in options.sets or writers:
         if options.do == "run":
             run(name)
