@@ -1,205 +1,231 @@
-"""What the rows of the studies say: every number of docs/findings.md, in studies/summary.json, and its pictures.
+"""What the rows of the studies say: studies/summary.json, and the tables and pictures of docs/findings.md.
 
     make findings          # reads studies/*/*.parquet; nothing is trained
 
-A method's rows become a Gaussian process (scikit-learn) over its settings, for each data set. The best rate at some
-tokens, steps and batch is where a draw of the process is least; its interval holds 80 % of the draws. Shares of
-variance are Sobol indices of the mean surface (scipy): `alone` is the main effect, `with others` adds interactions.
+Every number of the page stands in summary.json; the tables of the page, in both languages, are written from it. What
+has no rows yet is left out.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-import warnings
+import math
+from dataclasses import asdict
+from itertools import product
 from typing import Any
 
-import altair as alt
 import numpy as np
 import pandas as pd
-from experiment import BATCHES, HERE, INITS, POINTS, RANKS, RATES, SETS, STEPS, TOKENS, WARMUP, WEIGHT_DECAY
-from numpy.typing import NDArray
-from scipy.stats import sobol_indices, uniform
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+import pictures
+import tables
+from experiment import HERE, POINTS, SAMPLED, SAMPLES, SETS, STEPS
+from surfaces import REFERENCE, Surface, rows
 
-from peft_study.report.chart_style import PALETTE
-from peft_study.storage.picture import write_picture
-
-Floats = NDArray[np.float64]
-DOCS = HERE.parent / "docs"
+RECORDED = HERE.parents[1] / "shared" / "references" / "recorded"
 SUMMARY = HERE / "summary.json"
-WORST = 0.5
-"""Nats above the base at which a loss is cut: how bad a broken run is says nothing of the best rate."""
-LEARNED, BROKEN = -0.05, 0.05
-"""Nats against the base from which a run has learned, or is worse than no training."""
+LEARNED = -0.05
+"""Nats against the base from which a run has learned."""
 FEWEST = 16
-"""Rows of a method that a surface takes."""
-GRID = 121
-DRAWS = 400
+"""Trials that a surface takes."""
+DIVERGED = 2.0
+"""Test losses of the recorded sweep above which a run is left out (its README)."""
 
 
-def rows() -> pd.DataFrame:
-    """Returns a row a trial of all blocks that are there."""
-    found = []
-    for name in SETS:
-        for path in sorted((HERE / name).glob("block-*.parquet")):
-            frame = pd.read_parquet(path)
-            frame["data"], frame["block"] = name, path.stem
-            found.append(frame[frame["kind"] == "search"])
-    table = pd.concat(found, ignore_index=True)
-    table["steps"] = table["planned_steps"]
-    table["method"] = table["method"].str.rsplit("-", n=1).str[0]
-    table["size"] = table["tokens"].fillna(table["rank"])
-    table["gain"] = table["dev_minus_base"].astype(float)
-    table["broke"] = (table["status"] != "finished") | ~np.isfinite(table["gain"])
-    table.loc[table["broke"], "gain"] = WORST
-    table["gain"] = table["gain"].clip(upper=WORST)
-    return table
+def designed(table: pd.DataFrame, surfaces: dict[tuple[str, str], Surface]) -> dict[str, Any]:
+    """Returns the key figures of the designed experiment, by data set and method."""
+    found: dict[str, Any] = {}
+    for (data, method), surface in surfaces.items():
+        part = of(table, data, method)
+        found.setdefault(data, {})[method] = {
+            "trials": len(part),
+            "learned": int((part["gain"] < LEARNED).sum()),
+            "worse_than_base": int((part["gain"] > 0).sum()),
+            "best_seen": float(part["gain"].min()),
+            "left_out": surface.left_out,
+            "window": surface.window(REFERENCE[method]),
+            "effects": list(surface.effects()),
+            "shares": surface.shares(),
+            "rule": asdict(surface.rate_rule()),
+            "best": {steps: surface.best_of_all(steps=steps, batch_size=8) for steps in STEPS},
+        }
+    return found
 
 
-class Surface:
-    """The held-out loss against the base as a function of the settings of a method; all inputs lie between 0 and 1.
+def of(table: pd.DataFrame, data: str, method: str) -> pd.DataFrame:
+    """Returns the rows of a method on a data set."""
+    return table[(table["data"] == data) & (table["method"] == method)]
 
-    Args:
-        method: whose rows they are.
-        table: of `rows`, of one method and data set.
+
+def prior(found: dict[str, Any], between_models: float) -> dict[str, Any]:
+    """Returns where the best rate of each method lies, over both data sets, and how far off that may be, in decades.
+
+    The spread has three parts: the surfaces' own, that between the data sets, and that between models, which the
+    studies cannot know.
     """
-
-    def __init__(self, method: str, table: pd.DataFrame) -> None:
-        self.method = method
-        self.names = ["learning_rate", "rank" if method == "lora" else "tokens"]
-        self.names += ["warmup_ratio", "weight_decay", "batch_size", "steps"]
-        self.inits = INITS.get(method, ())
-        inputs = self.inputs(
-            table["learning_rate"], table["size"], table["warmup_ratio"], table["weight_decay"], table["batch_size"],
-            table["steps"], table["init"],
-        )  # fmt: skip
-        lengths = [0.3] + [1.0] * (inputs.shape[1] - 1)
-        kernel = ConstantKernel(0.1) * RBF(lengths, (0.05, 20.0)) + WhiteKernel(1e-3, (1e-5, 0.1))
-        self.process = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            self.process.fit(inputs, table["gain"])
-
-    def inputs(self, rate: Any, size: Any, warmup: Any, decay: Any, batch: Any, steps: Any, init: Any = None) -> Floats:
-        """Returns points as inputs of the process: N rows."""
-        sizes = RANKS if self.method == "lora" else TOKENS
-        columns = [
-            _part(np.log(np.asarray(rate, float)), *np.log(RATES)),
-            _part(np.log(np.asarray(size, float)), *np.log(sizes)),
-            np.asarray(warmup, float) / WARMUP,
-            np.asarray(decay, float) / WEIGHT_DECAY,
-            _part(np.log(np.asarray(batch, float)), *np.log((BATCHES[0], BATCHES[-1]))),
-            _part(np.log(np.asarray(steps, float)), *np.log((STEPS[0], STEPS[-1]))),
-        ]
-        columns += [(np.asarray(init) == name).astype(float) for name in self.inits]
-        return np.column_stack(np.broadcast_arrays(*columns))
-
-    def over_rates(self, *, size: float, batch: int, steps: int, init: str | None) -> Floats:
-        """Returns the inputs along all rates at one setting, with warm-up 0.05 and no decay."""
-        return self.inputs(rates(), size, 0.05, 0.0, batch, steps, init)
-
-    def best_rate(self, **at: Any) -> dict[str, float]:
-        """Returns the best rate at one setting with its interval, the gain there, and where a run would break."""
-        inputs = self.over_rates(**at)
-        draws = self.process.sample_y(inputs, DRAWS, random_state=0)
-        low, middle, high = np.quantile(rates()[draws.argmin(axis=0)], [0.1, 0.5, 0.9])
-        mean = self.process.predict(inputs)
-        best = int(mean.argmin())
-        near = rates()[mean <= mean[best] + 0.02 * abs(mean[best])]
-        return {"best": middle, "low": low, "high": high, "gain": float(mean[best]), "from": near[0], "to": near[-1]}
-
-    def shares(self) -> dict[str, dict[str, float]]:
-        """Returns the share of the surface's variance that each setting has alone, and with others."""
-        groups = len(self.names) + bool(self.inits)
-
-        def value(points: Floats) -> Floats:
-            inputs = points[: len(self.names)].T
-            if self.inits:
-                place = np.minimum((points[-1] * len(self.inits)).astype(int), len(self.inits) - 1)
-                inputs = np.column_stack([inputs, np.eye(len(self.inits))[place]])
-            return np.asarray(self.process.predict(inputs))
-
-        found = sobol_indices(func=value, n=1024, dists=[uniform()] * groups, rng=0)
-        names = [*self.names, "init"][:groups]
-        return {
-            name: {"alone": float(alone), "with others": float(whole)}
-            for name, alone, whole in zip(names, found.first_order, found.total_order, strict=True)
-        }
-
-
-def _part(values: Floats, low: float, high: float) -> Floats:
-    return (values - low) / (high - low)
-
-
-def rates() -> Floats:
-    """Returns the rates of a picture's axis."""
-    return np.geomspace(*RATES, GRID)
-
-
-def of_method(method: str, table: pd.DataFrame) -> dict[str, Any]:
-    """Returns the key figures of a method on a data set."""
-    best = table.loc[table["gain"].idxmin()]
-    found: dict[str, Any] = {
-        "trials": len(table),
-        "learned": int((table["gain"] < LEARNED).sum()),
-        "broken": int((table["broke"] | (table["gain"] > BROKEN)).sum()),
-        "best": {name: _known(best[name]) for name in ("learning_rate", "size", "init", "batch_size", "steps", "gain")},
+    rules = {
+        method: [found[data][method]["rule"] for data in SETS if method in found.get(data, {})] for method in POINTS
     }
-    if len(table) < FEWEST:
-        return found
-    surface = Surface(method, table)
-    sizes = (4, 16, 64) if method == "lora" else (2, 8, 30, 100)
-    found["rates"] = [
-        {"size": size, "init": init, "steps": steps, "batch_size": 8, **surface.best_rate(
-            size=size, init=init, steps=steps, batch=8)}
-        for size in sizes for init in (INITS.get(method) or (None,)) for steps in (STEPS[0], STEPS[-1])
-    ]  # fmt: skip
-    found["shares"] = surface.shares()
-    return found
+    return {method: _prior(each, between_models) for method, each in rules.items() if each}
 
 
-def _known(value: Any) -> Any:
-    """Returns a cell of the table; None where it is empty."""
-    return None if pd.isna(value) else value
+def _prior(rules: list[dict[str, Any]], between_models: float) -> dict[str, Any]:
+    logs = [math.log10(rule["rate"][1]) for rule in rules]
+    within, between_data = float(np.mean([rule["spread"] for rule in rules])), float(np.std(logs))
+    return {
+        "rate": 10 ** float(np.mean(logs)),
+        "steps": STEPS[-1],
+        "size_exponent": float(np.mean([rule["size"][1] for rule in rules])),
+        "steps_exponent": float(np.mean([rule["steps"][1] for rule in rules])),
+        "inits": {name: float(np.mean([rule["inits"][name][1] for rule in rules])) for name in rules[0]["inits"]},
+        "spread": {"within": within, "between_data": between_data, "between_models": between_models},
+        "decades": math.hypot(within, between_data, between_models),
+    }
 
 
-def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Returns the key figures."""
-    found: dict[str, Any] = {"blocks": sorted({f"{d}/{b}" for d, b in zip(table["data"], table["block"], strict=True)})}
-    for name in SETS:
-        part = table[table["data"] == name]
-        found[name] = {
-            method: of_method(method, part[part["method"] == method])
-            for method in POINTS
-            if (part["method"] == method).any()
+def recorded() -> dict[str, Any]:
+    """Returns what the recorded runs of others say (their README has the sources); what is known where they lie not here.
+
+    `accuracies`: test accuracies of our methods among Hugging Face's runs on MetaMathQA (Llama-3.2-3B), in order.
+    `between_models`: standard deviation of the logarithm of LoRA's best rate over 35 models on Tulu-3.
+    """
+    if not RECORDED.exists():
+        known: dict[str, Any] = json.loads(SUMMARY.read_text())["recorded"]
+        return known
+    best: dict[str, tuple[float, float]] = {}
+    with (RECORDED / "tinker-tulu3-lora-sweep.csv").open() as file:
+        for row in csv.DictReader(file):
+            loss, rate = float(row["test_nll"]), float(row["learning_rate"])
+            if loss < DIVERGED:
+                best[row["model"]] = min(best.get(row["model"], (math.inf, 0.0)), (loss, rate))
+    kinds = {"LORA": "lora", "PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning"}
+    accuracies: dict[str, list[float]] = {method: [] for method in kinds.values()}
+    with gzip.open(RECORDED / "peft-method-comparison-runs.jsonl.gz", "rt") as file:
+        for run in map(json.loads, file):
+            kind = (run["peft_config"] or {}).get("peft_type")
+            accuracy = run["metrics"][-1].get("test accuracy") if run["metrics"] else None
+            if kind in kinds and accuracy is not None:
+                accuracies[kinds[kind]].append(accuracy)
+    return {
+        "accuracies": {method: sorted(values) for method, values in accuracies.items()},
+        "between_models": float(np.std([math.log10(rate) for _, rate in best.values()])),
+    }
+
+
+def ranking(table: pd.DataFrame, surfaces: dict[tuple[str, str], Surface]) -> dict[str, Any]:
+    """Returns the gain of each method's best setting at equal tokens and at equal seconds, by data set.
+
+    Seconds are those that a step of the method takes alone, against LoRA's in the same block: the fastest method takes
+    all steps, the others as many as they have time for.
+    """
+    found: dict[str, Any] = {}
+    for data in SETS:
+        methods = [method for method in POINTS if (data, method) in surfaces]
+        if len(methods) < len(POINTS):
+            continue
+        slower = slowness(table[table["data"] == data])
+        fastest = min(slower.values())
+        found[data] = {
+            method: {
+                "slower_than_lora": slower[method],
+                "equal_tokens": {
+                    steps: surfaces[data, method].best_of_all(steps=steps, batch_size=8) for steps in STEPS
+                },
+                "equal_seconds": {
+                    steps: surfaces[data, method].best_of_all(
+                        steps=max(STEPS[0], steps * fastest / slower[method]), batch_size=8
+                    )
+                    for steps in STEPS[1:]
+                },
+            }
+            for method in methods
         }
     return found
 
 
-def draw(table: pd.DataFrame) -> None:
-    """Draws the gain of every trial against its rate: a column a method, a row a data set."""
-    shown = table[["data", "method", "learning_rate", "gain", "steps", "broke"]].to_dict("records")
-    base = alt.Chart(alt.InlineData(values=shown), width=230, height=180)
-    chart = base.mark_point(filled=True, size=40, opacity=0.8).encode(
-        x=alt.X("learning_rate:Q", title="learning rate", scale=alt.Scale(type="log", domain=list(RATES))),
-        y=alt.Y("gain:Q", title="held-out loss against the base (nats a token)"),
-        color=alt.Color(
-            "steps:O", title="steps", scale=alt.Scale(domain=list(STEPS), range=list(PALETTE[: len(STEPS)]))
-        ),
-        shape=alt.Shape("broke:N", title="broke", scale=alt.Scale(domain=[False, True], range=["circle", "cross"])),
-        column=alt.Column("method:N", title=None, sort=list(POINTS)),
-        row=alt.Row("data:N", title=None, sort=list(SETS)),
-    )
-    write_picture(chart.properties(background="white", padding=12).to_dict(), DOCS / "findings-rates.svg")
+def slowness(table: pd.DataFrame) -> dict[str, float]:
+    """Returns how many times as long as LoRA's a data token of each method takes: the median over blocks."""
+    speeds = table.groupby(["block", "method"])["tokens_per_second_alone"].median().unstack()
+    return {method: float((speeds["lora"] / speeds[method]).median()) for method in POINTS}
+
+
+def sample() -> dict[str, Any]:
+    """Returns whether the best rate on the small sample is the best on the large one, and what it costs where not."""
+    paths = sorted((HERE / "sample").glob("block-*.parquet"))
+    if not paths:
+        return {}
+    table = pd.concat([pd.read_parquet(path).assign(seed=_seed(path)) for path in paths])
+    table = table[table["kind"] == "search"]
+    table["of"] = table["method"].str.rsplit("-", n=1).str[0]
+    few, many = SAMPLES
+    found: dict[str, Any] = {}
+    for method in SAMPLED:
+        part = table[table["of"] == method].pivot_table("dev_minus_base", ["rows", "seed"], "learning_rate")
+        if not {few, many} <= set(part.index.get_level_values("rows")):
+            continue
+        small, large = part.loc[few], part.loc[many]
+        pairs = list(product(small.index, large.index))
+        chosen = [large.loc[b, small.loc[a].idxmin()] - large.loc[b].min() for a, b in pairs]
+        found[method] = {
+            "mean_gain": {rows: part.loc[rows].mean().to_dict() for rows in (few, many)},
+            "best": {
+                rows: {int(s): float(r) for s, r in part.loc[rows].idxmin(axis=1).items()} for rows in (few, many)
+            },
+            "regret_mean": float(np.mean(chosen)),
+            "regret_most": float(np.max(chosen)),
+        }
+    return found
+
+
+def _seed(path: Any) -> int:
+    from yaml import safe_load
+
+    return int(safe_load(path.with_suffix(".yaml").read_text())["training"]["seed"])
+
+
+def rising() -> pd.DataFrame | None:
+    """Returns the curves of `rising` with their seeds; None where there are none."""
+    paths = sorted((HERE / "rising").glob("block-*-curves.parquet"))
+    if not paths:
+        return None
+    each = [pd.read_parquet(path).assign(seed=number) for number, path in enumerate(paths)]
+    return pd.concat(each, ignore_index=True)
+
+
+def rise(curves: pd.DataFrame | None) -> dict[str, Any]:
+    """Returns held-out losses against the base at the end and at their highest, by trial: a value a seed."""
+    if curves is None:
+        return {}
+    held_out = curves[(curves["event"] == "held_out") & (curves["trial"] != "none")]
+    found: dict[str, Any] = {}
+    for (trial, _), part in held_out.groupby(["trial", "seed"]):
+        each = found.setdefault(trial.rsplit("-", 1)[0], {"end": [], "highest": []})
+        each["end"].append(float(part.sort_values("step")["minus_base"].iloc[-1]))
+        each["highest"].append(float(part["minus_base"].max()))
+    return found
 
 
 def main() -> None:
-    """Writes summary and pictures."""
+    """Writes summary, tables and pictures."""
     table = rows()
-    SUMMARY.write_text(json.dumps(summary(table), indent=1, default=_plain, allow_nan=False) + "\n")
-    draw(table)
+    kinds = [(data, method) for data in SETS for method in POINTS if len(of(table, data, method)) >= FEWEST]
+    surfaces = {kind: Surface(kind[1], of(table, *kind)) for kind in kinds}
+    found = designed(table, surfaces)
+    curves, of_others = rising(), recorded()
+    summary = {
+        "blocks": sorted({f"{data}/{block}" for data, block in zip(table["data"], table["block"], strict=True)}),
+        "designed": found,
+        "prior": prior(found, of_others["between_models"]),
+        "ranking": ranking(table, surfaces),
+        "recorded": of_others,
+        "sample": sample(),
+        "rising": rise(curves),
+    }
+    SUMMARY.write_text(json.dumps(summary, indent=1, default=_plain, allow_nan=False) + "\n")
+    summary = json.loads(SUMMARY.read_text())
+    tables.write(summary)
+    pictures.draw(summary, table, surfaces, curves)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 from peft_study.config import MethodSpace, StudyConfig, TrainingConfig, validate
 from peft_study.search.bayesian import BayesianSearch
-from peft_study.search.prior import PRIORS, rate_prior
+from peft_study.search.prior import PRIORS, RatePrior, rate_prior
 from peft_study.search.pruners import Unlikely
 from peft_study.search.surrogate import WORST, Surrogate
 from peft_study.search.trials import State, TrialRecord, best_first
@@ -92,6 +92,15 @@ def test_the_first_trial_is_the_known_default(method: str, steps: int, rate: flo
     assert first["learning_rate"] == pytest.approx(rate, rel=0.25), "a candidate of a line of 33 rates"
     assert first["warmup_ratio"] == 0.03
     assert method in PRIORS
+
+
+def test_the_known_best_rate_moves_with_tokens_steps_and_initialisation() -> None:
+    known = RatePrior(0.02, 0.5, steps=100, steps_exponent=-0.5, size=8, size_exponent=-1.0, inits={"random": 1.0})
+    assert known.centre({"tokens": 8, "init": "text"}) == pytest.approx(math.log10(0.02))
+    assert known.centre({"tokens": 80, "init": "text"}) == pytest.approx(math.log10(0.002))
+    assert known.centre({"tokens": 8, "init": "random"}) == pytest.approx(math.log10(0.2))
+    assert known.at(400).centre({"tokens": 8}) == pytest.approx(math.log10(0.01))
+    assert known.centre({"rank": 80}) == known.centre({"tokens": 80})
 
 
 def test_without_the_prior_it_begins_in_the_middle() -> None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from peft_study.config import MethodSpace, Range, cells, grid_size
 from peft_study.search.design import Bounds, Values, decoded, distributions, sobol_points
 from peft_study.search.lr_range_test import central
+from peft_study.search.prior import RatePrior
 from peft_study.search.surrogate import Surrogate
 from peft_study.search.trials import Recommendation, TrialRecord
 from peft_study.statistics import Counts
@@ -39,11 +40,11 @@ class BayesianSearch:
     Args:
         space: filled.
         counts_N: supervised tokens of each held-out example.
-        prior: mean and standard deviation of the logarithm of the best rate, in decades; None: the rate is fixed.
+        prior: of the best rate; None: the rate is fixed.
         seed: of the candidates.
     """
 
-    def __init__(self, space: MethodSpace, counts_N: Counts, prior: tuple[float, float] | None, seed: int) -> None:
+    def __init__(self, space: MethodSpace, counts_N: Counts, prior: RatePrior | None, seed: int) -> None:
         self._space, self._counts_N, self._prior, self._seed = space, counts_N, prior, seed
         self._known: tuple[Any, Surrogate] | None = None
 
@@ -74,8 +75,8 @@ class BayesianSearch:
         mean_C, spread_C = model.with_pending(running, candidates)
         score_C = _log_expected_improvement(mean_C, spread_C, best)
         if self._prior is not None:
-            centre, spread = self._prior
-            away_C = (np.log10([candidate["learning_rate"] for candidate in candidates]) - centre) / spread
+            centre_C = np.array([self._prior.centre(self._space.flat(candidate)) for candidate in candidates])
+            away_C = (np.log10([c["learning_rate"] for c in candidates]) - centre_C) / self._prior.decades
             score_C -= PRIOR_WEIGHT / (1 + len(trials)) * away_C**2 / 2
         if len(trials) < DEFAULTS_FIRST:
             defaults = {name: value for name, value in central(self._space).items() if name != "learning_rate"}

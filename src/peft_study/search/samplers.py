@@ -20,6 +20,7 @@ from peft_study.config import Choices, MethodSpace, cells
 from peft_study.errors import OutputError, first_line
 from peft_study.search.bayesian import BayesianSearch
 from peft_study.search.design import Bounds, Values, decoded, distributions, fits, label, sobol_points
+from peft_study.search.prior import RatePrior
 from peft_study.search.trials import StudyState, TrialRecord
 from peft_study.seeds import key
 from peft_study.statistics import Counts, loss_value
@@ -44,7 +45,7 @@ class SpaceSampler:
         sampler: ``bayesian``, ``tpe``, ``random``, ``grid``, ``quasi_random`` or ``gp``.
         seed: of the search.
         counts_N: supervised tokens of each held-out example.
-        prior: mean and standard deviation of the logarithm of the best rate, in decades; for ``bayesian``.
+        prior: of the best rate, for ``bayesian``.
 
     Attributes:
         bayesian: the model of the method's losses, whichever the sampler is.
@@ -57,7 +58,7 @@ class SpaceSampler:
         sampler: str,
         seed: int,
         counts_N: Counts,
-        prior: tuple[float, float] | None = None,
+        prior: RatePrior | None = None,
     ) -> None:
         self._method, self._space, self._sampler, self._seed = method, space, sampler, seed
         self._counts_N = counts_N

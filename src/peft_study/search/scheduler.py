@@ -22,7 +22,7 @@ import numpy.typing as npt
 from peft_study.config import Choices, MethodSpace, NoneConfig, StudyConfig, TrainingConfig, TrialSettings
 from peft_study.methods.registry import is_exclusive
 from peft_study.search import lr_range_test, range_expansion
-from peft_study.search.prior import rate_prior
+from peft_study.search.prior import RatePrior, rate_prior
 from peft_study.search.pruners import pruner, rungs
 from peft_study.search.samplers import SpaceSampler
 from peft_study.search.surrogate import Surrogate
@@ -75,7 +75,7 @@ class Scheduler:
             for method in self.methods
         }
 
-    def _prior(self, space: MethodSpace) -> tuple[float, float] | None:
+    def _prior(self, space: MethodSpace) -> RatePrior | None:
         if "learning_rate" not in space.dimensions():
             return None
         return rate_prior(space, self._steps(self.config.training), informed=self.config.search.prior)
