@@ -252,6 +252,9 @@ def collect(result: peft_study.StudyResult, block: Path) -> None:
     frame.to_parquet(block.with_suffix(".parquet"), index=False)
     if block.parent.name == "rising":
         curves(result.folder).to_parquet(block.with_name(f"{block.stem}-curves.parquet"), index=False)
+    if block.parent.name == "transfer":
+        finalists = json.loads((result.folder / "results.json").read_text())["finalists"]
+        block.with_name(f"{block.stem}-finalists.json").write_text(json.dumps(finalists, indent=1) + "\n")
 
 
 def curves(folder: Path) -> pd.DataFrame:

@@ -85,7 +85,7 @@ def _prior(rules: list[dict[str, Any]], between_models: float) -> dict[str, Any]
 
 
 def recorded() -> dict[str, Any]:
-    """Returns what the recorded runs of others say (their README has the sources); what is known where they lie not here.
+    """Returns what recorded runs of others say (their README has the sources); where they are not here, what is known.
 
     `accuracies`: test accuracies of our methods among Hugging Face's runs on MetaMathQA (Llama-3.2-3B), in order.
     `between_models`: standard deviation of the logarithm of LoRA's best rate over 35 models on Tulu-3.
@@ -206,6 +206,26 @@ def rise(curves: pd.DataFrame | None) -> dict[str, Any]:
     return found
 
 
+def transfer() -> dict[str, Any]:
+    """Returns the test loss of each method's defaults beside that of its search: both means of three seeds.
+
+    `difference` is the defaults' loss minus the search's, paired by example and over seeds, with its 95 % interval.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted((HERE / "transfer").glob("block-*-finalists.json")):
+        finalists = {final["method"]: final for final in json.loads(path.read_text())}
+        method = next(name for name in finalists if not name.endswith("-defaults"))
+        searched, defaults = finalists[method], finalists[f"{method}-defaults"]
+        found[method] = {
+            "searched": searched["test"]["value"],
+            "searched_rate": searched["settings"]["learning_rate"],
+            "defaults": defaults["test"]["value"],
+            "defaults_rate": defaults["settings"]["learning_rate"],
+            "difference": defaults["test_minus_winner"],
+        }
+    return found
+
+
 def main() -> None:
     """Writes summary, tables and pictures."""
     table = rows()
@@ -221,6 +241,7 @@ def main() -> None:
         "recorded": of_others,
         "sample": sample(),
         "rising": rise(curves),
+        "transfer": transfer(),
     }
     SUMMARY.write_text(json.dumps(summary, indent=1, default=_plain, allow_nan=False) + "\n")
     summary = json.loads(SUMMARY.read_text())

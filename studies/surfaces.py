@@ -272,7 +272,9 @@ class Surface:
 
     def _draws(self, inputs: Floats) -> Floats:
         """Returns draws of the process without noise: N inputs, `DRAWS` columns."""
-        return np.asarray(self._process.sample_y(inputs, DRAWS, random_state=0))
+        mean, covariance = self._process.predict(inputs, return_cov=True)
+        draw = np.random.default_rng(0)
+        return draw.multivariate_normal(mean, covariance, DRAWS, method="eigh", check_valid="ignore").T
 
 
 def interval(values: Floats) -> list[float]:

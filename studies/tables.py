@@ -59,7 +59,12 @@ ZH = {
     "run": "运行",
     "highest held-out loss": "留出损失的最高值",
     "at the end": "结束时",
-    "slower than LoRA": "比 LoRA 慢",
+    "default rate": "默认学习率",
+    "rate of the search": "搜索得到的学习率",
+    "test loss, defaults": "测试损失（默认值）",
+    "test loss, search": "测试损失（搜索）",
+    "difference": "差",
+    "time a token (LoRA: 1)": "每个词元的时间（LoRA = 1）",
     "equal tokens": "相同词元数",
     "equal seconds": "相同时间",
 }
@@ -92,6 +97,7 @@ def tables(summary: Summary) -> dict[str, list[tuple[str, ...]]]:
         "ranking": ranking(summary),
         "sample": sample(summary),
         "rising": rising(summary),
+        "transfer": transfer(summary),
     }
     return {name: list(rows) for name, rows in found.items()}
 
@@ -184,7 +190,14 @@ def rule(summary: Summary) -> Rows:
 def ranking(summary: Summary) -> Rows:
     """Yields the methods at tuned settings, at equal tokens and at equal seconds."""
     last = str(STEPS[-1])
-    yield "data", "method", "slower than LoRA", "equal tokens", "equal seconds", "test accuracy of the recorded runs"
+    yield (
+        "data",
+        "method",
+        "time a token (LoRA: 1)",
+        "equal tokens",
+        "equal seconds",
+        "test accuracy of the recorded runs",
+    )
     for data, methods in summary["ranking"].items():
         for method in sorted(methods, key=lambda name: methods[name]["equal_tokens"][last]["gain"][1]):
             found, accuracies = methods[method], summary["recorded"]["accuracies"][method]
@@ -207,6 +220,17 @@ def rising(summary: Summary) -> Rows:
     yield "run", "highest held-out loss", "at the end"
     for name, found in summary["rising"].items():
         yield name, *(f"{min(found[key]):+.2f} - {max(found[key]):+.2f}" for key in ("highest", "end"))
+
+
+def transfer(summary: Summary) -> Rows:
+    """Yields the defaults beside a search, on a data set that no default comes from."""
+    yield "method", "default rate", "rate of the search", "test loss, defaults", "test loss, search", "difference"
+    for method, found in summary["transfer"].items():
+        rates = (f"{found[name]:.2g}" for name in ("defaults_rate", "searched_rate"))
+        losses = (f"{found[name]:.3f}" for name in ("defaults", "searched"))
+        value, low, high = (found["difference"][name] for name in ("value", "low", "high"))
+        share = value / found["searched"]
+        yield NAMES[method], *rates, *losses, f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {share:+.1%}"
 
 
 def _range(interval: list[float]) -> str:

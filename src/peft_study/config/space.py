@@ -67,24 +67,39 @@ class Choices(Strict):
 
 
 Dimension = Range | Choices
-_COMMON: dict[str, Dimension] = {
-    "warmup_ratio": Choices(choices=(0.0, 0.03, 0.1)),
-    "weight_decay": Choices(choices=(0.0, 0.01, 0.1)),
-}
+
+
+def _optimizer(*decays: float) -> dict[str, Dimension]:
+    return {"warmup_ratio": Choices(choices=(0.0, 0.03, 0.1)), "weight_decay": Choices(choices=decays)}
+
+
 DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
     # alpha stays: at a fixed one the best rate moves less than twofold over ranks of 4 to 512 (LoRA Without Regret)
-    "lora": {"rank": Choices(choices=(8, 16, 32, 64)), "dropout": Choices(choices=(0.0, 0.05, 0.1)), **_COMMON},
-    # random tables are left out: they start far above the base's loss (docs/decisions/learning-rates.md)
-    "prefix_tuning": {"tokens": Choices(choices=(10, 30, 100)), "init": Choices(choices=("text", "zero")), **_COMMON},
+    "lora": {
+        "rank": Choices(choices=(8, 16, 32, 64)),
+        "dropout": Choices(choices=(0.0, 0.05, 0.1)),
+        **_optimizer(0.0, 0.1, 1.0),
+    },
+    # random tables are left out: they start far above the base's loss (docs/findings.md)
+    "prefix_tuning": {
+        "tokens": Choices(choices=(10, 30, 100)),
+        "init": Choices(choices=("text", "zero")),
+        **_optimizer(0.0, 0.01, 0.1),
+    },
     "prompt_tuning": {
         "tokens": Choices(choices=(8, 20, 50, 100)),
         "init": Choices(choices=("text", "vocab")),
-        **_COMMON,
+        **_optimizer(0.0, 0.001, 0.01),
     },
     "none": {},
-    "full": dict(_COMMON),
+    "full": _optimizer(0.0, 0.01, 0.1),
 }
-"""What is searched beside the learning rate, whose range is the method's own (config/methods.py)."""
+"""What is searched beside the learning rate, whose range is the method's own (config/methods.py).
+
+AdamW shrinks what trains by rate times decay a step, and the methods' rates lie far apart: the decays are those with
+which a step at the usual rate takes away nothing, 1/10,000 and 1/1,000. Full fine-tuning, whose decay pulls at the
+base's own weights, has the usual ones.
+"""
 
 
 def _default_rate(method: str) -> Dimension | None:
