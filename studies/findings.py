@@ -27,7 +27,7 @@ RECORDED = HERE.parents[1] / "shared" / "references" / "recorded"
 SUMMARY = HERE / "summary.json"
 LEARNED = -0.05
 """Nats against the base from which a run has learned."""
-FEWEST = 16
+FEWEST = 20
 """Trials that a surface takes."""
 DIVERGED = 2.0
 """Test losses of the recorded sweep above which a run is left out (its README)."""
@@ -44,6 +44,7 @@ def designed(table: pd.DataFrame, surfaces: dict[tuple[str, str], Surface]) -> d
             "worse_than_base": int((part["gain"] > 0).sum()),
             "best_seen": float(part["gain"].min()),
             "left_out": surface.left_out,
+            "covered": surface.covered,
             "window": surface.window(REFERENCE[method]),
             "effects": list(surface.effects()),
             "shares": surface.shares(),

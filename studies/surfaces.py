@@ -1,8 +1,9 @@
 """Response surfaces of the designed experiment: the held-out loss against the base as a function of all settings.
 
-A method's trials on a data set become a Gaussian process (scikit-learn). What is best at some setting is read from
-draws of the process without its noise: a rate is the median over draws of where each is least, and its interval holds
-80 % of them. Shares of variance are Sobol indices of the mean surface (scipy).
+A method's trials on a data set become a Gaussian process (scikit-learn) over a score that keeps the loss between the
+best and the worst seen, with some room: without it a surface dips below what any trial has reached. What is best at
+some setting is read from draws of the process without its noise: a rate is the median over draws of where each is
+least, and its interval holds 80 % of them. Shares of variance are Sobol indices of the median surface (scipy).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from experiment import BATCHES, HERE, INITS, RANKS, RATES, SETS, STEPS, TOKENS, WARMUP, WEIGHT_DECAY
 from numpy.typing import NDArray
-from scipy.stats import qmc, sobol_indices, uniform
+from scipy.stats import norm, qmc, sobol_indices, uniform
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -24,6 +25,8 @@ from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 Floats = NDArray[np.float64]
 WORST = 0.2
 """Nats above the base at which a loss is cut: how bad a broken run is says nothing of the best rate."""
+ROOM = 0.1
+"""How far beyond the least and the most gain seen a surface may go, as a share of what lies between them."""
 GRID = 61
 """Rates of a surface's cut: ten a decade."""
 DRAWS = 400
@@ -125,18 +128,31 @@ class Surface:
         self.inits = INITS.get(method, ())
         self.names = ["learning_rate", *(field.name for field in fields(At) if field.name != "init")]
         columns = {field.name: table[field.name].to_numpy() for field in fields(At)}
-        inputs = self._inputs(table["learning_rate"].to_numpy(), columns)
+        inputs, gains = self._inputs(table["learning_rate"].to_numpy(), columns), table["gain"].to_numpy()
+        room = ROOM * (gains.max() - gains.min())
+        self._low, self._high = gains.min() - room, gains.max() + room
         lengths = [0.3] + [1.0] * (inputs.shape[1] - 1)
         kernel = ConstantKernel(0.1) * Matern(lengths, (0.05, 20.0), nu=2.5) + WhiteKernel(1e-2, (1e-3, 0.3))
         fitted = GaussianProcessRegressor(kernel, normalize_y=True, n_restarts_optimizer=2, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted.fit(inputs, table["gain"])
+            fitted.fit(inputs, self._scores(gains))
         # draws of a kernel with noise would have it at every point: what is least would be the noise's choice
-        noise = fitted.kernel_.k2.noise_level
-        self._process = GaussianProcessRegressor(fitted.kernel_.k1, alpha=noise, optimizer=None, normalize_y=True)
-        self._process.fit(inputs, table["gain"])
-        self.left_out = self._left_out(inputs, table["gain"].to_numpy(), noise)
+        self._noise = fitted.kernel_.k2.noise_level
+        self._process = GaussianProcessRegressor(fitted.kernel_.k1, alpha=self._noise, optimizer=None, normalize_y=True)
+        self._process.fit(inputs, self._scores(gains))
+        self.left_out, self.covered = self._checked(inputs, gains)
+
+    def _scores(self, gains: Floats) -> Floats:
+        """Returns gains as the process models them: without bounds, so that a surface never leaves them."""
+        return np.log((gains - self._low) / (self._high - gains))
+
+    def _gains(self, scores: Floats) -> Floats:
+        return self._low + (self._high - self._low) / (1 + np.exp(-scores))
+
+    def _middle(self, inputs: Floats) -> Floats:
+        """Returns the median gain."""
+        return self._gains(self._process.predict(inputs))
 
     def _inputs(self, rate: Any, at: Mapping[str, Any]) -> Floats:
         """Returns points as inputs of the process: N rows of numbers between 0 and 1."""
@@ -163,13 +179,13 @@ class Surface:
         return low, middle, high
 
     def over(self, sizes: Floats, at: At) -> Floats:
-        """Returns the mean gain: rows of sizes, columns of rates."""
-        return np.array([self._process.predict(self.cut(replace(at, size=size))) for size in sizes])
+        """Returns the median gain: rows of sizes, columns of rates."""
+        return np.array([self._middle(self.cut(replace(at, size=size))) for size in sizes])
 
     def effects(self) -> Iterator[dict[str, Any]]:
         """Yields each level of each setting with its best rate, the gain there, and the difference from another level.
 
-        The gain is that at the best rate of the mean surface: the least of each draw would be below it by chance.
+        The gain is that at the best rate over all draws: the least of each draw would be below it by chance.
         `minus_first` is it minus that of the setting's first level, in the same draws.
         """
         reference = REFERENCE[self.method]
@@ -213,11 +229,11 @@ class Surface:
         )
 
     def window(self, at: At) -> dict[str, float | None]:
-        """Returns from which rate to which the mean gain is within 5 % of the best, and where it is above the base."""
-        mean = self._process.predict(self.cut(at))
-        best = int(mean.argmin())
-        near = rates()[mean <= mean[best] + 0.05 * abs(mean[best])]
-        worse = rates()[(mean > 0) & (rates() > rates()[best])]
+        """Returns from which rate to which the gain is within 5 % of the best, and from where on above the base's."""
+        middle = self._middle(self.cut(at))
+        best = int(middle.argmin())
+        near = rates()[middle <= middle[best] + 0.05 * abs(middle[best])]
+        worse = rates()[(middle > 0) & (rates() > rates()[best])]
         return {"from": near[0], "to": near[-1], "breaks": worse[0] if len(worse) else None}
 
     def best_of_all(self, *, steps: float, batch_size: int) -> dict[str, Any]:
@@ -235,7 +251,7 @@ class Surface:
         }
         rate = RATES[0] * (RATES[1] / RATES[0]) ** unit[:, 0]
         inputs = self._inputs(rate, at)
-        best = int(self._process.predict(inputs).argmin())
+        best = int(self._middle(inputs).argmin())
         return {
             "learning_rate": rate[best],
             "size": at["size"][best],
@@ -252,7 +268,7 @@ class Surface:
             if self.inits:
                 place = (points[-1] * len(self.inits)).astype(int).clip(max=len(self.inits) - 1)
                 inputs = np.column_stack([inputs, np.eye(len(self.inits))[place]])
-            return np.asarray(self._process.predict(inputs))
+            return self._middle(inputs)
 
         names = [*self.names, "init"] if self.inits else self.names
         found = sobol_indices(func=value, n=1024, dists=[uniform()] * len(names), rng=0)
@@ -261,20 +277,23 @@ class Surface:
             for name, alone, whole in zip(names, found.first_order, found.total_order, strict=True)
         }
 
-    def _left_out(self, inputs: Floats, gains: Floats, noise: float) -> float:
-        """Returns how far off the surface is at a trial that it has not seen: root of the mean square, nats.
+    def _checked(self, inputs: Floats, gains: Floats) -> tuple[float, float]:
+        """Returns how far off the surface is at a trial that it has not seen, and how often within its 80 % interval.
 
-        From the inverse covariance (Rasmussen and Williams 2006, section 5.4.2).
+        Root of the mean square, nats; from the inverse covariance (Rasmussen and Williams 2006, section 5.4.2).
         """
-        inverse = np.linalg.inv(self._process.kernel_(inputs) + noise * np.eye(len(inputs)))
-        errors = inverse @ (gains - gains.mean()) / np.diag(inverse)
-        return float(np.sqrt(np.mean(errors**2)))
+        scores = self._scores(gains)
+        inverse = np.linalg.inv(self._process.kernel_(inputs) + self._noise * np.eye(len(inputs)))
+        spread = scores.std()
+        errors = spread * inverse @ ((scores - scores.mean()) / spread) / np.diag(inverse)
+        within = np.abs(errors) < norm.ppf(INTERVAL[-1]) * spread / np.sqrt(np.diag(inverse))
+        return float(np.sqrt(np.mean((self._gains(scores - errors) - gains) ** 2))), float(within.mean())
 
     def _draws(self, inputs: Floats) -> Floats:
-        """Returns draws of the process without noise: N inputs, `DRAWS` columns."""
+        """Returns draws of the gain without noise: N inputs, `DRAWS` columns."""
         mean, covariance = self._process.predict(inputs, return_cov=True)
         draw = np.random.default_rng(0)
-        return draw.multivariate_normal(mean, covariance, DRAWS, method="eigh", check_valid="ignore").T
+        return self._gains(draw.multivariate_normal(mean, covariance, DRAWS, method="eigh", check_valid="ignore").T)
 
 
 def interval(values: Floats) -> list[float]:

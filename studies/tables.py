@@ -27,6 +27,7 @@ ZH = {
     "worse than the base": "比基座还差",
     "best seen": "见过的最好值",
     "surface off by": "曲面误差",
+    "covered": "区间覆盖率",
     "best rate, 20 steps": "最佳学习率（20 步）",
     "best rate, 120 steps": "最佳学习率（120 步）",
     "within 5 % of it": "与最佳相差 5 % 以内",
@@ -129,10 +130,17 @@ def each(summary: Summary) -> Iterator[tuple[str, str, Any]]:
 
 def coverage(summary: Summary) -> Rows:
     """Yields how many trials there are, and how many learned."""
-    yield "data", "method", "trials", "learned", "worse than the base", "best seen", "surface off by"
+    yield "data", "method", "trials", "learned", "worse than the base", "best seen", "surface off by", "covered"
     for data, method, found in each(summary):
         counts = (str(found[name]) for name in ("trials", "learned", "worse_than_base"))
-        yield data, NAMES[method], *counts, f"{found['best_seen']:.2f}", f"{found['left_out']:.2f}"
+        yield (
+            data,
+            NAMES[method],
+            *counts,
+            f"{found['best_seen']:.2f}",
+            f"{found['left_out']:.2f}",
+            f"{found['covered']:.0%}",
+        )
 
 
 def rates(summary: Summary) -> Rows:

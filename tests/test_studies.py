@@ -103,14 +103,17 @@ def test_the_error_of_a_surface_is_that_at_trials_that_it_has_not_seen() -> None
     whole = surfaces.Surface("lora", rows)
     process, inputs = whole._process, whole._process.X_train_
     gains, errors = rows["gain"].to_numpy(), []
-    noise = process.alpha
+    scores = whole._scores(gains)
+    assert whole._gains(scores) == pytest.approx(gains)
     for number in range(len(rows)):
         kept = np.arange(len(rows)) != number
         weights = process.kernel_(inputs[[number]], inputs[kept]) @ np.linalg.inv(
-            process.kernel_(inputs[kept]) + noise * np.eye(kept.sum())
+            process.kernel_(inputs[kept]) + process.alpha * np.eye(kept.sum())
         )
-        errors.append(gains[number] - gains.mean() - float((weights @ (gains[kept] - gains.mean())).item()))
+        expected = scores.mean() + weights @ (scores[kept] - scores.mean())
+        errors.append(float(whole._gains(expected)[0]) - gains[number])
     assert whole.left_out == pytest.approx(float(np.sqrt(np.mean(np.square(errors)))), rel=1e-6)
+    assert 0.5 < whole.covered <= 1.0
 
 
 def test_what_broke_is_cut_and_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

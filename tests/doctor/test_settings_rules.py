@@ -57,7 +57,7 @@ def test_a_healthy_run_is_silent() -> None:
 def test_a_methods_whole_range_is_silent_and_beyond_it_is_not(method: str) -> None:
     rates = METHODS[method].learning_rates
     assert rates is not None
-    for rate in rates:
+    for rate in (rates.low, rates.default, rates.high):
         assert levels(method=method, learning_rate=rate) == {}
     assert levels(method=method, learning_rate=rates.high * 1.01) == {"rate_too_high": "warning"}
     assert levels(method=method, learning_rate=rates.high * 10) == {"rate_too_high": "error"}

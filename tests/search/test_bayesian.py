@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from peft_study.config import MethodSpace, StudyConfig, TrainingConfig, validate
+from peft_study.config import LearningRates, MethodSpace, StudyConfig, TrainingConfig, validate
 from peft_study.search.bayesian import BayesianSearch
-from peft_study.search.prior import PRIORS, RatePrior, rate_prior
+from peft_study.search.prior import SPREADS, RatePrior, rate_prior
 from peft_study.search.pruners import Unlikely
 from peft_study.search.surrogate import WORST, Surrogate
 from peft_study.search.trials import State, TrialRecord, best_first
@@ -80,10 +80,10 @@ def test_what_diverged_is_the_worst_and_what_failed_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("method", "steps", "rate"),
     [
-        ("lora", 780, 3e-4),
-        ("lora", 36, 3e-4 * (780 / 36) ** 0.26),
-        ("prefix_tuning", 5000, 5e-3),
-        ("prompt_tuning", 36, 0.02),
+        ("lora", 120, 1e-3),
+        ("lora", 480, 5e-4),
+        ("prefix_tuning", 5000, 1e-2),
+        ("prompt_tuning", 36, 0.1),
     ],
 )
 def test_the_first_trial_is_the_known_default(method: str, steps: int, rate: float) -> None:
@@ -91,16 +91,17 @@ def test_the_first_trial_is_the_known_default(method: str, steps: int, rate: flo
     first = BayesianSearch(of, COUNTS, rate_prior(of, steps, informed=True), 0).suggest([], {})
     assert first["learning_rate"] == pytest.approx(rate, rel=0.25), "a candidate of a line of 33 rates"
     assert first["warmup_ratio"] == 0.03
-    assert method in PRIORS
+    assert method in SPREADS
 
 
-def test_the_known_best_rate_moves_with_tokens_steps_and_initialisation() -> None:
-    known = RatePrior(0.02, 0.5, steps=100, steps_exponent=-0.5, size=8, size_exponent=-1.0, inits={"random": 1.0})
+def test_the_known_best_rate_moves_with_tokens_initialisation_and_steps() -> None:
+    rates = LearningRates(0.02, 1e-3, 3.0, size=8, exponent=-1.0, inits={"random": 10.0})
+    known = RatePrior(rates, 0.5)
     assert known.centre({"tokens": 8, "init": "text"}) == pytest.approx(math.log10(0.02))
     assert known.centre({"tokens": 80, "init": "text"}) == pytest.approx(math.log10(0.002))
     assert known.centre({"tokens": 8, "init": "random"}) == pytest.approx(math.log10(0.2))
-    assert known.at(400).centre({"tokens": 8}) == pytest.approx(math.log10(0.01))
-    assert known.centre({"rank": 80}) == known.centre({"tokens": 80})
+    assert RatePrior(rates, 0.5, 0.5).centre({"tokens": 8, "init": "text"}) == pytest.approx(math.log10(0.01))
+    assert rate_prior(space(space="default"), 480, informed=True).factor == pytest.approx(0.5)
 
 
 def test_without_the_prior_it_begins_in_the_middle() -> None:

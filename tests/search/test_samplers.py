@@ -11,7 +11,7 @@ import optuna
 import pytest
 from scipy.stats import qmc
 
-from peft_study.config import MethodSpace, StudyConfig, TrainingConfig, validate
+from peft_study.config import METHODS, MethodSpace, StudyConfig, TrainingConfig, validate
 from peft_study.errors import OutputError
 from peft_study.search.prior import RatePrior
 from peft_study.search.samplers import SpaceSampler, export
@@ -27,7 +27,7 @@ def space(**settings: Any) -> MethodSpace:
 
 
 def sampler(kind: str, of: MethodSpace, seed: int = 0) -> SpaceSampler:
-    return SpaceSampler("lora", of, kind, seed, COUNTS, prior=RatePrior(3e-4, 0.5))
+    return SpaceSampler("lora", of, kind, seed, COUNTS, prior=RatePrior(METHODS["lora"].learning_rates, 0.5))
 
 
 def record(of: MethodSpace, number: int, values: dict[str, Any], status: State, loss: float) -> TrialRecord:

@@ -8,7 +8,7 @@
         └── TrainingConfig   optimizer, schedule, batch
 
 Learning-rate defaults and ranges belong to the methods, because they differ by orders of magnitude: a soft prompt
-learns nothing at a rate that is right for LoRA (docs/decisions/learning-rates.md).
+learns nothing at a rate that is right for LoRA (docs/findings.md).
 """
 
 from peft_study.config.common import Location, Place, SettingError, Strict, validate
@@ -21,6 +21,7 @@ from peft_study.config.methods import (
     NoneConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    default_rate,
 )
 from peft_study.config.run import (
     TRAINING_DIMENSIONS,
@@ -99,6 +100,7 @@ __all__ = [
     "TrainingConfig",
     "TrialSettings",
     "cells",
+    "default_rate",
     "grid_size",
     "validate",
 ]

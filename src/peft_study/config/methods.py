@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -11,17 +13,35 @@ from peft_study.config.common import Strict
 
 
 class LearningRates(NamedTuple):
-    """A method's own learning rate for AdamW, and the range in which a search is worthwhile (log scale)."""
+    """A method's own learning rate for AdamW, and the range in which a search is worthwhile (log scale).
+
+    Attributes:
+        default: at `size` virtual tokens, begun from a text.
+        low, high: of the range.
+        size: virtual tokens; None: the default does not depend on them.
+        exponent: the best rate goes with the virtual tokens to this power.
+        inits: times which the best rate of another initialisation is higher.
+    """
 
     default: float
     low: float
     high: float
+    size: int | None = None
+    exponent: float = 0.0
+    inits: Mapping[str, float] = MappingProxyType({})
+
+    def at(self, tokens: int | None, init: str | None) -> LearningRates:
+        """Returns the rates with the default for so many virtual tokens and an initialisation, within the range."""
+        if self.size is None or tokens is None:
+            return self
+        moved = self.default * (tokens / self.size) ** self.exponent * self.inits.get(init or "", 1.0)
+        return self._replace(default=float(f"{min(max(moved, self.low), self.high):.2g}"))
 
 
 class LoraConfig(Strict):
     """Low-rank updates of linear layers (Hu et al. 2021, arXiv:2106.09685)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(3e-4, 1e-5, 1e-2)
+    learning_rates: ClassVar[LearningRates] = LearningRates(1e-3, 1e-5, 1e-2)
     method: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, description="columns of A and B")
     alpha: float = Field(32.0, gt=0, description="the update is scaled by alpha/rank (rsLoRA: alpha/sqrt(rank))")
@@ -40,7 +60,7 @@ class LoraConfig(Strict):
 class PrefixTuningConfig(Strict):
     """Trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 3e-4, 0.3)
+    learning_rates: ClassVar[LearningRates] = LearningRates(1e-2, 3e-4, 0.3, 30, -0.8, {"zero": 2.0})
     method: Literal["prefix_tuning"] = "prefix_tuning"
     tokens: int = Field(30, ge=1, description="virtual tokens: keys and values a layer and head")
     init: Literal["text", "zero", "random"] = Field("text", description="text: the base's own keys and values of it")
@@ -52,7 +72,7 @@ class PrefixTuningConfig(Strict):
 class PromptTuningConfig(Strict):
     """Trained input embeddings before the text (Lester et al. 2021, arXiv:2104.08691)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(0.1, 1e-3, 3.0)
+    learning_rates: ClassVar[LearningRates] = LearningRates(0.1, 1e-3, 3.0, 8, -0.5, {"random": 10.0})
     method: Literal["prompt_tuning"] = "prompt_tuning"
     tokens: int = Field(8, ge=1, description="virtual tokens")
     init: Literal["text", "vocab", "random"] = Field("text", description="vocab: frequent tokens of the data")
@@ -81,3 +101,9 @@ METHODS: dict[str, type[MethodConfig]] = {
     "none": NoneConfig,
     "full": FullConfig,
 }
+
+
+def default_rate(method: MethodConfig) -> float | None:
+    """Returns the learning rate of a setting that gives none; None where nothing trains."""
+    rates = method.learning_rates
+    return None if rates is None else rates.at(getattr(method, "tokens", None), getattr(method, "init", None)).default

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import MethodConfig, TrainingConfig
+from peft_study.config import MethodConfig, TrainingConfig, default_rate
 
 Floats = npt.NDArray[np.float64]
 
@@ -236,10 +236,9 @@ def configured(method: MethodConfig, training: TrainingConfig, *, steps: int | N
         steps: optimizer steps of the whole run.
         dtype: of the base, which computes in it; what is added to it trains in float32.
     """
-    rates = method.learning_rates
     return UsedSettings(
         method=method.method,
-        learning_rate=training.learning_rate or (rates.default if rates else None),
+        learning_rate=training.learning_rate or default_rate(method),
         optimizer="adamw",
         schedule=training.schedule,
         warmup_steps=None if steps is None else int(steps * training.warmup_ratio),

@@ -49,7 +49,8 @@ def rates_of(settings: UsedSettings) -> LearningRates | None:
     if settings.projection:
         return _THROUGH_MLP
     kind = METHODS.get(method)
-    return OTHER_RATES.get(method) if kind is None else kind.learning_rates
+    rates = OTHER_RATES.get(method) if kind is None else kind.learning_rates
+    return None if rates is None else rates.at(settings.tokens, settings.init)
 
 
 def rates_said(settings: UsedSettings) -> Said:

@@ -1,17 +1,18 @@
 """Where the best learning rate of a method is expected before anything was tried, and how far off that may be.
 
-The figures of LoRA and soft prompts are those of docs/findings.md (`make findings` makes them, from other data sets
-than the benchmarks of the search); full fine-tuning's are others'. `search.prior: false` does without them.
+The rates and their moves are those of the methods (config/methods.py), which come from docs/findings.md, as the spread
+and the powers of the steps do: from other data sets than the benchmarks of the search. `search.prior: false` does
+without them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from peft_study.config import MethodSpace, Range
+from peft_study.config import METHODS, LearningRates, MethodSpace, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,43 +20,41 @@ class RatePrior:
     """A normal distribution of the decimal logarithm of the best rate, around a centre that moves with the setting.
 
     Attributes:
-        rate: the best one at `steps` optimizer steps, with `size` virtual tokens or that rank.
+        rates: of the method; the default is the centre.
         decades: the distribution's standard deviation.
-        steps: of the runs it is from; None: it does not depend on them.
-        steps_exponent: the best rate goes with the steps to this power.
-        size: virtual tokens or rank; None: it does not depend on them.
-        size_exponent: the best rate goes with the size to this power.
-        inits: decades by which an initialisation moves it.
+        factor: by which the steps of a trial move the centre.
     """
 
-    rate: float
+    rates: LearningRates
     decades: float
-    steps: int | None = None
-    steps_exponent: float = 0.0
-    size: int | None = None
-    size_exponent: float = 0.0
-    inits: Mapping[str, float] = field(default_factory=dict)
-
-    def at(self, steps: int) -> RatePrior:
-        """Returns the distribution for trials of so many optimizer steps."""
-        if self.steps is None:
-            return self
-        return replace(self, rate=self.rate * (steps / self.steps) ** self.steps_exponent, steps=steps)
+    factor: float = 1.0
 
     def centre(self, setting: Mapping[str, Any]) -> float:
         """Returns the mean at a setting (as `MethodSpace.flat`), in decades."""
-        found = math.log10(self.rate) + self.inits.get(setting.get("init", ""), 0.0)
-        size = setting.get("tokens", setting.get("rank"))
-        return found + (self.size_exponent * math.log10(size / self.size) if self.size and size else 0.0)
+        return math.log10(self.rates.at(setting.get("tokens"), setting.get("init")).default * self.factor)
 
 
-PRIORS: dict[str, RatePrior] = {
-    "lora": RatePrior(3e-4, 0.5, 780, -0.26),
-    "prefix_tuning": RatePrior(5e-3, 0.5, 5000, -0.26),
-    "prompt_tuning": RatePrior(0.02, 1.0),
-    # a tenth of LoRA's on 35 models: "LoRA Without Regret" (Schulman et al. 2025), fit over 14 models; with the steps
-    # as LoRA's from 5,000 to 395,000 examples (arXiv:2602.04998), and as in pretraining (arXiv:2409.19913)
-    "full": RatePrior(3e-5, 0.5, 780, -0.26),
+class Spread(NamedTuple):
+    """How far off the default rate may be: standard deviation in decades, and its move with the optimizer steps.
+
+    Attributes:
+        decades: over data sets and models.
+        steps: of the runs that the default is from.
+        exponent: the best rate goes with the steps to this power.
+    """
+
+    decades: float
+    steps: int = 1
+    exponent: float = 0.0
+
+
+SPREADS = {
+    "lora": Spread(0.5, 120, -0.5),
+    "prefix_tuning": Spread(0.5),
+    "prompt_tuning": Spread(0.7),
+    # others': a tenth of LoRA's on 14 models ("LoRA Without Regret", Schulman et al. 2025), falling with the steps as
+    # LoRA's from 5,000 to 395,000 examples (arXiv:2602.04998)
+    "full": Spread(0.5, 780, -0.26),
 }
 
 
@@ -67,10 +66,10 @@ def rate_prior(space: MethodSpace, steps: int, *, informed: bool) -> RatePrior:
         steps: optimizer steps of a trial.
         informed: by the table above; else the middle of the range, with a third of it as the standard deviation.
     """
-    known = PRIORS.get(space.kind) if informed else None
-    if known is not None:
-        return known.at(steps)
+    known, rates = SPREADS.get(space.kind), METHODS[space.kind].learning_rates
+    if informed and known is not None and rates is not None:
+        return RatePrior(rates, known.decades, (steps / known.steps) ** known.exponent)
     dimension = space.dimensions()["learning_rate"]
     ends = (dimension.low, dimension.high) if isinstance(dimension, Range) else dimension.choices
     low, high = math.log10(min(ends)), math.log10(max(ends))
-    return RatePrior(10 ** ((low + high) / 2), max((high - low) / 3, 0.5))
+    return RatePrior(LearningRates(10 ** ((low + high) / 2), min(ends), max(ends)), max((high - low) / 3, 0.5))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_study.config import TrainConfig, TrialSettings
+from peft_study.config import TrainConfig, TrialSettings, default_rate
 from peft_study.engine import checkpoint
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import total_steps
@@ -83,8 +83,7 @@ class Finished:
 
 def resolve(config: TrainConfig) -> TrainConfig:
     """Returns the settings with the method's own learning rate where none was given."""
-    rates = config.method.learning_rates
-    rate = config.training.learning_rate or (rates.default if rates else None)
+    rate = config.training.learning_rate or default_rate(config.method)
     return config.model_copy(update={"training": config.training.model_copy(update={"learning_rate": rate})})
 
 

@@ -84,7 +84,7 @@ def rate_too_high(seen: Observations) -> Problem | Said | None:
         consequence=Said("the loss rises or diverges", "损失会上升或发散"),
         change=Said("take its usual rate", "取常用的学习率"),
         paste=f"learning_rate: {rates.default:g}",
-        values={"rate": rate, **rates._asdict()},
+        values={"rate": rate, "default": rates.default, "low": rates.low, "high": rates.high},
     )
 
 
@@ -117,7 +117,7 @@ def rate_too_low(seen: Observations) -> Problem | Said | None:
         ),
         change=Said("take its usual rate", "取常用的学习率"),
         paste=f"learning_rate: {rates.default:g}",
-        values={"rate": rate, **rates._asdict()},
+        values={"rate": rate, "default": rates.default, "low": rates.low, "high": rates.high},
     )
 
 
