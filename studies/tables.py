@@ -105,7 +105,7 @@ def tables(summary: Summary) -> dict[str, list[tuple[str, ...]]]:
 
 def translated(cell: str) -> str:
     """Returns a cell in Chinese, where it has words."""
-    return ZH.get(cell, cell)
+    return ZH.get(cell, cell).replace(" to ", " 到 ")
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
