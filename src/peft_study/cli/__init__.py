@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 from typer.exceptions import TyperException
 
-from peft_study.cli import adapters, data, doctor, report, run, study_commands
+from peft_study.cli import adapters, data, doctor, evaluate, report, run, study_commands
 from peft_study.cli.loudness import LoudCommand, LoudGroup
 from peft_study.display.terminal import NORMAL, echo, set_loudness
 from peft_study.errors import ConfigError, PeftStudyError, UserError
@@ -53,8 +53,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": adapters.merge,
     "generate": adapters.generate,
     "chat": adapters.chat,
+    "evaluate": evaluate.evaluate,
 }
-LOUD = ("init", "rerun", "merge", "generate")
+LOUD = ("init", "rerun", "merge", "generate", "evaluate")
 """Those of them that work for a while, and so take -q and -v; the others print what they were asked for."""
 for name, command in COMMANDS.items():
     app.command(name, cls=LoudCommand if name in LOUD else None)(command)

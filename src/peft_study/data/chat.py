@@ -200,6 +200,25 @@ class ChatEncoder:
             tokens = [self._bos_id, *tokens]
         return tokens
 
+    def answered(self, messages: Sequence[Message], answer: str) -> Example:
+        """Returns a prompt with the beginning of an answer, whose tokens are supervised: all that was said of it.
+
+        The whole text is tokenised at once and cut where the prompt's tokens end, as lm-eval does; where the two run
+        together the answer is tokenised alone.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        prompt = self.prompt_tokens(messages)
+        text = self.render(messages, add_generation_prompt=True)
+        whole: list[int] = self._encode_text(text + answer).ids
+        if self._bos_id is not None and whole[:1] != [self._bos_id]:
+            whole = [self._bos_id, *whole]
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            whole = [*prompt, *self._encode_text(answer).ids]
+        supervised_L = np.arange(len(whole)) >= len(prompt)
+        return Example(np.array(whole, dtype=np.int32), supervised_L)
+
     def _encode_text(self, text: str) -> Any:
         return self._backend.encode(text, add_special_tokens=False)
 

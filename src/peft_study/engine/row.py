@@ -10,10 +10,11 @@ Shape legend: T tokens of the row, S supervised tokens, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,17 +116,7 @@ class RowRunner:
 
         Items of one slot must stand together.
         """
-        spans, layout = _spans(items), self._layout(items)
-        for adapter in {id(item.adapter): item.adapter for item in items}.values():
-            self.hooks.ensure(adapter.adapted_modules())
-        with self.hooks.row(spans):
-            inputs = forward_inputs(
-                self.base.model,
-                self._embeddings(items),
-                self._positions(items),
-                layout,
-                segmented=self.base.proof.segmented,
-            )
+        with self.placed(items) as (inputs, layout):
             places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in _supervised(items, layout))
             if self.base.proof.chunked_head:
                 hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
@@ -139,6 +130,36 @@ class RowRunner:
             sums_N = torch.zeros(len(items), dtype=torch.float64, device=home)
             sums_N.index_add_(0, owners_S.to(home), losses_S.to(home, torch.float64))
             yield RowResult(total, sums_N)
+
+    @contextmanager
+    def placed(self, items: Sequence[Item]) -> Iterator[tuple[dict[str, Any], SegmentLayout]]:
+        """Yields the arguments of the model's forward for a row of items, and its layout; forward belongs inside."""
+        layout = self._layout(items)
+        with self.adapted(_spans(items)):
+            inputs = forward_inputs(
+                self.base.model,
+                self._embeddings(items),
+                self._positions(items),
+                layout,
+                segmented=self.base.proof.segmented,
+            )
+            yield inputs, layout
+
+    @contextmanager
+    def adapted(self, spans: Sequence[Span]) -> Iterator[None]:
+        """Makes the linear layers add what the adapters of these spans add."""
+        for adapter in {id(span.adapter): span.adapter for span in spans}.values():
+            self.hooks.ensure(adapter.adapted_modules())
+        with self.hooks.row(spans):
+            yield
+
+    def logits(self, inputs: Mapping[str, Any], places_S: Tensor) -> Tensor:
+        """Returns the (S, V) logits at places of a row, all of them at once."""
+        if self.base.proof.chunked_head:
+            hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
+            return self.base.transform(self.base.head(hidden_TE[places_S]))
+        logits_SV: Tensor = self.base.model(**inputs, logits_to_keep=places_S).logits[0]
+        return logits_SV
 
     def _layout(self, items: Sequence[Item]) -> SegmentLayout:
         segments, prefixes, start = [], {}, 0

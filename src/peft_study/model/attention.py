@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from peft_study.model.cache import KeyValueCache
 from peft_study.model.cpu import causal
 
 NAME = "peft_study_segments"
@@ -92,14 +93,15 @@ def segment_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    segments: SegmentLayout | None = None,
+    segments: SegmentLayout | KeyValueCache | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """Attends within each segment of the row; the signature is that of transformers' attention functions.
 
     The window counts keys, the token's own included, as in transformers; prefix keys count with positions 0..P-1.
     `s_aux` (H,) holds a score a head that takes part in the softmax without a value (gpt-oss's sinks). Dropout on
-    attention weights is not applied: the base is frozen and evaluated as it is.
+    attention weights is not applied: the base is frozen and evaluated as it is. With a cache the row has the next token
+    of each of its sequences.
 
     Returns:
         (1, T, H, D) and None in place of attention weights.
@@ -107,9 +109,12 @@ def segment_attention(
     assert segments is not None, "segment attention needs the layout of the row"
     assert query_1HTD.shape[0] == 1, "a packed batch is one row"
     layer = module.layer_idx
+    scale = scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5
+    if isinstance(segments, KeyValueCache):
+        new = query_1HTD[0], key_1GTD[0], value_1GTD[0]
+        return segments.attend(layer, *new, scale, sliding_window, softcap, s_aux)[None], None
     if segments.captured is not None:
         segments.captured.append((key_1GTD[0].detach(), value_1GTD[0].detach()))
-    scale = scaling if scaling is not None else query_1HTD.shape[-1] ** -0.5
     prefixes = {slot: stack[layer] for slot, stack in segments.prefixes.items()}
     if _varlen_serves(query_1HTD, softcap, s_aux):
         out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)

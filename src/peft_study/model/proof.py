@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_study.model import attention
 from peft_study.model.attention import Segment, SegmentLayout
+from peft_study.model.cache import KeyValueCache
 from peft_study.model.head import Transform
 
 _LENGTHS = ((5, 7), (64, 3))
@@ -129,7 +130,7 @@ class _Lookups(TorchDispatchMode):
 
 
 def forward_inputs(
-    model: Any, embeddings_TE: Tensor, positions_T: Tensor, layout: SegmentLayout, *, segmented: bool
+    model: Any, embeddings_TE: Tensor, positions_T: Tensor, layout: SegmentLayout | KeyValueCache, *, segmented: bool
 ) -> dict[str, Any]:
     """Returns the arguments of the model's forward for one row.
 
@@ -137,7 +138,8 @@ def forward_inputs(
         model: the causal language model.
         embeddings_TE: what enters the first layer.
         positions_T: of the tokens in their segments.
-        layout: of the row; not given to models that keep their own attention, whose row is one segment.
+        layout: of the row, or the cache of its sequences; not given to models that keep their own attention, whose row
+            is one segment.
         segmented: segment attention is in place.
     """
     inputs: dict[str, Any] = {"inputs_embeds": embeddings_TE[None], "use_cache": False}

@@ -1,0 +1,260 @@
+"""Tasks: which question a row asks, what the right answer is, and how an answer is judged.
+
+A task is a small YAML file. Those of this package have no data of their own: the user gives the file of rows.
+
+    --tasks gsm8k=test.jsonl.gz            a task of this package on a file
+    --tasks mine.yaml                      a file of the user's, which names its data
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from peft_study.config import SettingError, Strict, validate
+from peft_study.data.readers import RawRow
+from peft_study.data.sources import open_sources
+from peft_study.errors import ConfigError, DataError, first_line, nearest
+from peft_study.evaluation.scoring import METRICS
+from peft_study.storage.files import read_text
+
+BUILT_IN = Path(__file__).with_name("tasks_builtin")
+CHOICE = "choice"
+"""The metric of a task whose answer is the likeliest of some texts; nothing is generated."""
+
+
+class TaskConfig(Strict):
+    """A task file.
+
+    Texts may name columns of a row in braces: ``"{question}"``; those of a choice also ``{label}`` and ``{text}``.
+    """
+
+    about: str | None = Field(None, description="what it is")
+    data: str | None = Field(None, description="file of rows, beside the task file; any form that `data convert` reads")
+    prompt: str = Field(description="what the user asks, from the row's columns")
+    system: str | None = Field(None, description="what the system turn says")
+    answer: str = Field("{answer}", description="the right answer, from the row's columns")
+    metric: str = Field(description="exact, number, contains, regex, choice, or module:function")
+    pattern: str | None = Field(None, description="of regex: what its first group finds last is compared")
+    choices: str | tuple[str, ...] | None = Field(
+        None, description="of choice: a column with a list or a mapping of labels, or the texts themselves"
+    )
+    choices_pattern: str | None = Field(
+        None, description="of choice: its first group finds the texts in the prompt, with / between them"
+    )
+    choice: str = Field("{text}", description="of choice: what is scored")
+    max_new_tokens: int = Field(256, ge=1, description="tokens an answer may have")
+
+    @field_validator("pattern", "choices_pattern")
+    @classmethod
+    def _has_a_group(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                groups = re.compile(value).groups
+            except re.error as error:
+                raise SettingError(f"is no regular expression: {error}") from None
+            if groups < 1:
+                raise SettingError("has no group", remedy="put what is looked for in parentheses")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> TaskConfig:
+        known = (*METRICS, CHOICE)
+        if self.metric not in known and ":" not in self.metric:
+            raise SettingError(
+                f"unknown metric {self.metric!r}", inside=("metric",), remedy=nearest(self.metric, known)
+            )
+        if self.metric == "regex" and self.pattern is None:
+            raise SettingError("metric regex needs a pattern", inside=("pattern",))
+        if (self.metric == CHOICE) != (self.choices is not None or self.choices_pattern is not None):
+            what = "needs choices or choices_pattern" if self.metric == CHOICE else "has no choices"
+            raise SettingError(f"metric {self.metric} {what}", inside=("metric",))
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A row of a task.
+
+    Attributes:
+        id: the row's, else its number; with its place where another row has the same.
+        turns: system turn, if any, and the user's.
+        gold: the right answer; empty where the row has none.
+        choices: texts of which the likeliest is taken; empty where the answer is generated.
+        gold_choice: place of the right one; None where the row does not say.
+    """
+
+    id: str
+    turns: tuple[tuple[str, str], ...]
+    gold: str
+    choices: tuple[str, ...] = ()
+    gold_choice: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask:
+    """A task with its rows' file."""
+
+    name: str
+    config: TaskConfig
+    data: Path
+
+    @property
+    def metric(self) -> Callable[[str, str, str | None], bool | None]:
+        """Returns what judges an answer: (output, gold, pattern) to right, wrong, or None where it cannot be judged.
+
+        Raises:
+            ConfigError: when it is a function that cannot be imported.
+        """
+        if self.config.metric in METRICS:
+            return METRICS[self.config.metric]
+        module, _, name = self.config.metric.partition(":")
+        try:
+            function = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            remedy = "give MODULE:FUNCTION of (output, gold) that can be imported from here"
+            raise ConfigError(
+                f"metric {self.config.metric}: {first_line(error)}", where=self.name, remedy=remedy
+            ) from None
+        return lambda output, gold, _pattern: function(output, gold)
+
+    def questions(self, limit: int | None = None) -> list[Question]:
+        """Returns the rows, at most `limit`: those that lie evenly over the file.
+
+        Raises:
+            DataError: when the file holds none, or a row lacks a column that the task names.
+        """
+        found = [_question(self, row) for source in open_sources([str(self.data)]) for row in source.rows(_unheard)]
+        if not found:
+            raise DataError("holds no rows", where=str(self.data))
+        known = Counter(question.id for question in found)
+        found = [q if known[q.id] == 1 else replace(q, id=f"{q.id}#{place}") for place, q in enumerate(found)]
+        if limit is not None and limit < len(found):
+            found = [found[place * len(found) // limit] for place in range(limit)]
+        return found
+
+
+def _unheard(_share: float | None) -> None:
+    """Takes no note of how far a file is read."""
+
+
+def task_names() -> list[str]:
+    """Returns the names of the tasks of this package."""
+    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+
+
+def find_task(spec: str) -> EvaluationTask:
+    """Returns the task of ``NAME=FILE`` or of a task file.
+
+    Raises:
+        ConfigError: when there is no such task, or its file is wrong.
+        DataError: when its rows are not there.
+    """
+    name, _, data = spec.partition("=")
+    own = Path(name)
+    if own.suffix in (".yaml", ".yml"):
+        if not own.is_file():
+            raise ConfigError("no such task file", where=name)
+        name = own.stem
+    else:
+        own = BUILT_IN / f"{name}.yaml"
+        if not own.is_file():
+            remedy = nearest(name, task_names()) or f"one of {', '.join(task_names())}, or a task file (.yaml)"
+            raise ConfigError(f"unknown task {name!r}", remedy=remedy)
+    try:
+        values = yaml.safe_load(read_text(own))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"is no YAML: {first_line(error)}", where=f"{own}{at}") from None
+    config = validate(TaskConfig, values, where=str(own))
+    if not data and config.data is None:
+        raise ConfigError(f"task {name} has no data of its own", remedy=f"give its file of rows: --tasks {name}=FILE")
+    path = Path(data) if data else own.parent / str(config.data)
+    if not path.exists():
+        raise DataError("no such file", where=str(path), remedy=f"give the rows of task {name}")
+    return EvaluationTask(name, config, path)
+
+
+def _question(task: EvaluationTask, row: RawRow) -> Question:
+    if row.broken is not None:
+        raise row.broken
+    config, values = task.config, row.values
+    prompt = _filled(config.prompt, values, row)
+    turns = [("system", config.system)] if config.system else []
+    gold = _filled(config.answer, values, row, missing="").strip()
+    identity = str(values.get("id", row.row))
+    if config.metric != CHOICE:
+        return Question(identity, (*turns, ("user", prompt)), gold)
+    labels, texts = _choices(config, prompt, row)
+    pairs = zip(labels, texts, strict=True)
+    choices = tuple(_filled(config.choice, {**values, "label": label, "text": text}, row) for label, text in pairs)
+    return Question(identity, (*turns, ("user", prompt)), gold, choices, _place(gold, labels, texts))
+
+
+def _choices(config: TaskConfig, prompt: str, row: RawRow) -> tuple[Sequence[str], Sequence[str]]:
+    """Returns labels and texts of a row's choices."""
+    found: Any = config.choices
+    if config.choices_pattern is not None:
+        match = re.search(config.choices_pattern, prompt)
+        if match is None:
+            remedy = "correct choices_pattern, or the row"
+            raise DataError("its prompt has no choices that choices_pattern finds", where=row.where, remedy=remedy)
+        found = tuple(text.strip() for text in match[1].split("/"))
+    elif isinstance(found, str):
+        if found not in row.values:
+            raise DataError(f"has no column {found!r}", where=row.where, remedy=_columns(row))
+        found = row.values[found]
+    if isinstance(found, Mapping):
+        found = {label: text for label, text in found.items() if text is not None}
+        return [str(label) for label in found], [str(text) for text in found.values()]
+    if not isinstance(found, (list, tuple)) or len(found) < 2:
+        raise DataError("has no list of two choices or more", where=row.where)
+    return [chr(ord("A") + place) for place in range(len(found))], [str(text) for text in found]
+
+
+def _place(gold: str, labels: Sequence[str], texts: Sequence[str]) -> int | None:
+    """Returns the place of the right choice: by its label, its text, or its number from 0."""
+    for names in (labels, texts):
+        if gold in names:
+            return list(names).index(gold)
+    return int(gold) if gold.isdecimal() and int(gold) < len(texts) else None
+
+
+def _filled(text: str, values: Mapping[str, Any], row: RawRow, missing: str | None = None) -> str:
+    """Returns a text with the columns that it names in braces; a column that is not there is `missing`, if given."""
+
+    def column(match: re.Match[str]) -> str:
+        value = values.get(match[1])
+        if value is None and missing is None:
+            raise DataError(f"has no column {match[1]!r}", where=row.where, remedy=_columns(row))
+        return str(missing) if value is None else _shown(value)
+
+    return re.sub(r"\{(\w+)\}", column, text)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a prompt has it: choices with their letters, a line each."""
+    if isinstance(value, (list, tuple)):
+        value = {chr(ord("A") + place): text for place, text in enumerate(value)}
+    if isinstance(value, Mapping):
+        return "\n".join(f"({label}) {text}" for label, text in value.items() if text is not None)
+    return str(value)
+
+
+def _columns(row: RawRow) -> str:
+    return f"its columns are {', '.join(row.values)}"
+
+
+def unlike(tasks: Sequence[EvaluationTask]) -> Iterator[str]:
+    """Yields names that two tasks have."""
+    names = [task.name for task in tasks]
+    yield from sorted({name for name in names if names.count(name) > 1})

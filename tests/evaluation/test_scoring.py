@@ -1,0 +1,66 @@
+"""What counts as right, on hand-made answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from peft_study.evaluation.scoring import METRICS, last_number
+
+
+def judged(metric: str, output: str, gold: str, pattern: str | None = None) -> bool | None:
+    return METRICS[metric](output, gold, pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("She makes $18 a day.", 18),
+        ("9 * 2 = 18\n#### 18", 18),
+        ("#### 7 apples, not 8", 7),
+        ("1,234.50 dollars", 1234.5),
+        ("-3", -3),
+        ("costs $1,000", 1000),
+        (".5 of it", 0.5),
+        ("16 - 3", 3),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_final_number(text: str, value: float | None) -> None:
+    assert last_number(text) == (None if value is None else pytest.approx(value))
+
+
+@pytest.mark.parametrize(
+    ("metric", "output", "gold", "right"),
+    [
+        ("number", "the answer is 15", "15.0", True),
+        ("number", "1.8333", "1.8333333333333335", True),
+        ("number", "1.84", "1.8333333333333335", False),
+        ("number", "I do not know", "15", False),
+        ("number", "15", "", None),
+        ("number", "15", "A", None),
+        ("exact", " Paris.\n", "paris", True),
+        ("exact", "Paris, France", "Paris", False),
+        ("exact", "", "Paris", False),
+        ("exact", "Paris", "", None),
+        ("contains", "It is true, I think", "true", True),
+        ("contains", "untrue", "true", False),
+        ("contains", "C++ is it", "C++", True),
+        ("contains", "x", "", None),
+    ],
+)
+def test_right_wrong_and_not_judged(metric: str, output: str, gold: str, right: bool | None) -> None:
+    assert judged(metric, output, gold) is right
+
+
+def test_a_pattern_takes_what_it_finds_last() -> None:
+    pattern = r"answer is (\w+)"
+    assert judged("regex", "the answer is A; no, the answer is B", "b", pattern=pattern) is True
+    assert judged("regex", "the answer is A", "b", pattern=pattern) is False
+    assert judged("regex", "nothing", "b", pattern=pattern) is False
+    assert judged("regex", "the answer is A", "", pattern=pattern) is None
+
+
+def test_a_long_output_is_judged() -> None:
+    assert judged("number", "1 " * 5000 + "42", "42") is True
+    assert judged("contains", "no " * 5000 + "yes", "yes") is True

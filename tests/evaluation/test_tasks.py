@@ -1,0 +1,132 @@
+"""Task files: the package's own on their real rows, a user's, and what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_study.errors import ConfigError, DataError
+from peft_study.evaluation.tasks import Question, find_task, task_names
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROWS = {
+    "gsm8k": ["gsm8k/test.jsonl.gz"],
+    "commonsenseqa": ["commonsenseqa/validation.jsonl.gz"],
+    "mmlu": ["mmlu/dev.jsonl.gz"],
+    "llm_adapters_math": [f"llm-adapters/test/{name}.jsonl.gz" for name in ("AddSub", "MultiArith", "SVAMP", "mawps")],
+    "llm_adapters_choice": [
+        f"llm-adapters/test/{name}.jsonl.gz"
+        for name in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa", "piqa", "social_i_qa", "winogrande")
+    ],
+}
+
+
+def test_every_task_of_the_package_is_tried() -> None:
+    assert sorted(ROWS) == task_names()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
+@pytest.mark.parametrize(("task", "file"), [(task, file) for task, files in ROWS.items() for file in files])
+def test_the_packages_tasks_read_their_real_rows(task: str, file: str) -> None:
+    questions = find_task(f"{task}={SHARED / file}").questions(limit=50)
+    assert len(questions) == 50
+    for question in questions:
+        assert question.gold
+        assert len(question.turns[-1][1]) > 10
+        if question.choices:
+            assert question.gold_choice is not None
+            assert len(set(question.choices)) == len(question.choices) >= 2
+
+
+def written(folder: Path, rows: list[dict[str, Any]], **task: Any) -> Path:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "mine.yaml"
+    path.write_text(json.dumps({"data": "rows.jsonl", "prompt": "{q}", "metric": "exact", **task}))
+    return path
+
+
+def questions(folder: Path, rows: list[dict[str, Any]], **task: Any) -> list[Question]:
+    return find_task(str(written(folder, rows, **task))).questions()
+
+
+def test_a_users_task_reads_the_rows_beside_it(tmp_path: Path) -> None:
+    (found,) = questions(tmp_path, [{"q": "one?", "a": 1}], answer="{a}", system="Be short.")
+    assert found == Question("1", (("system", "Be short."), ("user", "one?")), "1")
+
+
+def test_choices_are_a_list_a_mapping_or_texts(tmp_path: Path) -> None:
+    choice = {"metric": "choice", "choice": "({label}) {text}"}
+    (found,) = questions(tmp_path, [{"q": "x\n", "c": ["no", "yes"], "answer": "B"}], choices="c", **choice)
+    assert (found.choices, found.gold_choice) == (("(A) no", "(B) yes"), 1)
+    (found,) = questions(tmp_path, [{"q": "x", "c": {"Y": "yes", "N": "no"}, "answer": "no"}], choices="c", **choice)
+    assert (found.choices, found.gold_choice) == (("(Y) yes", "(N) no"), 1)
+    (found,) = questions(tmp_path, [{"q": "x", "answer": 0}], choices=["no", "yes"], **choice)
+    assert found.gold_choice == 0
+    (found,) = questions(tmp_path, [{"q": "x", "answer": "perhaps"}], choices=["no", "yes"], **choice)
+    assert found.gold_choice is None
+    (found,) = questions(tmp_path, [{"q": "x: no/yes", "answer": "yes"}], choices_pattern="x: (.*)", **choice)
+    assert (found.choices, found.gold_choice) == (("(A) no", "(B) yes"), 1)
+
+
+def test_a_prompt_may_show_the_choices(tmp_path: Path) -> None:
+    row = {"q": "Which?", "c": ["no", "yes"], "answer": "A"}
+    (found,) = questions(tmp_path, [row], prompt="{q}\n{c}", metric="choice", choices="c")
+    assert found.turns == (("user", "Which?\n(A) no\n(B) yes"),)
+
+
+def test_a_limit_takes_rows_from_the_whole_file(tmp_path: Path) -> None:
+    task = find_task(str(written(tmp_path, [{"q": str(n), "answer": "x"} for n in range(10)])))
+    assert [question.turns[0][1] for question in task.questions(5)] == ["0", "2", "4", "6", "8"]
+    assert len(task.questions(50)) == 10
+
+
+def test_rows_of_one_id_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"id": "a", "q": "1", "answer": "x"}, {"id": "b", "q": "2", "answer": "x"}, {"id": "a", "q": "3"}]
+    assert [question.id for question in questions(tmp_path, rows)] == ["a#0", "b", "a#2"]
+
+
+def test_a_missing_answer_is_no_error_and_a_missing_question_is(tmp_path: Path) -> None:
+    (found,) = questions(tmp_path, [{"q": "one?"}])
+    assert found.gold == ""
+    with pytest.raises(DataError, match=r"rows.jsonl row 2.*has no column 'q'.*its columns are x"):
+        questions(tmp_path, [{"q": "one?"}, {"x": "two?"}])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "exakt"}, "exact"),
+        ({"metric": "regex"}, "needs a pattern"),
+        ({"metric": "regex", "pattern": "("}, "is no regular expression"),
+        ({"metric": "regex", "pattern": "x"}, "has no group"),
+        ({"metric": "choice"}, "needs choices"),
+        ({"choices": ["a", "b"]}, "has no choices"),
+        ({"promt": "{q}"}, "prompt"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"metric": "nowhere:f"}, "nowhere"),
+        ({"data": "others.jsonl"}, "no such file"),
+    ],
+)
+def test_what_is_wrong_with_a_task_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = written(tmp_path, [{"q": "x", "answer": "x"}], **change)
+    with pytest.raises((ConfigError, DataError), match=message):
+        find_task(str(path)).metric("x", "x", None)
+
+
+def test_a_broken_task_file_names_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("prompt: x\nmetric: [\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml, line 3"):
+        find_task(str(path))
+
+
+def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="gsm8k"):
+        find_task("gsm8=x.jsonl")
+    with pytest.raises(ConfigError, match="--tasks gsm8k=FILE"):
+        find_task("gsm8k")
+    with pytest.raises(ConfigError, match="no such task file"):
+        find_task(str(tmp_path / "other.yaml"))
