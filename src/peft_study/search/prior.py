@@ -49,8 +49,8 @@ class Spread(NamedTuple):
 
 
 SPREADS = {
-    # docs/findings.md; LoRA's best rate does not move from 20 to 120 steps, and falls by this power from 5,000 to 395,000
-    # examples (arXiv:2602.04998)
+    # docs/findings.md; LoRA's best rate does not move from 20 to 120 steps; it falls by this power from 5,000 to
+    # 395,000 examples (arXiv:2602.04998)
     "lora": Spread(0.4, 120, -0.26),
     "prefix_tuning": Spread(0.5),
     "prompt_tuning": Spread(0.8),
