@@ -90,7 +90,7 @@ def test_a_random_share_of_the_stopped_runs_on_to_check_the_rule(tmp_path: Path)
 
 def test_diverged_and_failed_trials_are_rows_and_count(tmp_path: Path) -> None:
     def high_rates_diverge(trial: TrialRecord, share: float) -> float | None:
-        return None if trial.values["learning_rate"] > 2e-3 and share > 0.2 else valley(1e-3)(trial, share)
+        return None if trial.values["learning_rate"] > 1.2e-3 and share > 0.2 else valley(1e-3)(trial, share)
 
     world = World(study(), tmp_path, {"lora": high_rates_diverge}).run()
     diverged = [t for t in searched(world, "lora") if t.status == "diverged"]

@@ -51,7 +51,7 @@ class Spread(NamedTuple):
 SPREADS = {
     # docs/findings.md; LoRA's best rate does not move from 20 to 120 steps; it falls by this power from 5,000 to
     # 395,000 examples (arXiv:2602.04998)
-    "lora": Spread(0.4, 120, -0.26),
+    "lora": Spread(0.5, 120, -0.26),
     "prefix_tuning": Spread(0.5),
     "prompt_tuning": Spread(0.8),
     # others': a tenth of LoRA's on 14 models ("LoRA Without Regret", Schulman et al. 2025)
