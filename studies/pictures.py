@@ -19,6 +19,8 @@ LABELS = {"prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "l
 METHODS = [LABELS[method] for method in POINTS]
 LOSS = "loss against the base"
 """On held-out rows, in nats a supervised token."""
+SHORT = "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')"
+"""Labels of the rates."""
 PUBLISHED, OURS = "published", "our 80 % interval"
 SIZES = 16
 """Rows of a heat map."""
@@ -38,7 +40,7 @@ def draw(summary: dict[str, Any], table: pd.DataFrame, surfaces: Surfaces, curve
 
 def _rate(field: str = "learning_rate") -> alt.X:
     scale = alt.Scale(type="log", domain=list(RATES), clamp=True)
-    axis = alt.Axis(values=[10.0**power for power in range(-5, 2)], format="~g", labelOverlap=False)
+    axis = alt.Axis(values=[10.0**power for power in range(-5, 2)], labelExpr=SHORT, labelOverlap=False)
     return alt.X(f"{field}:Q", title="learning rate", scale=scale, axis=axis)
 
 
@@ -174,7 +176,7 @@ def shares(summary: dict[str, Any]) -> alt.TopLevelMixin:
     ]
     chart = alt.Chart(alt.InlineData(values=parts)).mark_bar().encode(
         x=alt.X("share:Q", title="share of the variance", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
-        y=alt.Y("setting:N", title=None, sort=list(names.values())),
+        y=alt.Y("setting:N", title=None, sort=list(names.values()), axis=alt.Axis(labelOverlap=False)),
         color=alt.Color(
             "part:N", title=None, scale=alt.Scale(domain=["alone", "with others"], range=[PALETTE[0], "#9ecae1"])
         ),
