@@ -235,7 +235,7 @@ def run(name: str) -> None:
     for block in sorted((HERE / study).glob(f"{block_name or 'block-*'}.yaml")):
         if block.with_suffix(".parquet").exists():
             continue
-        prepare("words" if study == "rising" else study)
+        prepare(Path(yaml.safe_load(block.read_text())["data"]["train"]).stem)
         result = peft_study.Study.from_yaml(block).run(verbose=False)
         collect(result, block)
         print(f"{study}/{block.stem}: {result.state}", flush=True)

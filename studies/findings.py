@@ -156,7 +156,7 @@ def sample() -> dict[str, Any]:
     paths = sorted((HERE / "sample").glob("block-*.parquet"))
     if not paths:
         return {}
-    table = pd.concat([pd.read_parquet(path).assign(seed=_seed(path)) for path in paths])
+    table = pd.concat(map(pd.read_parquet, paths))
     table = table[table["kind"] == "search"]
     table["of"] = table["method"].str.rsplit("-", n=1).str[0]
     few, many = SAMPLES
@@ -177,12 +177,6 @@ def sample() -> dict[str, Any]:
             "regret_most": float(np.max(chosen)),
         }
     return found
-
-
-def _seed(path: Any) -> int:
-    from yaml import safe_load
-
-    return int(safe_load(path.with_suffix(".yaml").read_text())["training"]["seed"])
 
 
 def rising() -> pd.DataFrame | None:

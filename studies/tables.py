@@ -116,8 +116,8 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 def replaced(text: str, name: str, table: str) -> str:
     """Returns a page with one of its tables written anew."""
-    pattern = rf"(<!-- {name} -->\n\n?).*?(\n?\n<!-- /{name} -->)"
-    return re.sub(pattern, lambda found: f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->", text, flags=re.DOTALL)
+    pattern = rf"<!-- {name} -->\n.*?\n<!-- /{name} -->"
+    return re.sub(pattern, lambda _: f"<!-- {name} -->\n\n{table}\n\n<!-- /{name} -->", text, flags=re.DOTALL)
 
 
 def each(summary: Summary) -> Iterator[tuple[str, str, Any]]:

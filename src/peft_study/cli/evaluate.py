@@ -40,15 +40,13 @@ def evaluate(
     from peft_study.display.terminal import LiveDisplay, echo, quiet_libraries
     from peft_study.errors import ConfigError
     from peft_study.evaluation.evaluate import Evaluation, load_systems
-    from peft_study.evaluation.tasks import find_task, unlike
+    from peft_study.evaluation.tasks import find_task
     from peft_study.model.precision import choose
     from peft_study.storage.files import refuse_unwritable
     from peft_study.training.merge import find_adapter
 
     quiet_libraries()
     chosen = [find_task(spec) for spec in tasks]
-    for name in unlike(chosen):
-        raise ConfigError(f"task {name} is given twice", remedy="give one file, or a task file with another name")
     if not adapters and not rescore:
         raise ConfigError("no adapter is given", remedy="write `peft-study evaluate ADAPTER --tasks NAME=FILE`")
     refuse_unwritable(output, folder=True)

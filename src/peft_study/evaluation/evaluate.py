@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ import numpy as np
 
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
+from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ModelError, OutputError
+from peft_study.errors import ConfigError, ModelError, OutputError
 from peft_study.evaluation.decoding import Decoder, DecodingRequest
-from peft_study.evaluation.generation import find_base
+from peft_study.evaluation.generation import base_origin, find_base
 from peft_study.evaluation.tasks import CHOICE, EvaluationTask, Question
 from peft_study.methods.base import Adapter
-from peft_study.methods.peft_files import encoding, read_note
+from peft_study.methods.peft_files import encoding
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import Base, load_base, load_tokenizer
@@ -36,9 +38,6 @@ from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder
 
 BASE = "base"
 """Name of the untouched base among the systems."""
-ROW_TOKENS = {"cpu": 512}
-"""Tokens of a packed row: on CPU a longer one is no faster; elsewhere `OTHER_ROW`."""
-OTHER_ROW = 8192
 CHUNK = 8
 """Questions whose choices are scored before they are written down."""
 PLAN = "evaluation.json"
@@ -92,23 +91,21 @@ def load_systems(adapters: Sequence[Path], base: str | None, placement: Placemen
     Raises:
         ModelError: when an adapter is of another base, or cannot be loaded, or the base cannot pack rows.
     """
-    paths = [find_base(adapter, base) for adapter in adapters]
-    for adapter, path in zip(adapters, paths, strict=True):
-        if path != paths[0]:
-            what = f"its base is {path}, that of {adapters[0]} is {paths[0]}"
+    origin = base_origin(adapters[0], base)
+    for adapter in adapters[1:]:
+        if (path := find_base(adapter, base)) != origin.path:
+            what = f"its base is {path}, that of {adapters[0]} is {origin.path}"
             raise ModelError(what, where=str(adapter), remedy="evaluate adapters of one base at a time, or name it")
-    note = read_note(adapters[0])
-    own = note.get("base_tokenizer")
     found = load_base(
-        paths[0],
-        tokenizer=load_tokenizer(own) if own else None,
-        revision=note.get("base_revision") if base is None else None,
+        origin.path,
+        tokenizer=load_tokenizer(origin.tokenizer) if origin.tokenizer else None,
+        revision=origin.revision,
         placement=placement,
-        quantization=note.get("base_quantization"),
+        quantization=origin.quantization,
     )
     if not (found.proof.segmented and found.proof.packs):
         remedy = "use `peft-study generate`, which answers a prompt at a time"
-        raise ModelError("this model cannot have several sequences in a row", where=paths[0], remedy=remedy)
+        raise ModelError("this model cannot have several sequences in a row", where=origin.path, remedy=remedy)
     encoders = [ChatEncoder(found.tokenizer, **encoding(adapter)) for adapter in adapters]
     systems = [System(BASE, NoAdapter(), encoders[0])]
     for name, adapter, encoder in zip(short_names(adapters), adapters, encoders, strict=True):
@@ -136,10 +133,15 @@ class Evaluation:
         limit: questions of each task; None: all.
 
     Raises:
+        ConfigError: when two tasks have one name.
         OutputError: when the folder holds an evaluation of other tasks.
     """
 
     def __init__(self, folder: Path, tasks: Sequence[EvaluationTask], limit: int | None) -> None:
+        for name, count in Counter(task.name for task in tasks).items():
+            if count > 1:
+                remedy = "give one file, or a task file with another name"
+                raise ConfigError(f"task {name} is given twice", remedy=remedy)
         self.folder, self.tasks = folder, tasks
         self.questions = {task.name: task.questions(limit) for task in tasks}
         self._plan = {
@@ -242,7 +244,7 @@ def _messages(question: Question) -> list[Message]:
 def _generate(runner: RowRunner, task: EvaluationTask, due: Sequence[tuple[System, Question]]) -> Iterator[Row]:
     """Yields the answers that are generated, as they are ready."""
     base = runner.base
-    decoder = Decoder(runner, ends=end_tokens(base), row_tokens=ROW_TOKENS.get(base.device.type, OTHER_ROW))
+    decoder = Decoder(runner, ends=end_tokens(base), row_tokens=DEFAULT_ROW_TOKENS[base.device.type])
     requests = []
     for system, question in due:
         prompt = system.encoder.prompt_tokens(_messages(question))
@@ -268,8 +270,7 @@ def _generate(runner: RowRunner, task: EvaluationTask, due: Sequence[tuple[Syste
 
 def _choose(runner: RowRunner, task: EvaluationTask, due: Sequence[tuple[System, Question]]) -> Iterator[Row]:
     """Yields the losses of the choices and the likeliest, a few questions of all systems at a time."""
-    base = runner.base
-    row_tokens = ROW_TOKENS.get(base.device.type, OTHER_ROW)
+    row_tokens = DEFAULT_ROW_TOKENS[runner.base.device.type]
     for start in range(0, len(due), CHUNK):
         began = time.perf_counter()
         part = due[start : start + CHUNK]

@@ -30,6 +30,18 @@ _KEPT = ("id", "source")
 """Columns of a prompt's row that its answer keeps."""
 
 
+class BaseOrigin(NamedTuple):
+    """Where an adapter's base and its tokenizer come from: what loads them as they were in training.
+
+    `tokenizer` is the name of one of its own, None: the base's; without a `revision` or `quantization` they are None.
+    """
+
+    path: str
+    tokenizer: str | None
+    revision: str | None
+    quantization: str | None
+
+
 class AdapterBase(NamedTuple):
     """The base of an adapter, loaded as it was trained on: `model`, `tokenizer`, and the `path` it came from.
 
@@ -82,6 +94,13 @@ def find_base(adapter: Path, base: str | None = None) -> str:
         raise ModelError(f"its base {place} is not found: {error.what}", where=str(adapter), remedy=remedy) from error
 
 
+def base_origin(adapter: Path, base: str | None = None) -> BaseOrigin:
+    """Returns where an adapter's base comes from; arguments and errors as of `find_base`."""
+    path, note = find_base(adapter, base), read_note(adapter)
+    revision = note.get("base_revision") if base is None else None
+    return BaseOrigin(path, note.get("base_tokenizer"), revision, note.get("base_quantization"))
+
+
 def load_adapter_base(adapter: Path, base: str | None, placement: Placement) -> AdapterBase:
     """Loads an adapter's base, quantised as it was in training, and the tokenizer it was trained with.
 
@@ -98,15 +117,11 @@ def load_adapter_base(adapter: Path, base: str | None, placement: Placement) -> 
     read_config(adapter)
     if not (adapter / WEIGHTS).is_file():
         raise ModelError(f"holds no {WEIGHTS}", where=str(adapter), remedy="only safetensors are loaded; save it again")
-    path = find_base(adapter, base)
-    note = read_note(adapter)
-    revision = note.get("base_revision") if base is None else None
-    quantization = note.get("base_quantization")
+    path, own, revision, quantization = base_origin(adapter, base)
     if Path(path).is_dir():
         mismatch = base_mismatch(adapter, folder_digest(Path(path)))
         if mismatch:
             warnings.warn(mismatch, stacklevel=2)
-    own = note.get("base_tokenizer")
     tokenizer = load_tokenizer(own) if own else load_tokenizer(path, revision=revision)
     model = place_model(path, path, placement, quantization=quantization, revision=revision)
     return AdapterBase(model, tokenizer, path, quantization)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,8 @@ class EvaluationTask:
         Raises:
             DataError: when the file holds none, or a row lacks a column that the task names.
         """
-        found = [_question(self, row) for source in open_sources([str(self.data)]) for row in source.rows(_unheard)]
+        sources = open_sources([str(self.data)])
+        found = [_question(self, row) for source in sources for row in source.rows(lambda _share: None)]
         if not found:
             raise DataError("holds no rows", where=str(self.data))
         known = Counter(question.id for question in found)
@@ -140,10 +141,6 @@ class EvaluationTask:
         if limit is not None and limit < len(found):
             found = [found[place * len(found) // limit] for place in range(limit)]
         return found
-
-
-def _unheard(_share: float | None) -> None:
-    """Takes no note of how far a file is read."""
 
 
 def task_names() -> list[str]:
@@ -194,14 +191,13 @@ def _question(task: EvaluationTask, row: RawRow) -> Question:
     identity = str(values.get("id", row.row))
     if config.metric != CHOICE:
         return Question(identity, (*turns, ("user", prompt)), gold)
-    labels, texts = _choices(config, prompt, row)
-    pairs = zip(labels, texts, strict=True)
-    choices = tuple(_filled(config.choice, {**values, "label": label, "text": text}, row) for label, text in pairs)
-    return Question(identity, (*turns, ("user", prompt)), gold, choices, _place(gold, labels, texts))
+    found = _choices(config, prompt, row)
+    choices = tuple(_filled(config.choice, {**values, "label": a, "text": text}, row) for a, text in found.items())
+    return Question(identity, (*turns, ("user", prompt)), gold, choices, _place(gold, found))
 
 
-def _choices(config: TaskConfig, prompt: str, row: RawRow) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns labels and texts of a row's choices."""
+def _choices(config: TaskConfig, prompt: str, row: RawRow) -> dict[str, str]:
+    """Returns a row's choices by their labels."""
     found: Any = config.choices
     if config.choices_pattern is not None:
         match = re.search(config.choices_pattern, prompt)
@@ -213,20 +209,24 @@ def _choices(config: TaskConfig, prompt: str, row: RawRow) -> tuple[Sequence[str
         if found not in row.values:
             raise DataError(f"has no column {found!r}", where=row.where, remedy=_columns(row))
         found = row.values[found]
-    if isinstance(found, Mapping):
-        found = {label: text for label, text in found.items() if text is not None}
-        return [str(label) for label in found], [str(text) for text in found.values()]
-    if not isinstance(found, (list, tuple)) or len(found) < 2:
+    if not isinstance(found, Mapping) and (not isinstance(found, (list, tuple)) or len(found) < 2):
         raise DataError("has no list of two choices or more", where=row.where)
-    return [chr(ord("A") + place) for place in range(len(found))], [str(text) for text in found]
+    return _labelled(found)
 
 
-def _place(gold: str, labels: Sequence[str], texts: Sequence[str]) -> int | None:
+def _labelled(choices: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
+    """Returns choices by their labels: A, B, ... where they have none."""
+    if not isinstance(choices, Mapping):
+        choices = {chr(ord("A") + place): text for place, text in enumerate(choices)}
+    return {str(label): str(text) for label, text in choices.items() if text is not None}
+
+
+def _place(gold: str, choices: Mapping[str, str]) -> int | None:
     """Returns the place of the right choice: by its label, its text, or its number from 0."""
-    for names in (labels, texts):
+    for names in (list(choices), list(choices.values())):
         if gold in names:
-            return list(names).index(gold)
-    return int(gold) if gold.isdecimal() and int(gold) < len(texts) else None
+            return names.index(gold)
+    return int(gold) if gold.isdecimal() and int(gold) < len(choices) else None
 
 
 def _filled(text: str, values: Mapping[str, Any], row: RawRow, missing: str | None = None) -> str:
@@ -243,18 +243,10 @@ def _filled(text: str, values: Mapping[str, Any], row: RawRow, missing: str | No
 
 def _shown(value: Any) -> str:
     """Returns a value as a prompt has it: choices with their letters, a line each."""
-    if isinstance(value, (list, tuple)):
-        value = {chr(ord("A") + place): text for place, text in enumerate(value)}
-    if isinstance(value, Mapping):
-        return "\n".join(f"({label}) {text}" for label, text in value.items() if text is not None)
+    if isinstance(value, (list, tuple, Mapping)):
+        return "\n".join(f"({label}) {text}" for label, text in _labelled(value).items())
     return str(value)
 
 
 def _columns(row: RawRow) -> str:
     return f"its columns are {', '.join(row.values)}"
-
-
-def unlike(tasks: Sequence[EvaluationTask]) -> Iterator[str]:
-    """Yields names that two tasks have."""
-    names = [task.name for task in tasks]
-    yield from sorted({name for name in names if names.count(name) > 1})

@@ -22,6 +22,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from peft_study.model.cache import KeyValueCache
 from peft_study.model.cpu import causal
+from peft_study.model.scores import weights
 
 NAME = "peft_study_segments"
 """Name under which the function and its mask function are registered."""
@@ -162,13 +163,8 @@ def _attend(
         )[0]
     allowed_LK = _bottom_right_causal(queries, keys, window, query_HLD.device)
     scores_HLK = torch.matmul(query_HLD * scale, key_GKD.transpose(1, 2))
-    if softcap is not None:
-        scores_HLK = torch.tanh(scores_HLK / softcap) * softcap
-    scores_HLK = scores_HLK.masked_fill(~allowed_LK, float("-inf"))
-    if sinks_H is not None:
-        sinks_HL1 = sinks_H.to(scores_HLK.dtype)[:, None, None].expand(-1, queries, 1)
-        scores_HLK = torch.cat([scores_HLK, sinks_HL1], dim=-1)
-    weights_HLK = scores_HLK.softmax(-1, dtype=torch.float32)[..., :keys]
+    sinks_H11 = None if sinks_H is None else sinks_H[:, None, None]
+    weights_HLK = weights(scores_HLK, allowed_LK, softcap, sinks_H11)
     return torch.matmul(weights_HLK.to(value_GKD.dtype), value_GKD)
 
 

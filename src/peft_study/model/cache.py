@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_study.model.scores import weights
+
 
 @dataclass(slots=True)
 class KeyValueCache:
@@ -69,14 +71,9 @@ class KeyValueCache:
             out = F.scaled_dot_product_attention(query_BGhD, key_BGKD, value_BGKD, attn_mask=mask_B11K, scale=scale)
             return out.reshape(batch, heads, size)
         scores_BGhK = torch.matmul(query_BGhD * scale, key_BGKD.transpose(2, 3))
-        if softcap is not None:
-            scores_BGhK = torch.tanh(scores_BGhK / softcap) * softcap
-        scores_BGhK = scores_BGhK.masked_fill(~mask_B11K, float("-inf"))
-        if sinks_H is not None:
-            sinks = sinks_H.to(scores_BGhK.dtype).reshape(1, groups, heads // groups, 1).expand(batch, -1, -1, -1)
-            scores_BGhK = torch.cat([scores_BGhK, sinks], dim=-1)
-        weights_BGhK = scores_BGhK.softmax(-1, dtype=torch.float32)[..., :used].to(value_BGKD.dtype)
-        return torch.matmul(weights_BGhK, value_BGKD).reshape(batch, heads, size)
+        sinks_Gh1 = None if sinks_H is None else sinks_H.reshape(groups, heads // groups, 1)
+        weights_BGhK = weights(scores_BGhK, mask_B11K, softcap, sinks_Gh1)
+        return torch.matmul(weights_BGhK.to(value_BGKD.dtype), value_BGKD).reshape(batch, heads, size)
 
     def advance(self) -> None:
         """Makes room for the next token, when every layer has seen this one."""
