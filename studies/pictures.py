@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 from experiment import HERE, POINTS, RANKS, RATES, SETS, STEPS, TOKENS
 from surfaces import REFERENCE, WORST, Surface, rates
+from tables import NAMES
 
 from peft_study.report.chart_style import PALETTE, SHAPES, theme
 from peft_study.storage.picture import write_picture
 
 DOCS = HERE.parent / "docs"
 Surfaces = dict[tuple[str, str], Surface]
-LABELS = {"prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "lora": "LoRA"}
-METHODS = [LABELS[method] for method in POINTS]
+METHODS = [NAMES[method] for method in POINTS]
 LOSS = "loss against the base"
 """On held-out rows, in nats a supervised token."""
 SHORT = "datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')"
@@ -55,7 +55,7 @@ def trials(table: pd.DataFrame, surfaces: Surfaces) -> alt.TopLevelMixin:
         row = []
         for method in POINTS:
             part = table[(table["data"] == data) & (table["method"] == method)]
-            title = f"{LABELS[method]}, {data}"
+            title = f"{NAMES[method]}, {data}"
             points = alt.Chart(_values(part[["learning_rate", "gain", "steps"]])).mark_point(filled=True, size=34)
             layers = [points.encode(x=_rate(), y=_gain(), color=_steps())]
             if (data, method) in surfaces:
@@ -101,7 +101,7 @@ def best_rates(summary: dict[str, Any]) -> alt.TopLevelMixin:
                     "rate": float(np.sqrt(row["rate_low"] * row["rate_high"])),
                 }
             )  # fmt: skip
-        panels.append(_lines(lines, LABELS[method]))
+        panels.append(_lines(lines, NAMES[method]))
     return alt.vconcat(*panels)
 
 
@@ -136,7 +136,7 @@ def heat(table: pd.DataFrame, surfaces: Surfaces) -> alt.TopLevelMixin:
                 for i in range(SIZES)
                 for j, rate in enumerate(rates())
             ]
-            row.append(_heat(cells, method, f"{LABELS[method]}, {data}"))
+            row.append(_heat(cells, method, f"{NAMES[method]}, {data}"))
         panels.append(alt.hconcat(*row))
     return alt.vconcat(*panels)
 
@@ -163,12 +163,10 @@ def _heat(cells: list[dict[str, float]], method: str, title: str) -> alt.TopLeve
 
 def shares(summary: dict[str, Any]) -> alt.TopLevelMixin:
     """The share of variance of each setting: alone, and what it has with others."""
-    names = {
-        "learning_rate": "learning rate", "size": "tokens or rank", "init": "initialisation", "steps": "steps",
-        "batch_size": "batch", "warmup_ratio": "warm-up", "weight_decay": "weight decay",
-    }  # fmt: skip
+    order = ("learning_rate", "size", "init", "steps", "batch_size", "warmup_ratio", "weight_decay")
+    names = {name: NAMES.get(name, name) for name in order} | {"init": "initialisation"}
     parts = [
-        {"setting": names[name], "share": max(0.0, value), "part": part, "panel": f"{LABELS[method]}, {data}"}
+        {"setting": names[name], "share": max(0.0, value), "part": part, "panel": f"{NAMES[method]}, {data}"}
         for data in SETS
         for method, found in summary["designed"].get(data, {}).items()
         for name, share in found["shares"].items()
@@ -189,7 +187,7 @@ def ranking(summary: dict[str, Any]) -> alt.TopLevelMixin:
     """The best gain of each method at equal steps of 8 rows, and at the time that so many steps of the fastest take."""
     points = [
         {
-            "method": LABELS[method], "steps": float(steps), "gain": best["gain"][1], "low": best["gain"][0],
+            "method": NAMES[method], "steps": float(steps), "gain": best["gain"][1], "low": best["gain"][0],
             "high": best["gain"][2], "panel": f"{data}, {kind.replace('_', ' ')}",
         }
         for data, methods in summary["ranking"].items()
