@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -265,6 +266,26 @@ def holm(chances: Sequence[float]) -> list[float]:
     from statsmodels.stats.multitest import multipletests
 
     return [float(p) for p in multipletests(chances, method="holm")[1]] if len(chances) else []
+
+
+def told_apart(number: int, chance: Callable[[int, int], float]) -> list[list[int]]:
+    """Parts settings or systems, best first, where one is told from the first of the group before.
+
+    They are told apart where the chance that they are equal, corrected for all pairs, is below 5 %.
+
+    Args:
+        number: of what is parted; the groups hold places from 0.
+        chance: the p-value of "the two at these places are equal".
+    """
+    pairs = list(itertools.combinations(range(number), 2))
+    chances = dict(zip(pairs, holm([chance(first, second) for first, second in pairs]), strict=True))
+    groups: list[list[int]] = []
+    for place in range(number):
+        if groups and chances[groups[-1][0], place] >= 1 - CONFIDENCE:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def accuracy(successes: int, number: int) -> Estimate:

@@ -8,24 +8,25 @@ from typing import Any
 
 import pytest
 
+from peft_study.config import EvaluationConfig
 from peft_study.errors import ConfigError, DataError
-from peft_study.evaluation.tasks import Question, find_task, task_names
+from peft_study.evaluation.tasks import Question, find_task, find_tasks, task_names
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+MATH = "AddSub", "MultiArith", "SVAMP", "SingleEq", "mawps"
+CHOICES = "boolq", "ARC-Easy", "ARC-Challenge", "openbookqa", "piqa", "social_i_qa", "winogrande"
 ROWS = {
     "gsm8k": ["gsm8k/test.jsonl.gz"],
     "commonsenseqa": ["commonsenseqa/validation.jsonl.gz"],
     "mmlu": ["mmlu/dev.jsonl.gz"],
-    "llm_adapters_math": [f"llm-adapters/test/{name}.jsonl.gz" for name in ("AddSub", "MultiArith", "SVAMP", "mawps")],
-    "llm_adapters_choice": [
-        f"llm-adapters/test/{name}.jsonl.gz"
-        for name in ("boolq", "ARC-Easy", "ARC-Challenge", "openbookqa", "piqa", "social_i_qa", "winogrande")
-    ],
+    "llm_adapters_math": ["llm-adapters/test/gsm8k.jsonl.gz"],
+    "llm_adapters_choice": ["llm-adapters/test/boolq.jsonl.gz"],
+    **{name: [f"llm-adapters/test/{name}.jsonl.gz"] for name in (*MATH, *CHOICES)},
 }
 
 
 def test_every_task_of_the_package_is_tried() -> None:
-    assert sorted(ROWS) == task_names()
+    assert {*ROWS, "loss", "text"} == set(task_names())
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
@@ -106,6 +107,8 @@ def test_a_missing_answer_is_no_error_and_a_missing_question_is(tmp_path: Path) 
         ({"choices": ["a", "b"]}, "has no choices"),
         ({"promt": "{q}"}, "prompt"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"metric": "loss"}, "takes whole conversations"),
+        ({"prompt": None}, "metric exact needs it"),
         ({"metric": "nowhere:f"}, "nowhere"),
         ({"data": "others.jsonl"}, "no such file"),
     ],
@@ -114,6 +117,28 @@ def test_what_is_wrong_with_a_task_file(tmp_path: Path, change: dict[str, Any], 
     path = written(tmp_path, [{"q": "x", "answer": "x"}], **change)
     with pytest.raises((ConfigError, DataError), match=message):
         find_task(str(path)).metric("x", "x", None)
+
+
+def test_worked_examples_have_an_answer_and_belong_to_a_task(tmp_path: Path) -> None:
+    rows = [{"q": "1", "answer": ""}, {"q": "2", "answer": "b"}, {"q": "3", "answer": "c"}]
+    path = written(tmp_path, rows, examples="rows.jsonl")
+    (task,) = find_tasks(EvaluationConfig(tasks=(str(path),)))
+    assert [example.turns[0][1] for example in task.worked_examples(2)] == ["2", "3"]
+    with pytest.raises(DataError, match="has 2 rows with an answer"):
+        task.worked_examples(3)
+    with pytest.raises(ConfigError, match=r"examples of min, .*did you mean 'mine'"):
+        find_tasks(EvaluationConfig(tasks=(str(path),), examples={"min": "x"}))
+    with pytest.raises(ConfigError, match="given twice"):
+        find_tasks(EvaluationConfig(tasks=(str(path), f"{path}={tmp_path / 'rows.jsonl'}")))
+
+
+def test_conversations_and_texts_are_tasks_without_answers(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a text", "instruction": "a?", "output": "b"}) + "\n")
+    (loss,) = find_task(f"loss={tmp_path / 'rows.jsonl'}").questions()
+    assert loss.conversation is not None
+    assert [turn.content for turn in loss.conversation.messages] == ["a?", "b"]
+    (text,) = find_task(f"text={tmp_path / 'rows.jsonl'}").questions()
+    assert text.turns == (("user", "a text"),)
 
 
 def test_a_broken_task_file_names_the_line(tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def _folder(words: list[str]) -> Path:
     import shlex
 
     from peft_study.errors import ConfigError
-    from peft_study.training.merge import find_adapter
+    from peft_study.evaluation.generation import find_adapter
 
     path = Path(" ".join(words))
     if len(words) > 1:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from peft_study.evaluation.evaluate import Score
 
 
 def evaluate(
@@ -20,14 +16,26 @@ def evaluate(
             "--tasks", metavar="NAME=FILE", help="A task and its file of rows, or a task file (.yaml); may be repeated."
         ),
     ],
-    adapters: Annotated[
+    what: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="ADAPTER", help="Folders of trained adapters of one base, or of the runs that left them."
+            metavar="ADAPTER|STUDY",
+            help="Adapters of one base, runs that left them, models trained as a whole; or a study: all its finals.",
         ),
     ] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for every output.")] = Path("evaluation"),
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder for every output.", show_default="evaluation, or STUDY/evaluation"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, evenly over its file.")] = None,
+    examples: Annotated[
+        list[str] | None,
+        typer.Option("--examples", metavar="NAME=FILE", help="Worked examples of a task, for a baseline of the base."),
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="How many of them.")] = 5,
+    system_prompt: Annotated[
+        str | None, typer.Option("--system-prompt", help="Another baseline: the base with this system prompt.")
+    ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one they name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")] = "auto",
@@ -37,47 +45,48 @@ def evaluate(
 
     The same command goes on where it was killed. Every output stands in FOLDER/TASK.parquet with its score.
     """
+    from peft_study.config import EvaluationConfig, validate
+    from peft_study.display.evaluation import print_evaluation
     from peft_study.display.terminal import LiveDisplay, echo, quiet_libraries
     from peft_study.errors import ConfigError
-    from peft_study.evaluation.evaluate import Evaluation, load_systems
-    from peft_study.evaluation.tasks import find_task
-    from peft_study.model.precision import choose
-    from peft_study.storage.files import refuse_unwritable
-    from peft_study.training.merge import find_adapter
+    from peft_study.evaluation.evaluate import Evaluation, evaluate
 
     quiet_libraries()
-    chosen = [find_task(spec) for spec in tasks]
-    if not adapters and not rescore:
-        raise ConfigError("no adapter is given", remedy="write `peft-study evaluate ADAPTER --tasks NAME=FILE`")
-    refuse_unwritable(output, folder=True)
-    evaluation = Evaluation(output, chosen, limit)
+    values = {"tasks": tasks, "examples": examples or [], "shots": shots, "system_prompt": system_prompt}
+    config = validate(EvaluationConfig, {**values, "limit": limit}, where="evaluate")
     if rescore:
-        evaluation.rescore()
+        found = Evaluation(output or _folder(what or []), config).result()
     else:
-        folders = [find_adapter(path) for path in adapters or ()]
+        if not what:
+            raise ConfigError("no adapter is given", remedy="write `peft-study evaluate ADAPTER --tasks NAME=FILE`")
+        folders = _folders(what)
         with LiveDisplay() as display:
-            display.working("loading the base", 0.0)
-            loaded, systems = load_systems(folders, base, choose(device, dtype))
-            evaluation.run(loaded, systems, display.say)
-    _print(evaluation.scores())
-    echo(f"every output with its score: {output}")
+            found = evaluate(
+                folders, config, output or _folder(what), display.say, base=base, device=device, dtype=dtype
+            )
+    print_evaluation(found)
+    echo(f"every output with its score: {found.folder}")
 
 
-def _print(scores: Sequence[Score]) -> None:
-    from peft_study.display.terminal import console, table
+def _folder(what: Sequence[Path]) -> Path:
+    """Returns where outputs go: into a study, else to ``evaluation``."""
+    from peft_study.report.study_reader import is_study
 
-    columns = ("task", "system", "right", "accuracy", "95 %", "against the base", "p", "by length")
-    shown = table(columns, left=("task", "system"))
-    for score in scores:
-        found, by_length = score.accuracy, score.normalised
-        shown.add_row(
-            score.task,
-            score.system,
-            f"{score.right} of {score.judged}" + (f" ({score.unjudged} without an answer)" if score.unjudged else ""),
-            "" if found is None else f"{found.value:.1%}",
-            "" if found is None else f"{found.low:.1%} - {found.high:.1%}",
-            "" if score.minus_base is None else f"{score.minus_base:+.1%}",
-            "" if score.p_value is None else f"{score.p_value:.2g}",
-            "" if by_length is None else f"{by_length.value:.1%}",
-        )
-    console().print(shown)
+    return what[0] / "evaluation" if len(what) == 1 and is_study(what[0]) else Path("evaluation")
+
+
+def _folders(what: Sequence[Path]) -> dict[str, Path]:
+    """Returns adapters and whole models by name: of a study those of its finals, by the names of their settings."""
+    from peft_study.evaluation.generation import find_adapter
+    from peft_study.evaluation.systems import short_names
+    from peft_study.report.study_reader import is_study
+    from peft_study.report.study_result import open_study
+
+    alone = [find_adapter(path) for path in what if not is_study(path)]
+    found = dict(zip(short_names(alone), alone, strict=True)) if alone else {}
+    for path in what:
+        if is_study(path):
+            finals = open_study(path).adapters()
+            twice = finals.keys() & found.keys()
+            found |= {f"{path.name}/{name}" if name in twice else name: folder for name, folder in finals.items()}
+    return found

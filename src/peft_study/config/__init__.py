@@ -12,6 +12,7 @@ learns nothing at a rate that is right for LoRA (docs/findings.md).
 """
 
 from peft_study.config.common import Location, Place, SettingError, Strict, validate
+from peft_study.config.evaluation import EvaluationConfig
 from peft_study.config.methods import (
     METHODS,
     FullConfig,
@@ -70,6 +71,7 @@ __all__ = [
     "Device",
     "Dimension",
     "Dtype",
+    "EvaluationConfig",
     "FinalsConfig",
     "FullConfig",
     "LearningRates",

@@ -1,127 +1,105 @@
-"""Tasks on adapters and their base, side by side; an output a row of every system, kept as it is made.
+"""Tasks on systems, side by side; a row of every answer, kept as it is made.
 
-FOLDER/evaluation.json    tasks, systems and limit: the same command goes on where it was killed
+FOLDER/evaluation.json    what was asked of whom: the same command goes on where it was killed
 FOLDER/TASK.jsonl         a line an answer, in the order in which they were made
-FOLDER/TASK.parquet       the same rows in the order of the task, once all are there
+FOLDER/TASK.parquet       the same rows in the order of the task, with their scores
+FOLDER/costs.json         what answers cost each system
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from peft_study.config import EvaluationConfig
 from peft_study.data.chat import ChatEncoder
-from peft_study.data.conversation import Message
-from peft_study.engine.engine import DEFAULT_ROW_TOKENS
-from peft_study.engine.heldout import example_losses
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, ModelError, OutputError
-from peft_study.evaluation.decoding import Decoder, DecodingRequest
-from peft_study.evaluation.generation import base_origin, find_base
-from peft_study.evaluation.tasks import CHOICE, EvaluationTask, Question
-from peft_study.methods.base import Adapter
-from peft_study.methods.peft_files import encoding
-from peft_study.methods.peft_format import load_adapter
+from peft_study.errors import OutputError
+from peft_study.evaluation.answer_costs import AnswerCost, measure_cost, read_costs, write_costs
+from peft_study.evaluation.answering import Asked, Row, answers, judged
+from peft_study.evaluation.scores import Score, scores_of
+from peft_study.evaluation.systems import BASE, System, load_systems
+from peft_study.evaluation.tasks import EvaluationTask, Question, find_tasks
 from peft_study.methods.reference import NoAdapter
-from peft_study.model.load import Base, load_base, load_tokenizer
-from peft_study.model.precision import Placement
-from peft_study.statistics import Estimate, accuracy, mcnemar
-from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder
+from peft_study.model.digest import folder_digest
+from peft_study.model.in_memory import ModelInMemory, lent
+from peft_study.model.load import Base
+from peft_study.model.precision import choose
+from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder, refuse_unwritable
 
-BASE = "base"
-"""Name of the untouched base among the systems."""
-CHUNK = 8
-"""Questions whose choices are scored before they are written down."""
+if TYPE_CHECKING:
+    import pandas
+
 PLAN = "evaluation.json"
 
-Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True)
-class System:
-    """What is evaluated: the base, or an adapter on it, with the encoder of its training."""
-
-    name: str
-    adapter: Adapter
-    encoder: ChatEncoder
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """What a system reached on a task.
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found.
 
     Attributes:
-        task, system: whose.
-        right, judged: answers.
-        unjudged: rows without a right answer: counted apart, never as wrong.
-        accuracy: with its 95 % interval; None where nothing was judged.
-        normalised: of a choice task, with the losses divided by the characters of the texts; else None.
-        minus_base: difference of the accuracies, on the rows that both have; None for the base.
-        p_value: of "as accurate as the base" (McNemar); None for the base.
+        folder: with every output, in ``TASK.parquet``.
+        scores: of each task and system, the base first.
+        costs: of an answer, by system; empty where no task has answers that are generated.
     """
 
-    task: str
-    system: str
-    right: int
-    judged: int
-    unjudged: int
-    accuracy: Estimate | None
-    normalised: Estimate | None
-    minus_base: float | None
-    p_value: float | None
+    folder: Path
+    scores: tuple[Score, ...]
+    costs: Mapping[str, AnswerCost]
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Returns a row a task and system; `value` is a share of right answers or a loss in nats a token."""
+        import pandas
+
+        return pandas.DataFrame([score.flat for score in self.scores])
+
+    def answers(self, task: str) -> pandas.DataFrame:
+        """Returns every output of a task, a row each."""
+        import pandas
+
+        return pandas.read_parquet(self.folder / f"{task}.parquet")
 
 
-def load_systems(adapters: Sequence[Path], base: str | None, placement: Placement) -> tuple[Base, list[System]]:
-    """Loads the base of some adapters, once, and the adapters; the base itself comes first.
+def evaluate(
+    folders: Mapping[str, Path],
+    config: EvaluationConfig,
+    output: Path,
+    say: Say,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    in_memory: ModelInMemory | None = None,
+) -> EvaluationResult:
+    """Asks adapters and their base tasks, or goes on where an earlier call was stopped.
 
     Args:
-        adapters: folders in PEFT's format, of one base.
-        base: model to take instead of the one that they name.
-        placement: device and precision.
+        folders: adapters of one base in PEFT's format, or models trained as a whole, by the names of their systems.
+        config: which tasks, and the baselines of the base.
+        output: folder of every output.
+        say: receives lines of progress.
+        base: model to take instead of the one that the adapters name.
+        device, dtype: of the base.
+        in_memory: the base as an object, which is given back as it was.
 
     Raises:
-        ModelError: when an adapter is of another base, or cannot be loaded, or the base cannot pack rows.
+        UserError: of many kinds, each one line.
     """
-    origin = base_origin(adapters[0], base)
-    for adapter in adapters[1:]:
-        if (path := find_base(adapter, base)) != origin.path:
-            what = f"its base is {path}, that of {adapters[0]} is {origin.path}"
-            raise ModelError(what, where=str(adapter), remedy="evaluate adapters of one base at a time, or name it")
-    found = load_base(
-        origin.path,
-        tokenizer=load_tokenizer(origin.tokenizer) if origin.tokenizer else None,
-        revision=origin.revision,
-        placement=placement,
-        quantization=origin.quantization,
-    )
-    if not (found.proof.segmented and found.proof.packs):
-        remedy = "use `peft-study generate`, which answers a prompt at a time"
-        raise ModelError("this model cannot have several sequences in a row", where=origin.path, remedy=remedy)
-    encoders = [ChatEncoder(found.tokenizer, **encoding(adapter)) for adapter in adapters]
-    systems = [System(BASE, NoAdapter(), encoders[0])]
-    for name, adapter, encoder in zip(short_names(adapters), adapters, encoders, strict=True):
-        systems.append(System(name, load_adapter(adapter, found), encoder))
-    return found, systems
-
-
-def short_names(adapters: Sequence[Path]) -> list[str]:
-    """Returns the last parts of the adapters' paths, as many as tell them apart; the last one is never ``adapter``."""
-    paths = [adapter.resolve() for adapter in adapters]
-    parts = [path.parent.parts if path.name == "adapter" else path.parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len({*names, BASE}) > len(names):
-            return names
-    return [str(path) for path in paths]
+    refuse_unwritable(output, folder=True)
+    evaluation = Evaluation(output, config)
+    placement = choose(device, dtype)
+    with nullcontext() if in_memory is None else lent(in_memory.model):
+        for loaded, systems in load_systems(folders, base, placement, evaluation.of_base, in_memory):
+            evaluation.run(loaded, systems, say)
+            del loaded, systems  # the next model takes its place
+    return evaluation.result()
 
 
 class Evaluation:
@@ -129,82 +107,124 @@ class Evaluation:
 
     Args:
         folder: of the outputs; made where it is not there.
-        tasks: with different names.
-        limit: questions of each task; None: all.
+        config: which tasks, and the baselines of the base.
 
     Raises:
-        ConfigError: when two tasks have one name.
+        ConfigError: when there is no such task, or its file is wrong.
+        DataError: when rows cannot be read.
         OutputError: when the folder holds an evaluation of other tasks.
     """
 
-    def __init__(self, folder: Path, tasks: Sequence[EvaluationTask], limit: int | None) -> None:
-        for name, count in Counter(task.name for task in tasks).items():
-            if count > 1:
-                remedy = "give one file, or a task file with another name"
-                raise ConfigError(f"task {name} is given twice", remedy=remedy)
-        self.folder, self.tasks = folder, tasks
-        self.questions = {task.name: task.questions(limit) for task in tasks}
-        self._plan = {
-            "tasks": {task.name: task.config.model_dump(mode="json") for task in tasks},
+    def __init__(self, folder: Path, config: EvaluationConfig) -> None:
+        self.folder, self.config, self.tasks = folder, config, find_tasks(config)
+        self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
+        self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
+        self._plan: dict[str, Any] = {
+            "most_tokens": {task.name: task.config.max_new_tokens for task in self.tasks if task.generates},
             "questions": {name: _digest(questions) for name, questions in self.questions.items()},
+            "worked_examples": {name: _digest(questions) for name, questions in self._worked.items()},
+            "system_prompt": config.system_prompt,
         }
-        kept = folder / PLAN
-        if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(self._plan)):
+        kept = self._kept()
+        if kept and {**kept, "systems": None} != {**self._plan, "systems": None}:
             remedy = "give another folder, or the same tasks, files and limit"
             raise OutputError("holds an evaluation of other tasks", where=str(folder), remedy=remedy)
 
+    def of_base(self, encoder: ChatEncoder) -> list[System]:
+        """Returns the base and, as far as they are asked for, its two baselines: is tuning needed at all?"""
+        found, shots = [System(BASE, NoAdapter(), encoder)], self.config.shots
+        if shots and any(self._worked.values()):
+            found.append(System(f"{BASE}, {shots} examples", NoAdapter(), encoder, shots=shots))
+        if self.config.system_prompt is not None:
+            instruction = self.config.system_prompt
+            found.append(System(f"{BASE}, system prompt", NoAdapter(), encoder, instruction=instruction))
+        return found
+
     def run(self, base: Base, systems: Sequence[System], say: Say) -> None:
-        """Has the systems answer what they have not answered yet.
+        """Has the systems of one base answer what they have not answered yet.
 
         Raises:
             OutputError: when the answers cannot be written.
         """
         runner = RowRunner(base)
-        with made_folder(self.folder), atomic_writer(self.folder / PLAN) as file:
-            file.write(json.dumps(self._plan, indent=1) + "\n")
+        self._keep(base, systems)
         for task in self.tasks:
-            known = {(row["system"], row["id"]) for row in self.rows(task)}
-            questions = self.questions[task.name]
-            due = [(s, q) for s in systems for q in questions if (s.name, q.id) not in known]
+            due = self._due(task, systems)
             if due:
-                say(f"{task.name}: {len(due)} answers of {len(systems)} systems to {len(questions)} questions")
-            answers = (_choose if task.config.metric == CHOICE else _generate)(runner, task, due)
-            _append(self.folder / f"{task.name}.jsonl", answers)
-            self._table(task)
+                say(f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems")
+            _append(self.folder / f"{task.name}.jsonl", answers(runner, task, due))
+        self._measure_costs(runner, systems, say)
 
-    def rows(self, task: EvaluationTask) -> list[Row]:
-        """Returns the rows of a task that are there, in the task's order; a line that was cut off is left out."""
-        path = self.folder / f"{task.name}.jsonl"
-        found = [row for line in (path.read_text().splitlines() if path.exists() else ()) if (row := _whole(line))]
-        order = {question.id: place for place, question in enumerate(self.questions[task.name])}
-        return sorted((row for row in found if row["id"] in order), key=lambda row: order[row["id"]])
+    def _measure_costs(self, runner: RowRunner, systems: Sequence[System], say: Say) -> None:
+        """Measures what an answer to a prompt of middle length costs each system, unless that was done before."""
+        known = read_costs(self.folder)
+        task = next((task for task in self.tasks if task.generates), None)
+        due = [system for system in systems if task and system.name not in known and system.takes(task)]
+        if task is None or not due or not runner.base.proof.packs:
+            return
+        say(f"what an answer costs each of {len(due)} systems")
+        questions = sorted(self.questions[task.name], key=lambda question: len(question.turns[-1][1]))
+        middle = questions[len(questions) // 2]
+        worked = self._worked[task.name]
+        found = {s.name: measure_cost(runner, s.adapter, self._tokens(s, middle, worked)) for s in due}
+        write_costs(self.folder, {**known, **found})
 
-    def rescore(self) -> None:
-        """Judges the outputs that are there again, without a model, and writes them."""
-        for task in self.tasks:
-            gold = {question.id: question for question in self.questions[task.name]}
-            rows = [{**row, **_judged(task, gold[row["id"]], row)} for row in self.rows(task)]
-            with atomic_writer(self.folder / f"{task.name}.jsonl") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            self._table(task)
+    @staticmethod
+    def _tokens(system: System, question: Question, worked: Sequence[Question]) -> list[int]:
+        return system.encoder.prompt_tokens(system.messages(question, worked))
 
-    def scores(self) -> list[Score]:
-        """Returns what each system reached on each task, the base first."""
-        found = []
-        for task in self.tasks:
-            by_system: dict[str, dict[str, Row]] = {}
-            for row in self.rows(task):
-                by_system.setdefault(row["system"], {})[row["id"]] = row
-            for system in sorted(by_system, key=lambda name: name != BASE):
-                found.append(_score(task, system, by_system[system], by_system.get(BASE, {})))
+    def _kept(self) -> dict[str, Any]:
+        path = self.folder / PLAN
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
-    def _table(self, task: EvaluationTask) -> None:
+    def _keep(self, base: Base, systems: Sequence[System]) -> None:
+        """Writes the plan, with the weights of each system: answers of others under the same name are not mixed in."""
+        known: dict[str, str] = self._kept().get("systems", {})
+        own = {s.name: base.digest if s.folder is None else folder_digest(s.folder) for s in systems}
+        for name, digest in own.items():
+            if known.get(name, digest) != digest:
+                remedy = "give another folder"
+                raise OutputError(f"holds answers of another {name}", where=str(self.folder), remedy=remedy)
+        with made_folder(self.folder), atomic_writer(self.folder / PLAN) as file:
+            file.write(json.dumps({**self._plan, "systems": {**known, **own}}, indent=1) + "\n")
+
+    def _due(self, task: EvaluationTask, systems: Sequence[System]) -> list[Asked]:
+        known = {(row["system"], row["id"]) for row in self._answers(task)}
+        worked = self._worked[task.name]
+        return [
+            Asked(system, question, system.messages(question, worked) if task.config.has_answers else ())
+            for system in systems
+            if system.takes(task)
+            for question in self.questions[task.name]
+            if (system.name, question.id) not in known
+        ]
+
+    def rows(self, task: EvaluationTask) -> list[Row]:
+        """Returns the rows of a task that are there, in the task's order, each with its score."""
+        questions = {question.id: question for question in self.questions[task.name]}
+        order = {name: place for place, name in enumerate(questions)}
+        found = sorted(self._answers(task), key=lambda row: order[row["id"]])
+        return [{**row, **judged(task, questions[row["id"]], row)} for row in found]
+
+    def _answers(self, task: EvaluationTask) -> list[Row]:
+        """Returns the answers that are there; a line that was cut off is left out."""
+        path = self.folder / f"{task.name}.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else ()  # an answer may hold U+2028
+        return [row for line in lines if (row := _whole(line))]
+
+    def result(self) -> EvaluationResult:
+        """Judges all answers that are there, which needs no model, writes them as tables, and returns the scores."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with AtomicFiles() as files:
-            pq.write_table(pa.Table.from_pylist(self.rows(task)), files.open(self.folder / f"{task.name}.parquet"))
+        scores: list[Score] = []
+        for task in self.tasks:
+            rows = self.rows(task)
+            with AtomicFiles() as files:
+                pq.write_table(pa.Table.from_pylist(rows), files.open(self.folder / f"{task.name}.parquet"))
+            scores += scores_of(task.name, rows, has_answers=task.config.has_answers)
+        return EvaluationResult(self.folder, tuple(scores), read_costs(self.folder))
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
@@ -233,117 +253,6 @@ def _whole(line: str) -> Row | None:
 
 
 def _digest(questions: Iterable[Question]) -> str:
-    """Returns what changes with the questions of a task."""
-    return hashlib.sha256(repr([tuple(map(repr, (q.id, q.turns, q.choices))) for q in questions]).encode()).hexdigest()
-
-
-def _messages(question: Question) -> list[Message]:
-    return [Message(role, text) for role, text in question.turns]  # type: ignore[arg-type]
-
-
-def _generate(runner: RowRunner, task: EvaluationTask, due: Sequence[tuple[System, Question]]) -> Iterator[Row]:
-    """Yields the answers that are generated, as they are ready."""
-    base = runner.base
-    decoder = Decoder(runner, ends=end_tokens(base), row_tokens=DEFAULT_ROW_TOKENS[base.device.type])
-    requests = []
-    for system, question in due:
-        prompt = system.encoder.prompt_tokens(_messages(question))
-        room = task.config.max_new_tokens
-        if base.positions is not None:
-            room = min(room, base.positions - system.adapter.prefix_tokens - system.adapter.row_tokens - len(prompt))
-        requests.append(DecodingRequest(system.adapter, prompt, max(1, room)))
-    for place, answer in decoder.answers(requests):
-        system, question = due[place]
-        row = {
-            "task": task.name,
-            "system": system.name,
-            "id": question.id,
-            "prompt": question.turns[-1][1],
-            "output": base.tokenizer.decode(answer.tokens, skip_special_tokens=True),
-            "gold": question.gold,
-            "ended": answer.ended,
-            "tokens": len(answer.tokens),
-            "seconds": round(answer.seconds, 4),
-        }
-        yield {**row, **_judged(task, question, row)}
-
-
-def _choose(runner: RowRunner, task: EvaluationTask, due: Sequence[tuple[System, Question]]) -> Iterator[Row]:
-    """Yields the losses of the choices and the likeliest, a few questions of all systems at a time."""
-    row_tokens = DEFAULT_ROW_TOKENS[runner.base.device.type]
-    for start in range(0, len(due), CHUNK):
-        began = time.perf_counter()
-        part = due[start : start + CHUNK]
-        losses = _choice_losses(runner, part, row_tokens)
-        seconds = (time.perf_counter() - began) / len(part)
-        for (system, question), found in zip(part, losses, strict=True):
-            row = {
-                "task": task.name,
-                "system": system.name,
-                "id": question.id,
-                "prompt": question.turns[-1][1],
-                "output": question.choices[int(np.argmin(found))],
-                "gold": question.gold,
-                "losses": [round(float(loss), 5) for loss in found],
-                "seconds": round(seconds, 4),
-            }
-            yield {**row, **_judged(task, question, row)}
-
-
-def _choice_losses(
-    runner: RowRunner, part: Sequence[tuple[System, Question]], row_tokens: int
-) -> list[Sequence[float]]:
-    """Returns the summed loss of each choice of each question, in nats, in the order given."""
-    found: list[Sequence[float]] = []
-    for system in {id(system): system for system, _ in part}.values():
-        own = [question for other, question in part if other is system]
-        examples = [system.encoder.answered(_messages(q), choice) for q in own for choice in q.choices]
-        (sums,) = example_losses(runner, [system.adapter], examples, range(len(examples)), row_tokens)
-        start = 0
-        for question in own:
-            found.append(sums[start : start + len(question.choices)].tolist())
-            start += len(question.choices)
-    return found  # systems stand together in what is due
-
-
-def _judged(task: EvaluationTask, question: Question, row: Row) -> Row:
-    """Returns whether a row is right: ``score``, and of a choice ``normalised``; None where the row has no answer."""
-    if task.config.metric != CHOICE:
-        return {"score": task.metric(row["output"], question.gold, task.config.pattern)}
-    if question.gold_choice is None:
-        return {"score": None, "normalised": None}
-    losses = np.array(row["losses"])
-    lengths = np.array([max(1, len(choice)) for choice in question.choices])
-    return {
-        "score": bool(losses.argmin() == question.gold_choice),
-        "normalised": bool((losses / lengths).argmin() == question.gold_choice),
-    }
-
-
-def end_tokens(base: Base) -> frozenset[int]:
-    """Returns the tokens that end an answer, as `generate` of transformers takes them."""
-    ends = getattr(base.model.generation_config, "eos_token_id", None)
-    ends = ends if ends is not None else base.tokenizer.eos_token_id
-    return frozenset([ends] if isinstance(ends, int) else ends or ())
-
-
-def _score(task: EvaluationTask, system: str, rows: dict[str, Row], base_rows: dict[str, Row]) -> Score:
-    judged = [row for row in rows.values() if row["score"] is not None]
-    right = sum(row["score"] for row in judged)
-    normalised = [row["normalised"] for row in judged if row.get("normalised") is not None]
-    both = [row["id"] for row in judged if base_rows.get(row["id"], {}).get("score") is not None]
-    minus_base = p_value = None
-    if system != BASE and both:
-        own, other = (np.array([of[name]["score"] for name in both], dtype=bool) for of in (rows, base_rows))
-        minus_base, p_value = float(own.mean() - other.mean()), mcnemar(own, other)
-    return Score(
-        task=task.name,
-        system=system,
-        right=right,
-        judged=len(judged),
-        unjudged=len(rows) - len(judged),
-        accuracy=accuracy(right, len(judged)) if judged else None,
-        normalised=accuracy(sum(normalised), len(normalised)) if normalised else None,
-        minus_base=minus_base,
-        p_value=p_value,
-    )
+    """Returns what changes with the questions of a task; their right answers may be corrected."""
+    parts: list[tuple[Any, ...]] = [(q.id, q.turns, q.choices, q.conversation) for q in questions]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +22,12 @@ from peft_study.errors import DataError, ModelError, first_line
 from peft_study.methods.peft_files import CONFIG, WEIGHTS, base_mismatch, encoding, read_config, read_note
 from peft_study.model.digest import folder_digest
 from peft_study.model.embedded import DESCRIPTION, EMBEDDED
-from peft_study.model.load import load_model, load_tokenizer, place_model, resolve_model
+from peft_study.model.in_memory import lent
+from peft_study.model.load import Base, load_model, load_tokenizer, place_model, resolve_model
 from peft_study.model.precision import Placement, choose
 from peft_study.model.proof import learned_positions
 from peft_study.storage.files import atomic_writer, made_folder, read_text
+from peft_study.storage.run_dir import RunFolder
 
 _KEPT = ("id", "source")
 """Columns of a prompt's row that its answer keeps."""
@@ -57,6 +60,34 @@ class AdapterBase(NamedTuple):
 def is_whole_model(folder: Path) -> bool:
     """Returns whether the folder is a model itself, as a run that trained all weights leaves it."""
     return not (folder / CONFIG).exists() and (folder / "config.json").exists()
+
+
+def find_adapter(path: Path) -> Path:
+    """Returns the folder of an adapter or of a model trained as a whole: `path`, or that of the run in `path`.
+
+    Any other folder is returned as it is: the caller's reading names the missing file.
+
+    Raises:
+        ModelError: when a run in `path` left none, or it is a study.
+    """
+    run = RunFolder(path)
+    for folder in (path, run.adapter):
+        if (folder / CONFIG).exists() or is_whole_model(folder):
+            return folder
+    if (path / "trials").is_dir():
+        raise ModelError(
+            "is a study, with an adapter for each trial", where=str(path), remedy="give one: STUDY/trials/NAME"
+        )
+    state = (run.status() or ("", None))[0]
+    if state == "finished":
+        raise ModelError("holds no adapter: this run kept none", where=str(path), remedy="give another run")
+    if state or run.checkpoints.is_dir():
+        raise ModelError(
+            f"holds no adapter: the run has not finished ({state or 'no status'})",
+            where=str(path),
+            remedy="an interrupted run resumes with the same command",
+        )
+    return path
 
 
 def load_whole_model(folder: Path, placement: Placement) -> Any:
@@ -143,6 +174,31 @@ def put_on(adapter: Path, base: AdapterBase) -> Any:
         raise ModelError(what, where=str(adapter), remedy=remedy) from error
 
 
+@contextmanager
+def exported(base: Base, adapter: Path | None) -> Iterator[Any]:
+    """Yields the model of a base as PEFT and transformers run it, with an adapter on it; it is then as it was.
+
+    It has its own attention and is in evaluation mode.
+
+    Args:
+        base: that is loaded.
+        adapter: folder of the adapter; None: the base alone.
+
+    Raises:
+        ModelError: when the adapter does not fit.
+    """
+    with lent(base.model):
+        base.model.set_attn_implementation(base.attention)
+        model = base.model
+        if adapter is not None:
+            model = put_on(adapter, AdapterBase(model, base.tokenizer, base.path, base.quantization))
+        model.eval()
+        for module in model.modules():  # 4-bit layers stay as they are: bitsandbytes repacks them on CPU in eval mode
+            if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
+                module.training = True
+        yield model
+
+
 class Answerer:
     """An adapted model that answers conversations, greedily."""
 
@@ -201,6 +257,12 @@ class Answerer:
         Raises:
             ModelError: when the prompt leaves no position for an answer.
         """
+        tokens = self.next_tokens(prompt, max_new_tokens, streamer)
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+    def next_tokens(self, prompt: Sequence[int], max_new_tokens: int, streamer: Any = None) -> list[int]:
+        """Returns the tokens of an answer, with the one that ended it; arguments and errors as of `continue_tokens`."""
         ids = torch.tensor([list(prompt)], device=self._model.device)
         if self._positions is not None:
             max_new_tokens = min(max_new_tokens, self._positions - self._virtual - ids.shape[1])
@@ -218,8 +280,8 @@ class Answerer:
                 streamer=streamer,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
             )
-        text: str = self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return text
+        tokens: list[int] = out[0, ids.shape[1] :].tolist()
+        return tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,10 @@ A task is a small YAML file. Those of this package have no data of their own: th
 
     --tasks gsm8k=test.jsonl.gz            a task of this package on a file
     --tasks mine.yaml                      a file of the user's, which names its data
+
+generated    the answer is judged by a metric         exact, number, contains, regex, module:function
+choice       the likeliest of some texts is taken     choice
+loss         nats a token; there is no right answer   loss (conversations), text_loss (plain texts)
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from peft_study.config import SettingError, Strict, validate
+from peft_study.config import EvaluationConfig, SettingError, Strict, validate
+from peft_study.data.conversation import Conversation
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
+from peft_study.data.stream import read_conversations
 from peft_study.errors import ConfigError, DataError, first_line, nearest
 from peft_study.evaluation.scoring import METRICS
 from peft_study.storage.files import read_text
@@ -29,6 +35,8 @@ from peft_study.storage.files import read_text
 BUILT_IN = Path(__file__).with_name("tasks_builtin")
 CHOICE = "choice"
 """The metric of a task whose answer is the likeliest of some texts; nothing is generated."""
+LOSS, TEXT_LOSS = "loss", "text_loss"
+"""Metrics without a right answer: the loss of conversations' supervised tokens, and of plain texts."""
 
 
 class TaskConfig(Strict):
@@ -38,11 +46,13 @@ class TaskConfig(Strict):
     """
 
     about: str | None = Field(None, description="what it is")
+    names: tuple[str, ...] = Field((), description="other names of the task: of data sets whose rows have this form")
     data: str | None = Field(None, description="file of rows, beside the task file; any form that `data convert` reads")
-    prompt: str = Field(description="what the user asks, from the row's columns")
+    examples: str | None = Field(None, description="file of worked examples, rows of the same form")
+    prompt: str | None = Field(None, description="what the user asks, from the row's columns; of text_loss the text")
     system: str | None = Field(None, description="what the system turn says")
     answer: str = Field("{answer}", description="the right answer, from the row's columns")
-    metric: str = Field(description="exact, number, contains, regex, choice, or module:function")
+    metric: str = Field(description="exact, number, contains, regex, choice, module:function, loss or text_loss")
     pattern: str | None = Field(None, description="of regex: what its first group finds last is compared")
     choices: str | tuple[str, ...] | None = Field(
         None, description="of choice: a column with a list or a mapping of labels, or the texts themselves"
@@ -67,7 +77,7 @@ class TaskConfig(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> TaskConfig:
-        known = (*METRICS, CHOICE)
+        known = (*METRICS, CHOICE, LOSS, TEXT_LOSS)
         if self.metric not in known and ":" not in self.metric:
             raise SettingError(
                 f"unknown metric {self.metric!r}", inside=("metric",), remedy=nearest(self.metric, known)
@@ -77,7 +87,15 @@ class TaskConfig(Strict):
         if (self.metric == CHOICE) != (self.choices is not None or self.choices_pattern is not None):
             what = "needs choices or choices_pattern" if self.metric == CHOICE else "has no choices"
             raise SettingError(f"metric {self.metric} {what}", inside=("metric",))
+        if (self.metric == LOSS) != (self.prompt is None):
+            what = "takes whole conversations" if self.metric == LOSS else f"metric {self.metric} needs it"
+            raise SettingError(what, inside=("prompt",), remedy="leave it out" if self.metric == LOSS else "add it")
         return self
+
+    @property
+    def has_answers(self) -> bool:
+        """True where an answer is right or wrong; False where the loss is all."""
+        return self.metric not in (LOSS, TEXT_LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +104,11 @@ class Question:
 
     Attributes:
         id: the row's, else its number; with its place where another row has the same.
-        turns: system turn, if any, and the user's.
+        turns: system turn, if any, and the user's; of a plain text its text.
         gold: the right answer; empty where the row has none.
         choices: texts of which the likeliest is taken; empty where the answer is generated.
         gold_choice: place of the right one; None where the row does not say.
+        conversation: of metric loss the whole row; else None.
     """
 
     id: str
@@ -97,15 +116,29 @@ class Question:
     gold: str
     choices: tuple[str, ...] = ()
     gold_choice: int | None = None
+    conversation: Conversation | None = None
+
+    @property
+    def answered(self) -> str | None:
+        """What a worked example says: the right choice, or the row's answer; None where it has none."""
+        if self.choices:
+            return None if self.gold_choice is None else self.choices[self.gold_choice]
+        return self.gold or None
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """A task with its rows' file."""
+    """A task with its rows' file, and that of its worked examples, if any."""
 
     name: str
     config: TaskConfig
     data: Path
+    examples: Path | None = None
+
+    @property
+    def generates(self) -> bool:
+        """True where the model writes an answer; False where losses tell."""
+        return self.config.metric not in (CHOICE, LOSS, TEXT_LOSS)
 
     @property
     def metric(self) -> Callable[[str, str, str | None], bool | None]:
@@ -132,40 +165,92 @@ class EvaluationTask:
         Raises:
             DataError: when the file holds none, or a row lacks a column that the task names.
         """
-        sources = open_sources([str(self.data)])
-        found = [_question(self, row) for source in sources for row in source.rows(lambda _share: None)]
-        if not found:
-            raise DataError("holds no rows", where=str(self.data))
+        found = self._read(self.data)
         known = Counter(question.id for question in found)
         found = [q if known[q.id] == 1 else replace(q, id=f"{q.id}#{place}") for place, q in enumerate(found)]
         if limit is not None and limit < len(found):
             found = [found[place * len(found) // limit] for place in range(limit)]
         return found
 
+    def worked_examples(self, count: int) -> list[Question]:
+        """Returns the first rows of the examples' file that have an answer, `count` of them.
 
-def task_names() -> list[str]:
-    """Returns the names of the tasks of this package."""
-    return sorted(path.stem for path in BUILT_IN.glob("*.yaml"))
+        Raises:
+            DataError: when the file has fewer, or a row lacks a column that the task names.
+        """
+        if self.examples is None:
+            return []
+        found = [question for question in self._read(self.examples) if question.answered is not None][:count]
+        if len(found) < count:
+            remedy = "give a file with more rows, or fewer --shots"
+            raise DataError(f"has {len(found)} rows with an answer", where=str(self.examples), remedy=remedy)
+        return found
+
+    def _read(self, path: Path) -> list[Question]:
+        if self.config.metric == LOSS:
+            found = [Question(row.id, (), "", conversation=row) for row in read_conversations([str(path)])]
+        else:
+            sources = open_sources([str(path)])
+            found = [_question(self, row) for source in sources for row in source.rows(lambda _share: None)]
+        if not found:
+            raise DataError("holds no rows", where=str(path))
+        return found
 
 
-def find_task(spec: str) -> EvaluationTask:
+def task_names() -> dict[str, Path]:
+    """Returns the names of the tasks of this package, each with its file."""
+    found: dict[str, Path] = {}
+    for path in sorted(BUILT_IN.glob("*.yaml")):
+        names = yaml.safe_load(path.read_text(encoding="utf-8")).get("names", ())
+        found |= dict.fromkeys((path.stem, *names), path)
+    return found
+
+
+def find_tasks(config: EvaluationConfig) -> list[EvaluationTask]:
+    """Returns the tasks of an evaluation with their files.
+
+    Raises:
+        ConfigError, DataError: as `find_task`; when worked examples are of another task, or a task is given twice.
+    """
+    found = [find_task(spec, config.examples.get(_name_of(spec))) for spec in config.tasks]
+    names = [task.name for task in found]
+    for name in config.examples:
+        if name not in names:
+            remedy = nearest(name, names) or f"one of {', '.join(names)}"
+            raise ConfigError(f"examples of {name}, which is none of the tasks", remedy=remedy)
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ConfigError(f"task {name} is given twice", remedy="give one file, or a task file with another name")
+    return found
+
+
+def _name_of(spec: str) -> str:
+    name = spec.partition("=")[0]
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
+
+
+def find_task(spec: str, examples: str | None = None) -> EvaluationTask:
     """Returns the task of ``NAME=FILE`` or of a task file.
+
+    Args:
+        spec: as above.
+        examples: file of worked examples, instead of the one that the task file names.
 
     Raises:
         ConfigError: when there is no such task, or its file is wrong.
         DataError: when its rows are not there.
     """
-    name, _, data = spec.partition("=")
-    own = Path(name)
+    given, _, data = spec.partition("=")
+    own, name = Path(given), _name_of(spec)
     if own.suffix in (".yaml", ".yml"):
         if not own.is_file():
-            raise ConfigError("no such task file", where=name)
-        name = own.stem
+            raise ConfigError("no such task file", where=given)
     else:
-        own = BUILT_IN / f"{name}.yaml"
-        if not own.is_file():
-            remedy = nearest(name, task_names()) or f"one of {', '.join(task_names())}, or a task file (.yaml)"
+        known = task_names()
+        if name not in known:
+            remedy = nearest(name, known) or f"one of {', '.join(known)}, or a task file (.yaml)"
             raise ConfigError(f"unknown task {name!r}", remedy=remedy)
+        own = known[name]
     try:
         values = yaml.safe_load(read_text(own))
     except yaml.YAMLError as error:
@@ -176,15 +261,18 @@ def find_task(spec: str) -> EvaluationTask:
     if not data and config.data is None:
         raise ConfigError(f"task {name} has no data of its own", remedy=f"give its file of rows: --tasks {name}=FILE")
     path = Path(data) if data else own.parent / str(config.data)
-    if not path.exists():
-        raise DataError("no such file", where=str(path), remedy=f"give the rows of task {name}")
-    return EvaluationTask(name, config, path)
+    worked = Path(examples) if examples else None if config.examples is None else own.parent / config.examples
+    for file, what in ((path, "the rows"), (worked, "worked examples")):
+        if file is not None and not file.exists():
+            raise DataError("no such file", where=str(file), remedy=f"give {what} of task {name}")
+    return EvaluationTask(name, config, path, worked)
 
 
 def _question(task: EvaluationTask, row: RawRow) -> Question:
     if row.broken is not None:
         raise row.broken
     config, values = task.config, row.values
+    assert config.prompt is not None
     prompt = _filled(config.prompt, values, row)
     turns = [("system", config.system)] if config.system else []
     gold = _filled(config.answer, values, row, missing="").strip()

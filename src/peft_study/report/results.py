@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,15 @@ from peft_study.config import METHODS, NoneConfig, StudyConfig, TrainingConfig, 
 from peft_study.search import range_expansion
 from peft_study.search.trials import StudyState, TrialRecord, best_first, setting_name
 from peft_study.statistics import (
-    CONFIDENCE,
     Estimate,
     Losses,
     chance_of_equals,
     difference,
-    holm,
     mean_loss,
     mean_over_seeds,
     seeds_difference,
     smallest_difference,
+    told_apart,
 )
 from peft_study.storage import metrics
 from peft_study.storage.files import AtomicFiles, finite, json_text
@@ -240,10 +238,10 @@ def _finalists(config: StudyConfig, state: StudyState, examples: HeldOut) -> tup
 def _rank(
     ranked: Sequence[Finalist], state: StudyState, examples: HeldOut, *, on_test: bool
 ) -> tuple[tuple[tuple[Finalist, ...], ...], tuple[float, float] | None]:
-    """Parts finalists, best first, where one is told from the first of the group before.
+    """Parts finalists, best first, into groups as of `told_apart`.
 
-    They are told apart where the chance of their difference, corrected for all pairs, is below 5 %. Beside the groups
-    stands the least difference of the two best that this part, and one four times as large, would show.
+    Beside the groups stands the least difference of the two best that this part, and one four times as large, would
+    show.
     """
     counts_N = examples.test_counts_N if on_test else examples.counts_N
     sums: list[Losses] = []
@@ -251,14 +249,7 @@ def _rank(
         trials = state.finals_of(final.method, final.number)
         there = [state.test.get(t.name) if on_test else t.last for t in trials]
         sums.append(np.stack([losses for losses in there if losses is not None]))
-    pairs = list(itertools.combinations(range(len(ranked)), 2))
-    chances = dict(zip(pairs, holm([chance_of_equals(sums[i], sums[j], counts_N) for i, j in pairs]), strict=True))
-    groups: list[list[int]] = []
-    for place in range(len(ranked)):
-        if groups and chances[groups[-1][0], place] >= 1 - CONFIDENCE:
-            groups[-1].append(place)
-        else:
-            groups.append([place])
+    groups = told_apart(len(ranked), lambda i, j: chance_of_equals(sums[i], sums[j], counts_N))
     smallest = None
     if len(ranked) > 1 and (number := len(counts_N)) > 2:
         first, second = sums[0].mean(0), sums[1].mean(0)

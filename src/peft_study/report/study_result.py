@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_study.errors import ConfigError, ModelError
+from peft_study.config import EvaluationConfig, validate
+from peft_study.errors import ConfigError, ModelError, OutputError
 from peft_study.report.costs import costs
 from peft_study.report.findings import LANGUAGES, Finding, find, texts
 from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
 from peft_study.report.study_reader import StudyRecord, read_study
 from peft_study.report.wording import say
-from peft_study.search.trials import value_of
+from peft_study.search.trials import best_first, setting_name, value_of
 from peft_study.statistics import Estimate, short
 
 if TYPE_CHECKING:
     import pandas
 
     from peft_study.config import StudyConfig
+    from peft_study.evaluation.evaluate import EvaluationResult
     from peft_study.model.in_memory import ModelInMemory
 
 
@@ -217,6 +221,62 @@ class StudyResult:
         return WrittenReport(
             write_page([study_view(self._record, self._results)], lang, None if path is None else Path(path))
         )
+
+    def adapters(self) -> dict[str, Path]:
+        """Returns the folders of the finals' adapters by the names of their settings, best first.
+
+        Without finals they are those of the best trial of each method. One that is not there is left out, with a
+        warning.
+
+        Raises:
+            OutputError: when there is none.
+        """
+        wanted = {final.name: final.adapter_path for final in self.finals} or self._best_trials()
+        found = {name: folder for name, folder in wanted.items() if folder.is_dir()}
+        for name in wanted.keys() - found.keys():
+            warnings.warn(f"{name} is left out: it has no adapter, or none yet", stacklevel=2)
+        if not found:
+            remedy = "let the study finish, or keep its adapters"
+            raise OutputError("holds no adapter of a finished trial", where=str(self.folder), remedy=remedy)
+        return found
+
+    def evaluate(
+        self,
+        tasks: str | Sequence[str],
+        *,
+        output: str | Path | None = None,
+        verbose: bool = True,
+        device: str = "auto",
+        **settings: Any,
+    ) -> EvaluationResult:
+        """Asks the study's finals and their base tasks, side by side, or goes on where an earlier call was stopped.
+
+        Args:
+            tasks: ``NAME=FILE`` of rows, or a task file (docs/evaluation.md).
+            output: folder of every output; None: ``evaluation`` in the study's folder.
+            verbose: print lines of progress.
+            device: of a base that is loaded.
+            settings: of `EvaluationConfig`: ``limit``, ``examples``, ``shots``, ``system_prompt``.
+
+        Raises:
+            UserError: of many kinds, each one line.
+        """
+        from peft_study.evaluation.evaluate import evaluate
+        from peft_study.training.session import unheard
+
+        config = validate(EvaluationConfig, {"tasks": tasks, **settings}, where="evaluate")
+        folder = self.folder / "evaluation" if output is None else Path(output)
+        return evaluate(
+            self.adapters(), config, folder, print if verbose else unheard, device=device, in_memory=self.in_memory
+        )
+
+    def _best_trials(self) -> dict[str, Path]:
+        """Returns the adapters of the best finished trial of each method."""
+        state, found = self._record.state, {}
+        for method in self.config.searched:
+            for trial in best_first(state.of(method, "search"))[:1]:
+                found[setting_name(trial.method, trial.number)] = self._record.folder.trial(trial.name).adapter
+        return found
 
     def __repr__(self) -> str:
         best = "nothing is ranked" if self.best is None else f"best: {self.best.name}, dev loss {self.best.dev}"

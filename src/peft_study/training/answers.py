@@ -19,11 +19,9 @@ from peft_study.data.conversation import Conversation, Message
 from peft_study.data.parallel import row_digest
 from peft_study.data.stream import read_conversations
 from peft_study.errors import TemplateError, first_line
-from peft_study.evaluation.generation import AdapterBase, Answerer, put_on
+from peft_study.evaluation.generation import Answerer, exported
 from peft_study.methods.reference import FullAdapter
 from peft_study.methods.registry import create, is_exclusive
-from peft_study.model.in_memory import lent
-from peft_study.model.load import Base
 from peft_study.training.session import Session
 
 
@@ -117,11 +115,7 @@ def _answers(
     if is_exclusive(method.method):
         with whole_model(session, method, folder):
             return _answers(session, NoneConfig(), folder, prompts, max_new_tokens)
-    with _generating(base):
-        model = base.model
-        if not isinstance(method, NoneConfig):
-            model = put_on(folder, AdapterBase(model, base.tokenizer, base.path, base.quantization))
-        _to_eval(model)
+    with exported(base, None if isinstance(method, NoneConfig) else folder) as model:
         answerer = Answerer(model, base.tokenizer, session.encoder)
         # one at a time: beside others a prompt gets other tokens in half precision (4 of 12 on the quickstart)
         return [answerer.continue_tokens(prompt, max_new_tokens) for prompt in prompts]
@@ -138,19 +132,3 @@ def whole_model(session: Session, method: MethodConfig, folder: Path) -> Iterato
         yield
     finally:
         weights.detach()
-
-
-@contextmanager
-def _generating(base: Base) -> Iterator[None]:
-    """Gives the base's model its own attention back, and takes off at the end whatever was put on it."""
-    with lent(base.model):
-        base.model.set_attn_implementation(base.attention)
-        yield
-
-
-def _to_eval(model: Any) -> None:
-    """Turns dropout off; 4-bit layers stay in training mode, as bitsandbytes repacks them on CPU in the other one."""
-    model.eval()
-    for module in model.modules():
-        if any(not parameter.is_floating_point() for parameter in module.parameters(recurse=False)):
-            module.training = True

@@ -22,7 +22,7 @@ from peft_study.data.dataset import Rows
 from peft_study.engine.engine import Engine
 from peft_study.errors import ConfigError, ModelError, OutputError, UserError
 from peft_study.evaluation.generation import find_base, is_whole_model, load_adapter_base, put_on
-from peft_study.methods.peft_files import CONFIG, encoding, note_encoding, read_config
+from peft_study.methods.peft_files import encoding, note_encoding, read_config
 from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.load import load_base
@@ -70,34 +70,6 @@ class _HeldOut(NamedTuple):
     base_N: Losses
     adapter_N: Losses
     row_tokens: int | None
-
-
-def find_adapter(path: Path) -> Path:
-    """Returns the folder of an adapter or of a model trained as a whole: `path`, or that of the run in `path`.
-
-    Any other folder is returned as it is: the caller's reading names the missing file.
-
-    Raises:
-        ModelError: when a run in `path` left none, or it is a study.
-    """
-    run = RunFolder(path)
-    for folder in (path, run.adapter):
-        if (folder / CONFIG).exists() or is_whole_model(folder):
-            return folder
-    if (path / "trials").is_dir():
-        raise ModelError(
-            "is a study, with an adapter for each trial", where=str(path), remedy="give one: STUDY/trials/NAME"
-        )
-    state = (run.status() or ("", None))[0]
-    if state == "finished":
-        raise ModelError("holds no adapter: this run kept none", where=str(path), remedy="give another run")
-    if state or run.checkpoints.is_dir():
-        raise ModelError(
-            f"holds no adapter: the run has not finished ({state or 'no status'})",
-            where=str(path),
-            remedy="an interrupted run resumes with the same command",
-        )
-    return path
 
 
 def merge(

@@ -1,0 +1,203 @@
+"""What systems reached on a task: accuracy or loss with intervals, differences from the base, groups that are equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from peft_study.evaluation.systems import BASE
+from peft_study.statistics import (
+    Counts,
+    Estimate,
+    Losses,
+    TokenCounts,
+    accuracy,
+    chance_of_equals,
+    difference,
+    mcnemar,
+    mean_loss,
+    told_apart,
+)
+
+MOST_SOURCES = 12
+"""Sources of a loss that have a line of their own; of more, only all together are shown."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What a system reached on a task.
+
+    Attributes:
+        task, system: whose.
+        source: of the rows; None: all of them.
+        metric: ``accuracy``, a share of right answers, or ``loss``, nats a token.
+        value: with its 95 % interval; None where nothing could be judged.
+        right, judged: answers; of a loss both count rows.
+        unjudged: rows without a right answer, or without room for an answer: counted apart, never as wrong.
+        normalised: of choices, the accuracy with losses divided by the characters of the texts; else None.
+        minus_base: the base's value subtracted, on the rows that both have; None for the base.
+        p_value: of "equal to the base": McNemar's for accuracies, of the paired bootstrap for losses; else None.
+        group: 1 for the best, and for those that cannot be told from the best of the group; None where not compared.
+    """
+
+    task: str
+    system: str
+    source: str | None
+    metric: str
+    value: Estimate | None
+    right: int
+    judged: int
+    unjudged: int
+    normalised: Estimate | None = None
+    minus_base: Estimate | None = None
+    p_value: float | None = None
+    group: int | None = None
+
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Every number as a plain column; of an interval ``low`` and ``high``."""
+        found: dict[str, Any] = {}
+        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if "Estimate" in str(self.__annotations__[name]):
+                ends = (None, None, None) if value is None else (value.value, value.low, value.high)
+                found |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+            else:
+                found[name] = value
+        return found
+
+
+def scores_of(task: str, rows: Sequence[Row], *, has_answers: bool) -> list[Score]:
+    """Returns the scores of a task, the base first; of a loss also those of each source.
+
+    Args:
+        task: its name.
+        rows: of all systems.
+        has_answers: False where a loss is all.
+    """
+    if has_answers:
+        return _compared(task, None, rows, _accuracies)
+    found = _compared(task, None, rows, _losses)
+    sources = sorted({row["source"] for row in rows})
+    for source in sources if 1 < len(sources) <= MOST_SOURCES else ():
+        found += _compared(task, source, [row for row in rows if row["source"] == source], _losses)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """What one metric has to say about systems, all on the same rows.
+
+    Attributes:
+        metric: its name.
+        kept: whether a row can be judged.
+        alone: returns a system's value.
+        pair: returns the difference of two systems and the p-value of "equal".
+        better: returns how good a value is: more is better.
+    """
+
+    metric: str
+    kept: Callable[[Row], bool]
+    alone: Callable[[Sequence[Row]], Estimate]
+    pair: Callable[[Sequence[Row], Sequence[Row]], tuple[Estimate, float] | None]
+    better: Callable[[float], float]
+
+
+def _compared(task: str, source: str | None, rows: Sequence[Row], by: _Compared) -> list[Score]:
+    systems: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        systems.setdefault(row["system"], {})[row["id"]] = row
+    names = sorted(systems, key=lambda name: name != BASE)
+    kept = {name: {i: row for i, row in systems[name].items() if by.kept(row)} for name in names}
+    groups = _groups(kept, by)
+    found = []
+    for name in names:
+        own = list(kept[name].values())
+        against = _against(kept[name], kept.get(BASE, {}), by) if name != BASE else None
+        normalised = [row["normalised"] for row in own if row.get("normalised") is not None]
+        found.append(
+            Score(
+                task=task,
+                system=name,
+                source=source,
+                metric=by.metric,
+                value=by.alone(own) if own else None,
+                right=sum(row.get("score", True) for row in own),
+                judged=len(own),
+                unjudged=len(systems[name]) - len(own),
+                normalised=accuracy(sum(normalised), len(normalised)) if normalised else None,
+                minus_base=None if against is None else against[0],
+                p_value=None if against is None else against[1],
+                group=groups.get(name),
+            )
+        )
+    return found
+
+
+def _against(first: Mapping[str, Row], second: Mapping[str, Row], by: _Compared) -> tuple[Estimate, float] | None:
+    both = [i for i in first if i in second]
+    return by.pair([first[i] for i in both], [second[i] for i in both]) if both else None
+
+
+def _groups(kept: Mapping[str, Mapping[str, Row]], by: _Compared) -> dict[str, int]:
+    """Returns the group of each system, on the rows that all of them have; none where there are no such rows."""
+    if len(kept) < 2 or not (common := sorted(set.intersection(*(set(rows) for rows in kept.values())))):
+        return {}
+    rows = {name: [own[i] for i in common] for name, own in kept.items()}
+    ranked = sorted(rows, key=lambda name: -by.better(by.alone(rows[name]).value))
+
+    def chance(first: int, second: int) -> float:
+        found = by.pair(rows[ranked[first]], rows[ranked[second]])
+        return 1.0 if found is None else found[1]
+
+    return {
+        ranked[place]: number
+        for number, group in enumerate(told_apart(len(ranked), chance), start=1)
+        for place in group
+    }
+
+
+def _right(rows: Sequence[Row]) -> Losses:
+    return np.array([row["score"] for row in rows], dtype=np.float64)
+
+
+def _pair_of_accuracies(first: Sequence[Row], second: Sequence[Row]) -> tuple[Estimate, float]:
+    own, other = _right(first), _right(second)
+    return difference(own, other, np.ones(len(own), dtype=np.int64)), mcnemar(own > 0, other > 0)
+
+
+def _sums(rows: Sequence[Row]) -> Losses:
+    return np.array([row["loss"] for row in rows], dtype=np.float64)
+
+
+def _counts(rows: Sequence[Row]) -> Counts:
+    _, sources_N = np.unique([row["source"] for row in rows], return_inverse=True)
+    return TokenCounts(np.array([row["tokens"] for row in rows], dtype=np.int64), sources_N)
+
+
+def _pair_of_losses(first: Sequence[Row], second: Sequence[Row]) -> tuple[Estimate, float] | None:
+    """Returns None where their templates made other tokens of the rows: such losses cannot be compared."""
+    if any(a["tokens"] != b["tokens"] for a, b in zip(first, second, strict=True)):
+        return None
+    counts, own, other = _counts(first), _sums(first), _sums(second)
+    return difference(own, other, counts), chance_of_equals(own[None], other[None], counts)
+
+
+_accuracies = _Compared(
+    "accuracy",
+    kept=lambda row: row["score"] is not None,
+    alone=lambda rows: accuracy(int(_right(rows).sum()), len(rows)),
+    pair=_pair_of_accuracies,
+    better=lambda value: value,
+)
+_losses = _Compared(
+    "loss",
+    kept=lambda row: row["tokens"] > 0,
+    alone=lambda rows: mean_loss(_sums(rows), _counts(rows)),
+    pair=_pair_of_losses,
+    better=lambda value: -value,
+)
