@@ -281,7 +281,7 @@ def test_a_metric_of_the_users_that_fails_is_one_line(
 def test_what_answers_cost_is_kept(adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path) -> None:
     out = tmp_path / "out"
     cli("evaluate", *adapters, *words(tasks, out)).ok()
-    costs = json.loads((out / "costs.json").read_text())
+    costs = json.loads((out / "scores.json").read_text())["costs"]
     assert list(costs) == ["base", *METHODS]
     config = json.loads((Path(json.loads((adapters[0] / "adapter" / "adapter_config.json").read_text())
                               ["base_model_name_or_path"]) / "config.json").read_text())  # fmt: skip
@@ -296,9 +296,9 @@ def test_what_answers_cost_is_kept(adapters: list[Path], tasks: list[Path], cli:
     assert costs["base"]["cache_bytes"] == of_a_token * costs["base"]["prompt_tokens"] == costs["lora"]["cache_bytes"]
     assert costs["prefix_tuning"]["cache_bytes"] - costs["base"]["cache_bytes"] == of_a_token * tokens
     assert all(cost["first_token"] > 0 and cost["tokens_per_second"] > 0 for cost in costs.values())
-    before = (out / "costs.json").read_bytes()
+    before = (out / "scores.json").read_bytes()
     cli("evaluate", *adapters, *words(tasks, out)).ok()
-    assert (out / "costs.json").read_bytes() == before, "measured once"
+    assert (out / "scores.json").read_bytes() == before, "measured once"
 
 
 def test_a_line_separator_in_an_answer_is_no_end_of_a_row(

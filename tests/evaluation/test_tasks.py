@@ -16,6 +16,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MATH = "AddSub", "MultiArith", "SVAMP", "SingleEq", "mawps"
 CHOICES = "boolq", "ARC-Easy", "ARC-Challenge", "openbookqa", "piqa", "social_i_qa", "winogrande"
 ROWS = {
+    "ifeval": ["ifeval/ifeval.jsonl.gz"],
     "gsm8k": ["gsm8k/test.jsonl.gz"],
     "commonsenseqa": ["commonsenseqa/validation.jsonl.gz"],
     "mmlu": ["mmlu/dev.jsonl.gz"],
@@ -35,7 +36,7 @@ def test_the_packages_tasks_read_their_real_rows(task: str, file: str) -> None:
     questions = find_task(f"{task}={SHARED / file}").questions(limit=50)
     assert len(questions) == 50
     for question in questions:
-        assert question.gold
+        assert question.gold or task == "ifeval"
         assert len(question.turns[-1][1]) > 10
         if question.choices:
             assert question.gold_choice is not None
@@ -116,7 +117,7 @@ def test_a_missing_answer_is_no_error_and_a_missing_question_is(tmp_path: Path) 
 def test_what_is_wrong_with_a_task_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = written(tmp_path, [{"q": "x", "answer": "x"}], **change)
     with pytest.raises((ConfigError, DataError), match=message):
-        find_task(str(path)).metric("x", "x", None)
+        find_task(str(path)).judge("x", Question("1", (), "x"))
 
 
 def test_worked_examples_have_an_answer_and_belong_to_a_task(tmp_path: Path) -> None:
@@ -146,6 +147,18 @@ def test_a_broken_task_file_names_the_line(tmp_path: Path) -> None:
     path.write_text("prompt: x\nmetric: [\n")
     with pytest.raises(ConfigError, match=r"mine.yaml, line 3"):
         find_task(str(path))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not there")
+def test_instructions_are_followed_or_not() -> None:
+    task = find_task(f"ifeval={SHARED / 'ifeval' / 'ifeval.jsonl.gz'}")
+    by_rule = {tuple(question.row["instruction_id_list"]): question for question in task.questions()}
+    no_comma, json_form = by_rule["punctuation:no_comma",], by_rule["detectable_format:json_format",]
+    assert task.judge("No comma here.", no_comma) is True
+    assert task.judge("Here, one.", no_comma) is False
+    assert task.judge('{"a": 1}', json_form) is True
+    assert task.judge("a: 1", json_form) is False
+    assert task.judge("", no_comma) is False
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:

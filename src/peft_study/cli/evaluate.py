@@ -8,38 +8,50 @@ from typing import Annotated
 
 import typer
 
+_Tasks = Annotated[
+    list[str],
+    typer.Option("--tasks", metavar="NAME=FILE", help="A task and its rows, a task file (.yaml), or lm_eval:TASK."),
+]
+_What = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="ADAPTER|STUDY",
+        help="Adapters of one base, runs that left them, models trained as a whole; or a study: all its finals.",
+    ),
+]
+_Output = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Folder for every output.", show_default="evaluation, or STUDY/evaluation"),
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task, evenly over its file.")]
+_Examples = Annotated[
+    list[str] | None,
+    typer.Option("--examples", metavar="NAME=FILE", help="Worked examples of a task, for a baseline of the base."),
+]
+_Shots = Annotated[int, typer.Option(min=0, help="How many of them.")]
+_SystemPrompt = Annotated[
+    str | None, typer.Option("--system-prompt", help="Another baseline: the base with this system prompt.")
+]
+_Chat = Annotated[bool, typer.Option("--lm-eval-chat", help="Put questions of lm_eval:TASK into the chat template.")]
+_Base = Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one they name.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+_Dtype = Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")]
+_Rescore = Annotated[bool, typer.Option(help="Judge the outputs that are there again; loads no model.")]
+
 
 def evaluate(
-    tasks: Annotated[
-        list[str],
-        typer.Option(
-            "--tasks", metavar="NAME=FILE", help="A task and its file of rows, or a task file (.yaml); may be repeated."
-        ),
-    ],
-    what: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="ADAPTER|STUDY",
-            help="Adapters of one base, runs that left them, models trained as a whole; or a study: all its finals.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("-o", "--output", help="Folder for every output.", show_default="evaluation, or STUDY/evaluation"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task, evenly over its file.")] = None,
-    examples: Annotated[
-        list[str] | None,
-        typer.Option("--examples", metavar="NAME=FILE", help="Worked examples of a task, for a baseline of the base."),
-    ] = None,
-    shots: Annotated[int, typer.Option(min=0, help="How many of them.")] = 5,
-    system_prompt: Annotated[
-        str | None, typer.Option("--system-prompt", help="Another baseline: the base with this system prompt.")
-    ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one they name.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")] = "auto",
-    rescore: Annotated[bool, typer.Option(help="Judge the outputs that are there again; loads no model.")] = False,
+    tasks: _Tasks,
+    what: _What = None,
+    output: _Output = None,
+    limit: _Limit = None,
+    examples: _Examples = None,
+    shots: _Shots = 5,
+    system_prompt: _SystemPrompt = None,
+    lm_eval_chat: _Chat = False,
+    base: _Base = None,
+    device: _Device = "auto",
+    dtype: _Dtype = "auto",
+    rescore: _Rescore = False,
 ) -> None:
     """Measure what adapters can do on tasks, side by side on their base and beside it.
 
@@ -53,7 +65,7 @@ def evaluate(
 
     quiet_libraries()
     values = {"tasks": tasks, "examples": examples or [], "shots": shots, "system_prompt": system_prompt}
-    config = validate(EvaluationConfig, {**values, "limit": limit}, where="evaluate")
+    config = validate(EvaluationConfig, {**values, "limit": limit, "lm_eval_chat": lm_eval_chat}, where="evaluate")
     if rescore:
         found = Evaluation(output or _folder(what or []), config).result()
     else:

@@ -15,6 +15,7 @@ class EvaluationConfig(Strict):
     shots: int = Field(5, ge=0, description="how many worked examples the base gets in that baseline")
     system_prompt: str | None = Field(None, description="of another baseline: the base with this system prompt")
     limit: int | None = Field(None, ge=1, description="questions of each task, evenly over its file; None: all")
+    lm_eval_chat: bool = Field(False, description="put the questions of lm-eval's tasks into the chat template")
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -14,7 +14,6 @@ from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, first_line
 from peft_study.evaluation.decoding import Continuation, Decoder, DecodingRequest
 from peft_study.evaluation.generation import Answerer, exported
 from peft_study.evaluation.systems import System
@@ -59,7 +58,8 @@ def judged(task: EvaluationTask, question: Question, row: Row) -> Row:
     if not task.config.has_answers:
         return {}
     if task.generates:
-        return {"score": _by_metric(task, question, row["output"]), "gold": question.gold}
+        score = None if row["output"] is None else task.judge(row["output"], question)
+        return {"score": score, "gold": question.gold}
     if question.gold_choice is None:
         return {"score": None, "normalised": None, "gold": question.gold}
     losses = np.array(row["losses"])
@@ -69,19 +69,6 @@ def judged(task: EvaluationTask, question: Question, row: Row) -> Row:
         "normalised": bool((losses / lengths).argmin() == question.gold_choice),
         "gold": question.gold,
     }
-
-
-def _by_metric(task: EvaluationTask, question: Question, output: str | None) -> bool | None:
-    if output is None:
-        return None
-    try:
-        return task.metric(output, question.gold, task.config.pattern)
-    except ConfigError:
-        raise
-    except Exception as error:  # of a user's function
-        what = f"metric {task.config.metric} failed on row {question.id}: {first_line(error)}"
-        remedy = "correct it; the answers are kept, and --rescore judges them again"
-        raise ConfigError(what, where=task.name, remedy=remedy) from error
 
 
 def end_tokens(base: Base) -> frozenset[int]:

@@ -12,7 +12,7 @@ the left: each has its own positions. What ended leaves the row.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -34,11 +34,19 @@ DROP = 8
 
 @dataclass(frozen=True, slots=True)
 class DecodingRequest:
-    """A prompt of tokens for an adapter; at most `most` tokens answer it."""
+    """A prompt of tokens for an adapter.
+
+    Attributes:
+        adapter: that answers.
+        prompt: its tokens.
+        most: tokens that the answer may have.
+        stops: returns whether an answer so far ends here, as by a word; None: only tokens end it.
+    """
 
     adapter: Adapter
     prompt: Sequence[int]
     most: int
+    stops: Callable[[Sequence[int]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +55,7 @@ class Continuation:
 
     Attributes:
         tokens: of the answer.
-        ended: by such a token; False: by its limit.
+        ended: by such a token, or by `DecodingRequest.stops`; False: by its limit.
         seconds: from the start of its batch to its last token; the batch's other sequences took part of them.
     """
 
@@ -96,6 +104,8 @@ class Decoder:
                 ended = token in self._ends
                 if not ended:
                     answers[number].append(token)
+                    stops = requests[number].stops
+                    ended = stops is not None and stops(answers[number])
                 if ended or len(answers[number]) >= requests[number].most:
                     over.add(number)
                     seconds = time.perf_counter() - started

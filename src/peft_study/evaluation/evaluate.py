@@ -3,7 +3,7 @@
 FOLDER/evaluation.json    what was asked of whom: the same command goes on where it was killed
 FOLDER/TASK.jsonl         a line an answer, in the order in which they were made
 FOLDER/TASK.parquet       the same rows in the order of the task, with their scores
-FOLDER/costs.json         what answers cost each system
+FOLDER/scores.json        scores, and what an answer costs each system
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from peft_study.config import EvaluationConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
 from peft_study.errors import OutputError
-from peft_study.evaluation.answer_costs import AnswerCost, measure_cost, read_costs, write_costs
+from peft_study.evaluation.answer_costs import measure_cost
 from peft_study.evaluation.answering import Asked, Row, answers, judged
-from peft_study.evaluation.scores import Score, scores_of
-from peft_study.evaluation.systems import BASE, System, load_systems
-from peft_study.evaluation.tasks import EvaluationTask, Question, find_tasks
+from peft_study.evaluation.harness import HarnessTask
+from peft_study.evaluation.scores import BASE, AnswerCost, Kept, Score, read_scores, scores_of, write_scores
+from peft_study.evaluation.systems import System, load_systems
+from peft_study.evaluation.tasks import LM_EVAL, EvaluationTask, Question, find_tasks
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.digest import folder_digest
 from peft_study.model.in_memory import ModelInMemory, lent
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     import pandas
 
 PLAN = "evaluation.json"
+_HARNESS = "lm_eval-"
+"""How the files of lm-eval's tasks begin."""
 
 Say = Callable[[str], None]
 
@@ -117,6 +120,8 @@ class Evaluation:
 
     def __init__(self, folder: Path, config: EvaluationConfig) -> None:
         self.folder, self.config, self.tasks = folder, config, find_tasks(config)
+        specs = [spec for spec in config.tasks if spec.startswith(LM_EVAL)]
+        self._harness = [HarnessTask(spec, chat=config.lm_eval_chat, limit=config.limit) for spec in specs]
         self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
         self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
         self._plan: dict[str, Any] = {
@@ -124,7 +129,10 @@ class Evaluation:
             "questions": {name: _digest(questions) for name, questions in self.questions.items()},
             "worked_examples": {name: _digest(questions) for name, questions in self._worked.items()},
             "system_prompt": config.system_prompt,
+            "lm_eval": {task.name: task.plan for task in self._harness},
         }
+        scored = read_scores(folder)
+        self._costs = {} if scored is None else dict(scored.costs)
         kept = self._kept()
         if kept and {**kept, "systems": None} != {**self._plan, "systems": None}:
             remedy = "give another folder, or the same tasks, files and limit"
@@ -153,25 +161,28 @@ class Evaluation:
             if due:
                 say(f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems")
             _append(self.folder / f"{task.name}.jsonl", answers(runner, task, due))
+        for harness in self._harness:
+            path = self.folder / f"{_HARNESS}{harness.name}.jsonl"
+            known = {row["system"] for row in _rows(path)}
+            for system in systems:
+                if harness.takes(system) and system.name not in known:
+                    say(f"lm-eval's {harness.name}: {system.name}")
+                    _append(path, harness.rows(runner, system))
         self._measure_costs(runner, systems, say)
 
     def _measure_costs(self, runner: RowRunner, systems: Sequence[System], say: Say) -> None:
         """Measures what an answer to a prompt of middle length costs each system, unless that was done before."""
-        known = read_costs(self.folder)
         task = next((task for task in self.tasks if task.generates), None)
-        due = [system for system in systems if task and system.name not in known and system.takes(task)]
+        due = [system for system in systems if task and system.name not in self._costs and system.takes(task)]
         if task is None or not due or not runner.base.proof.packs:
             return
         say(f"what an answer costs each of {len(due)} systems")
         questions = sorted(self.questions[task.name], key=lambda question: len(question.turns[-1][1]))
         middle = questions[len(questions) // 2]
         worked = self._worked[task.name]
-        found = {s.name: measure_cost(runner, s.adapter, self._tokens(s, middle, worked)) for s in due}
-        write_costs(self.folder, {**known, **found})
-
-    @staticmethod
-    def _tokens(system: System, question: Question, worked: Sequence[Question]) -> list[int]:
-        return system.encoder.prompt_tokens(system.messages(question, worked))
+        for system in due:
+            prompt = system.encoder.prompt_tokens(system.messages(middle, worked))
+            self._costs[system.name] = measure_cost(runner, system.adapter, prompt)
 
     def _kept(self) -> dict[str, Any]:
         path = self.folder / PLAN
@@ -208,23 +219,34 @@ class Evaluation:
         return [{**row, **judged(task, questions[row["id"]], row)} for row in found]
 
     def _answers(self, task: EvaluationTask) -> list[Row]:
-        """Returns the answers that are there; a line that was cut off is left out."""
-        path = self.folder / f"{task.name}.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else ()  # an answer may hold U+2028
-        return [row for line in lines if (row := _whole(line))]
+        return _rows(self.folder / f"{task.name}.jsonl")
 
     def result(self) -> EvaluationResult:
         """Judges all answers that are there, which needs no model, writes them as tables, and returns the scores."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        found = [(task.name, task.name, self.rows(task), task.config.has_answers) for task in self.tasks]
+        for harness in self._harness:
+            rows = _rows(self.folder / f"{_HARNESS}{harness.name}.jsonl")
+            for name in dict.fromkeys(row["task"] for row in rows):  # a group has several
+                file = _HARNESS + name.replace("/", "-")
+                own = [row for row in rows if row["task"] == name]
+                found.append((name, file, own, "loss" not in own[0]))
         scores: list[Score] = []
-        for task in self.tasks:
-            rows = self.rows(task)
+        for name, file, own, has_answers in found:
             with AtomicFiles() as files:
-                pq.write_table(pa.Table.from_pylist(rows), files.open(self.folder / f"{task.name}.parquet"))
-            scores += scores_of(task.name, rows, has_answers=task.config.has_answers)
-        return EvaluationResult(self.folder, tuple(scores), read_costs(self.folder))
+                pq.write_table(pa.Table.from_pylist(own), files.open(self.folder / f"{file}.parquet"))
+            scores += scores_of(name, own, has_answers=has_answers)
+        kept = Kept(tuple(scores), self._costs)
+        write_scores(self.folder, kept)
+        return EvaluationResult(self.folder, kept.scores, kept.costs)
+
+
+def _rows(path: Path) -> list[Row]:
+    """Returns the answers that are there; a line that was cut off is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else ()  # an answer may hold U+2028
+    return [row for line in lines if (row := _whole(line))]
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_study.evaluation.systems import BASE
+from peft_study.errors import OutputError, first_line
 from peft_study.statistics import (
     Counts,
     Estimate,
@@ -21,7 +24,11 @@ from peft_study.statistics import (
     mean_loss,
     told_apart,
 )
+from peft_study.storage.files import atomic_writer, finite
 
+BASE = "base"
+"""Name of the untouched base among the systems."""
+SCORES = "scores.json"
 MOST_SOURCES = 12
 """Sources of a loss that have a line of their own; of more, only all together are shown."""
 
@@ -35,7 +42,7 @@ class Score:
     Attributes:
         task, system: whose.
         source: of the rows; None: all of them.
-        metric: ``accuracy``, a share of right answers, or ``loss``, nats a token.
+        metric: ``accuracy``, a share of right answers; ``mean`` of what lm-eval gave; or ``loss``, nats a token.
         value: with its 95 % interval; None where nothing could be judged.
         right, judged: answers; of a loss both count rows.
         unjudged: rows without a right answer, or without room for an answer: counted apart, never as wrong.
@@ -71,6 +78,72 @@ class Score:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerCost:
+    """What a system's answer to a prompt costs, alone.
+
+    Attributes:
+        prompt_tokens: of the prompt, worked examples included; without virtual ones.
+        first_token: seconds from the prompt to the first token, median of 3.
+        tokens_per_second: after the first, median of 3.
+        cache_bytes: keys and values of the prompt and of the virtual tokens.
+    """
+
+    prompt_tokens: int
+    first_token: float
+    tokens_per_second: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What an evaluation has found, as its folder keeps it: scores, the base first, and costs by system."""
+
+    scores: tuple[Score, ...]
+    costs: Mapping[str, AnswerCost]
+
+
+def write_scores(folder: Path, kept: Kept) -> None:
+    """Writes ``scores.json`` into the folder of an evaluation.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    scores = [{f.name: _plain(getattr(score, f.name)) for f in fields(score)} for score in kept.scores]
+    values = {"scores": scores, "costs": {name: asdict(cost) for name, cost in kept.costs.items()}}
+    with atomic_writer(folder / SCORES) as file:
+        file.write(json.dumps(values, indent=1) + "\n")
+
+
+def read_scores(folder: Path) -> Kept | None:
+    """Returns what an evaluation's folder keeps; None where it has no scores (yet).
+
+    Raises:
+        OutputError: when the file is damaged.
+    """
+    path = folder / SCORES
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        scores = tuple(Score(**{name: _read(value) for name, value in score.items()}) for score in values["scores"])
+        return Kept(scores, {name: AnswerCost(**cost) for name, cost in values["costs"].items()})
+    except (ValueError, KeyError, TypeError) as error:
+        what, remedy = f"is damaged ({first_line(error)})", "remove it; `peft-study evaluate --rescore` writes it again"
+        raise OutputError(what, where=str(path), remedy=remedy) from error
+
+
+def _plain(value: Any) -> Any:
+    return list(finite((value.value, value.low, value.high))) if isinstance(value, Estimate) else value
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    found, low, high = value
+    return Estimate(found, -math.inf if low is None else low, math.inf if high is None else high)
+
+
 def scores_of(task: str, rows: Sequence[Row], *, has_answers: bool) -> list[Score]:
     """Returns the scores of a task, the base first; of a loss also those of each source.
 
@@ -80,7 +153,8 @@ def scores_of(task: str, rows: Sequence[Row], *, has_answers: bool) -> list[Scor
         has_answers: False where a loss is all.
     """
     if has_answers:
-        return _compared(task, None, rows, _accuracies)
+        values = {row["score"] for row in rows} - {None}
+        return _compared(task, None, rows, _accuracies if values <= {0, 1} else _means)
     found = _compared(task, None, rows, _losses)
     sources = sorted({row["source"] for row in rows})
     for source in sources if 1 < len(sources) <= MOST_SOURCES else ():
@@ -126,7 +200,7 @@ def _compared(task: str, source: str | None, rows: Sequence[Row], by: _Compared)
                 source=source,
                 metric=by.metric,
                 value=by.alone(own) if own else None,
-                right=sum(row.get("score", True) for row in own),
+                right=sum(row.get("score", True) > 0 for row in own),
                 judged=len(own),
                 unjudged=len(systems[name]) - len(own),
                 normalised=accuracy(sum(normalised), len(normalised)) if normalised else None,
@@ -170,6 +244,11 @@ def _pair_of_accuracies(first: Sequence[Row], second: Sequence[Row]) -> tuple[Es
     return difference(own, other, np.ones(len(own), dtype=np.int64)), mcnemar(own > 0, other > 0)
 
 
+def _pair_of_means(first: Sequence[Row], second: Sequence[Row]) -> tuple[Estimate, float]:
+    own, other, ones = _right(first), _right(second), np.ones(len(first), dtype=np.int64)
+    return difference(own, other, ones), chance_of_equals(own[None], other[None], ones)
+
+
 def _sums(rows: Sequence[Row]) -> Losses:
     return np.array([row["loss"] for row in rows], dtype=np.float64)
 
@@ -193,6 +272,12 @@ _accuracies = _Compared(
     alone=lambda rows: accuracy(int(_right(rows).sum()), len(rows)),
     pair=_pair_of_accuracies,
     better=lambda value: value,
+)
+_means = replace(
+    _accuracies,
+    metric="mean",
+    alone=lambda rows: difference(_right(rows), np.zeros(len(rows)), np.ones(len(rows), dtype=np.int64)),
+    pair=_pair_of_means,
 )
 _losses = _Compared(
     "loss",

@@ -14,6 +14,7 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.errors import ConfigError, ModelError
 from peft_study.evaluation.generation import BaseOrigin, base_origin, find_base, is_whole_model
+from peft_study.evaluation.scores import BASE
 from peft_study.evaluation.tasks import EvaluationTask, Question
 from peft_study.methods.base import Adapter
 from peft_study.methods.peft_files import encoding, read_note
@@ -22,9 +23,6 @@ from peft_study.methods.reference import NoAdapter
 from peft_study.model.in_memory import ModelInMemory, borrow
 from peft_study.model.load import Base, load_base, load_tokenizer
 from peft_study.model.precision import Placement, choose
-
-BASE = "base"
-"""Name of the untouched base among the systems."""
 
 
 @dataclass(frozen=True, slots=True)

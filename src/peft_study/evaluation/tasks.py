@@ -13,10 +13,11 @@ loss         nats a token; there is no right answer   loss (conversations), text
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from peft_study.storage.files import read_text
 BUILT_IN = Path(__file__).with_name("tasks_builtin")
 CHOICE = "choice"
 """The metric of a task whose answer is the likeliest of some texts; nothing is generated."""
+LM_EVAL = "lm_eval:"
+"""How the tasks of lm-eval begin, which are none of these (`harness`)."""
 LOSS, TEXT_LOSS = "loss", "text_loss"
 """Metrics without a right answer: the loss of conversations' supervised tokens, and of plain texts."""
 
@@ -109,6 +112,7 @@ class Question:
         choices: texts of which the likeliest is taken; empty where the answer is generated.
         gold_choice: place of the right one; None where the row does not say.
         conversation: of metric loss the whole row; else None.
+        row: its columns, for a metric that is a function.
     """
 
     id: str
@@ -117,6 +121,7 @@ class Question:
     choices: tuple[str, ...] = ()
     gold_choice: int | None = None
     conversation: Conversation | None = None
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def answered(self) -> str | None:
@@ -140,24 +145,37 @@ class EvaluationTask:
         """True where the model writes an answer; False where losses tell."""
         return self.config.metric not in (CHOICE, LOSS, TEXT_LOSS)
 
-    @property
-    def metric(self) -> Callable[[str, str, str | None], bool | None]:
-        """Returns what judges an answer: (output, gold, pattern) to right, wrong, or None where it cannot be judged.
+    def judge(self, output: str, question: Question) -> bool | None:
+        """Returns whether a generated answer is right; None where that cannot be said.
 
         Raises:
-            ConfigError: when it is a function that cannot be imported.
+            ConfigError: when its metric is a function that cannot be imported, or that fails.
         """
-        if self.config.metric in METRICS:
-            return METRICS[self.config.metric]
+        metric = self.config.metric
+        if metric in METRICS:
+            return METRICS[metric](output, question.gold, self.config.pattern)
+        function = self._function()
+        try:
+            takes_row = len(inspect.signature(function).parameters) > 2
+            found = function(output, question.gold, question.row) if takes_row else function(output, question.gold)
+        except ConfigError:
+            raise
+        except Exception as error:
+            what = f"metric {metric} failed on row {question.id}: {first_line(error)}"
+            remedy = "correct it; the answers are kept, and --rescore judges them again"
+            raise ConfigError(what, where=self.name, remedy=remedy) from error
+        return None if found is None else bool(found)
+
+    def _function(self) -> Callable[..., Any]:
+        """Returns the metric that is a function, ``module:function``."""
         module, _, name = self.config.metric.partition(":")
         try:
-            function = getattr(importlib.import_module(module), name)
+            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
-            remedy = "give MODULE:FUNCTION of (output, gold) that can be imported from here"
-            raise ConfigError(
-                f"metric {self.config.metric}: {first_line(error)}", where=self.name, remedy=remedy
-            ) from None
-        return lambda output, gold, _pattern: function(output, gold)
+            what = f"metric {self.config.metric}: {first_line(error)}"
+            remedy = "give MODULE:FUNCTION of (output, gold) or (output, gold, row) that can be imported from here"
+            raise ConfigError(what, where=self.name, remedy=remedy) from None
+        return found
 
     def questions(self, limit: int | None = None) -> list[Question]:
         """Returns the rows, at most `limit`: those that lie evenly over the file.
@@ -207,12 +225,14 @@ def task_names() -> dict[str, Path]:
 
 
 def find_tasks(config: EvaluationConfig) -> list[EvaluationTask]:
-    """Returns the tasks of an evaluation with their files.
+    """Returns the tasks of an evaluation with their files; those of lm-eval are not among them.
 
     Raises:
         ConfigError, DataError: as `find_task`; when worked examples are of another task, or a task is given twice.
     """
-    found = [find_task(spec, config.examples.get(_name_of(spec))) for spec in config.tasks]
+    found = [
+        find_task(spec, config.examples.get(_name_of(spec))) for spec in config.tasks if not spec.startswith("lm_eval:")
+    ]
     names = [task.name for task in found]
     for name in config.examples:
         if name not in names:
@@ -278,7 +298,7 @@ def _question(task: EvaluationTask, row: RawRow) -> Question:
     gold = _filled(config.answer, values, row, missing="").strip()
     identity = str(values.get("id", row.row))
     if config.metric != CHOICE:
-        return Question(identity, (*turns, ("user", prompt)), gold)
+        return Question(identity, (*turns, ("user", prompt)), gold, row=values)
     found = _choices(config, prompt, row)
     choices = tuple(_filled(config.choice, {**values, "label": a, "text": text}, row) for a, text in found.items())
     return Question(identity, (*turns, ("user", prompt)), gold, choices, _place(gold, found))
