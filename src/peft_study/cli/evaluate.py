@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from peft_study.report.study_result import StudyResult
 
 _Tasks = Annotated[
     list[str],
@@ -35,7 +38,10 @@ _SystemPrompt = Annotated[
 _Chat = Annotated[bool, typer.Option("--lm-eval-chat", help="Put questions of lm_eval:TASK into the chat template.")]
 _Base = Annotated[str | None, typer.Option("--base", help="Base model, where it is not the one they name.")]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-_Dtype = Annotated[str, typer.Option(help="Of the base: auto, bfloat16, float16 or float32.")]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of the base: auto, bfloat16, float16 or float32.", show_default="auto, or the study's"),
+]
 _Rescore = Annotated[bool, typer.Option(help="Judge the outputs that are there again; loads no model.")]
 
 
@@ -50,7 +56,7 @@ def evaluate(
     lm_eval_chat: _Chat = False,
     base: _Base = None,
     device: _Device = "auto",
-    dtype: _Dtype = "auto",
+    dtype: _Dtype = None,
     rescore: _Rescore = False,
 ) -> None:
     """Measure what adapters can do on tasks, side by side on their base and beside it.
@@ -71,7 +77,8 @@ def evaluate(
     else:
         if not what:
             raise ConfigError("no adapter is given", remedy="write `peft-study evaluate ADAPTER --tasks NAME=FILE`")
-        folders = _folders(what)
+        folders, studies = _folders(what)
+        dtype = dtype or (studies[0].config.model.dtype if studies else "auto")
         with LiveDisplay() as display:
             found = evaluate(
                 folders, config, output or _folder(what), display.say, base=base, device=device, dtype=dtype
@@ -82,13 +89,14 @@ def evaluate(
 
 def _folder(what: Sequence[Path]) -> Path:
     """Returns where outputs go: into a study, else to ``evaluation``."""
+    from peft_study.evaluation.scores import EVALUATION
     from peft_study.report.study_reader import is_study
 
-    return what[0] / "evaluation" if len(what) == 1 and is_study(what[0]) else Path("evaluation")
+    return what[0] / EVALUATION if len(what) == 1 and is_study(what[0]) else Path(EVALUATION)
 
 
-def _folders(what: Sequence[Path]) -> dict[str, Path]:
-    """Returns adapters and whole models by name: of a study those of its finals, by the names of their settings."""
+def _folders(what: Sequence[Path]) -> tuple[dict[str, Path], list[StudyResult]]:
+    """Returns adapters and whole models by name, of a study those of its finals by their settings; and the studies."""
     from peft_study.evaluation.generation import find_adapter
     from peft_study.evaluation.systems import short_names
     from peft_study.report.study_reader import is_study
@@ -96,9 +104,10 @@ def _folders(what: Sequence[Path]) -> dict[str, Path]:
 
     alone = [find_adapter(path) for path in what if not is_study(path)]
     found = dict(zip(short_names(alone), alone, strict=True)) if alone else {}
-    for path in what:
-        if is_study(path):
-            finals = open_study(path).adapters()
-            twice = finals.keys() & found.keys()
-            found |= {f"{path.name}/{name}" if name in twice else name: folder for name, folder in finals.items()}
-    return found
+    studies = [open_study(path) for path in what if is_study(path)]
+    for study in studies:
+        finals = study.adapters()
+        twice = finals.keys() & found.keys()
+        named = {name: f"{study.folder.name}/{name}" if name in twice else name for name in finals}
+        found |= {named[name]: folder for name, folder in finals.items()}
+    return found, studies

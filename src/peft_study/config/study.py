@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peft_study.config.common import SettingError, Strict
+from peft_study.config.evaluation import EvaluationConfig
 from peft_study.config.methods import METHODS
 from peft_study.config.run import DataConfig, LoggingConfig, ModelConfig, TrainingConfig
 from peft_study.config.space import AnySpace, Choices, MethodSpace, Range
@@ -83,6 +84,7 @@ class StudyConfig(Strict):
     budget: BudgetConfig = BudgetConfig()
     search: SearchConfig = SearchConfig()
     finals: FinalsConfig = FinalsConfig()
+    evaluation: EvaluationConfig | None = Field(None, description="tasks that base and finals are asked at the end")
     logging: LoggingConfig = LoggingConfig()
     slots: int | Literal["auto"] = Field(
         "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"

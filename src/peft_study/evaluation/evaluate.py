@@ -105,6 +105,24 @@ def evaluate(
     return evaluation.result()
 
 
+def check_tasks(config: EvaluationConfig | None) -> None:
+    """Reads the tasks of a study before it trains, so that what is wrong with one is said at once.
+
+    Raises:
+        ConfigError, DataError: as `Evaluation`.
+    """
+    if config is not None:
+        for task in find_tasks(config):
+            task.questions(config.limit)
+            task.worked_examples(config.shots)
+        _harness_tasks(config)
+
+
+def _harness_tasks(config: EvaluationConfig) -> list[HarnessTask]:
+    specs = [spec for spec in config.tasks if spec.startswith(LM_EVAL)]
+    return [HarnessTask(spec, chat=config.lm_eval_chat, limit=config.limit) for spec in specs]
+
+
 class Evaluation:
     """The answers of systems to tasks, in a folder.
 
@@ -120,8 +138,7 @@ class Evaluation:
 
     def __init__(self, folder: Path, config: EvaluationConfig) -> None:
         self.folder, self.config, self.tasks = folder, config, find_tasks(config)
-        specs = [spec for spec in config.tasks if spec.startswith(LM_EVAL)]
-        self._harness = [HarnessTask(spec, chat=config.lm_eval_chat, limit=config.limit) for spec in specs]
+        self._harness = _harness_tasks(config)
         self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
         self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
         self._plan: dict[str, Any] = {

@@ -29,6 +29,8 @@ from peft_study.storage.files import atomic_writer, finite
 BASE = "base"
 """Name of the untouched base among the systems."""
 SCORES = "scores.json"
+EVALUATION = "evaluation"
+"""Folder of the tasks' answers in that of a study."""
 MOST_SOURCES = 12
 """Sources of a loss that have a line of their own; of more, only all together are shown."""
 

@@ -15,6 +15,7 @@ from peft_study.report.charts import colours, paired
 from peft_study.report.checks import checks
 from peft_study.report.findings import TOPICS
 from peft_study.report.page import render
+from peft_study.report.page_tasks import tasks
 from peft_study.report.page_values import Shown, Strip, flattened, shortened, shown, strips
 from peft_study.report.page_words import Words
 from peft_study.report.study_pair import StudyPair, pair
@@ -56,6 +57,7 @@ def _study(view: StudyView, t: Words) -> str:
         "cards": cards(view, t),
         "findings": page_sections.findings(view, t, others),
         "figures": figures,
+        "tasks": tasks(view, t),
         "answers": page_sections.examples(view, t),
         "answers_note": _answers_note(view, t),
         "trials": None if results is None else page_sections.table(results, config, t),
@@ -64,7 +66,18 @@ def _study(view: StudyView, t: Words) -> str:
         "protocol": page_sections.protocol(view, t),
         "environment": page_sections.environment(view.environment),
     }
-    order = ("answer", "findings", *_FIGURES, "answers", "trials", "checks", "limits", "protocol", "environment")
+    order = (
+        "answer",
+        "findings",
+        *_FIGURES,
+        "tasks",
+        "answers",
+        "trials",
+        "checks",
+        "limits",
+        "protocol",
+        "environment",
+    )
     there = {"answer": True, **values, **dict(figures)}
     values["sections"] = [key for key in order if there.get(key)]
     return render("study.html.jinja", t, f"{view.name} – peft-study", view.charts, values)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peft_study.config import EvaluationConfig, validate
 from peft_study.errors import ConfigError, ModelError, OutputError
+from peft_study.evaluation.scores import EVALUATION
 from peft_study.report.costs import costs
 from peft_study.report.findings import LANGUAGES, Finding, find, texts
 from peft_study.report.results import Finalist, Results, collect, columns, flat
@@ -265,7 +266,7 @@ class StudyResult:
         from peft_study.training.session import unheard
 
         config = validate(EvaluationConfig, {"tasks": tasks, **settings}, where="evaluate")
-        folder = self.folder / "evaluation" if output is None else Path(output)
+        folder = self.folder / EVALUATION if output is None else Path(output)
         return evaluate(
             self.adapters(), config, folder, print if verbose else unheard, device=device, in_memory=self.in_memory
         )

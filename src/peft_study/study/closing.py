@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import numpy as np
 
 from peft_study.config import MethodConfig, NoneConfig, StudyConfig
 from peft_study.errors import OutputError, first_line
+from peft_study.evaluation.scores import EVALUATION
 from peft_study.report.answers import ANSWERS_FILE, AnsweredRow, Answers, write_answers
 from peft_study.report.costs import COST_FILE, MethodCost, write_costs
 from peft_study.report.results import Results
@@ -30,6 +32,7 @@ def forget(folder: StudyFolder) -> None:
     """Removes what an earlier study file's finalists cost and answered."""
     for name in (COST_FILE, ANSWERS_FILE):
         (folder.path / name).unlink(missing_ok=True)
+    shutil.rmtree(folder.path / EVALUATION, ignore_errors=True)
 
 
 def keep_costs(folder: StudyFolder, state: StudyState, results: Results, backend: Backend, say: Say) -> None:
@@ -86,6 +89,25 @@ def keep_answers(
             for row in found
         ]
         write_answers(folder.path, Answers(MAX_NEW_TOKENS, tuple(losses), tuple(answered)))
+
+
+def keep_evaluation(
+    config: StudyConfig, folder: StudyFolder, state: StudyState, results: Results, backend: Backend, say: Say
+) -> None:
+    """Asks base and finals the study's tasks, or goes on where an earlier start was stopped.
+
+    Each final is represented by the seed with the least dev loss; without finals each method by its best trial. An
+    error is only shown: the adapters are there, and `peft-study evaluate` asks them again.
+    """
+    if config.evaluation is None:
+        return
+    finals = [done[0] for f in results.finalists if (done := best_first(state.finals_of(f.method, f.number)))]
+    trials = finals or list(best_trials(state, results).values())
+    trained = [(_setting(t), t.settings.method, folder.trial(t.name).adapter) for t in trials]
+    trained = [system for system in trained if system[2].is_dir()]
+    what = f"tasks on the base and {len(trained)} adapters"
+    with _shown(say, f"the {what} were not finished"), timed(say, what):
+        backend.evaluate(config.evaluation, folder.path / EVALUATION, trained)
 
 
 def best_trials(state: StudyState, results: Results) -> dict[str, TrialRecord]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from peft_study.config import MethodConfig, StudyConfig, TrialSettings
 from peft_study.errors import UserError
+from peft_study.evaluation.evaluate import check_tasks
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.search import lr_range_test
 from peft_study.search.budget import steps_of
@@ -81,6 +82,7 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
         UserError: as the study itself would.
     """
     config = config.filled()
+    check_tasks(config.evaluation)
     session = open_session(config.model, config.data, config.training, say, test=True, in_memory=in_memory)
     for note in check_spaces(session, config):
         say(note)

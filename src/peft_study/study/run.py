@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from peft_study.config import StudyConfig, TrainingConfig
 from peft_study.engine.checkpoint import Checkpoint
 from peft_study.errors import ConfigError, Interrupted, OutputError
+from peft_study.evaluation.evaluate import check_tasks
 from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.report.costs import costs
@@ -30,7 +31,7 @@ from peft_study.storage.journal import Journal
 from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.callbacks import Callback, Callbacks
 from peft_study.study.clock import StudyClock
-from peft_study.study.closing import forget, keep_answers, keep_costs
+from peft_study.study.closing import forget, keep_answers, keep_costs, keep_evaluation
 from peft_study.study.recommend import Recommended, Scale, write_recommended
 from peft_study.training import checkup
 from peft_study.training.interrupt import StopRequest
@@ -102,6 +103,7 @@ def run_study(
     config = config.filled()
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
+    check_tasks(config.evaluation)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
     with (
         folder.run.locked(),
@@ -250,6 +252,8 @@ class _Study:
             keep_costs(folder, state, results, backend, say)
         if not stop.asked:
             keep_answers(self._config, folder, state, self._facts.examples, results, backend, say)
+        if not stop.asked:
+            keep_evaluation(self._config, folder, state, results, backend, say)
 
     def _scale(self, results: Results, seconds: float) -> Scale:
         """Returns what longer runs depend on; the study took so many seconds, in all its starts."""

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_study.config import MethodConfig, TrialSettings
+from peft_study.config import EvaluationConfig, MethodConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.statistics import Losses
 from peft_study.training.cost import TrialCost
@@ -122,3 +122,6 @@ class Backend(AbstractContextManager["Backend"], Protocol):
 
     def answers(self, systems: Trained, examples: Sequence[int], max_new_tokens: int) -> list[dict[str, Any]]:
         """Returns test rows with the answers of base and adapters, as `answer_rows`, when no trial is running."""
+
+    def evaluate(self, config: EvaluationConfig, folder: Path, systems: Trained) -> None:
+        """Asks base and adapters tasks, as `evaluate_trained`, when no trial is running."""

@@ -7,9 +7,10 @@ With several workers (workers/pool.py) the journal is kept, and each trial resum
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from peft_study.config import StudyConfig, TrialSettings
+from peft_study.config import EvaluationConfig, StudyConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.search.space_check import check_spaces, largest
@@ -104,3 +105,7 @@ class LocalBackend:
     def answers(self, systems: Trained, examples: Sequence[int], max_new_tokens: int) -> list[dict[str, Any]]:
         """Has base and adapters answer."""
         return self._worker.answers(self._config.data, systems, examples, max_new_tokens)
+
+    def evaluate(self, config: EvaluationConfig, folder: Path, systems: Trained) -> None:
+        """Asks base and adapters tasks."""
+        self._worker.evaluate(config, folder, systems)

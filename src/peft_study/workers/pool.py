@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_study.config import StudyConfig, TrialSettings
+from peft_study.config import EvaluationConfig, StudyConfig, TrialSettings
 from peft_study.engine import checkpoint
 from peft_study.errors import OutputError, PeftStudyError, ProcessError
 from peft_study.statistics import Losses
@@ -196,6 +196,10 @@ class WorkerPool:
         """Has one worker answer with base and adapters."""
         rows: list[dict[str, Any]] = self._by_one("answers", self._config.data, systems, examples, max_new_tokens)
         return rows
+
+    def evaluate(self, config: EvaluationConfig, folder: Path, systems: Trained) -> None:
+        """Has one worker ask base and adapters tasks."""
+        self._by_one("evaluate", config, folder, systems)
 
     def _by_one(self, method: str, *arguments: Any) -> Any:
         """Returns what a call of an idle worker returns; where it dies, of the next one."""

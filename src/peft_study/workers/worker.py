@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from peft_study.config import DataConfig, LoggingConfig, MethodConfig, StudyConfig, TrialSettings
+from peft_study.config import DataConfig, EvaluationConfig, LoggingConfig, MethodConfig, StudyConfig, TrialSettings
 from peft_study.doctor.diagnosis import Diagnosis
 from peft_study.doctor.observations import Observations
 from peft_study.engine import checkpoint
@@ -27,6 +27,7 @@ from peft_study.statistics import Losses, TokenCounts
 from peft_study.storage.held_out import HeldOut
 from peft_study.training.answers import answer_rows, whole_model
 from peft_study.training.cost import TrialCost, measure_costs
+from peft_study.training.evaluation import evaluate_trained
 from peft_study.training.loop import Commands, Slots, TrialEvent
 from peft_study.training.session import Session, describe
 from peft_study.training.trial_run import TrialPlan
@@ -205,6 +206,12 @@ class Worker:
     ) -> list[dict[str, Any]]:
         """Returns test rows with the answers of base and adapters, as `answer_rows`; no trial may be running here."""
         return answer_rows(self.session, data, systems, examples, max_new_tokens)
+
+    def evaluate(
+        self, config: EvaluationConfig, folder: Path, systems: Sequence[tuple[str, MethodConfig, Path]]
+    ) -> None:
+        """Asks base and adapters tasks, as `evaluate_trained`; no trial may be running here."""
+        evaluate_trained(self.session, config, folder, systems)
 
     def _report(self, events: Sequence[TrialEvent]) -> Report:
         new, slots = self._collector, self._slots

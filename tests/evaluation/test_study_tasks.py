@@ -1,0 +1,93 @@
+"""A study that names tasks: base and finals are asked them at its end, and its page shows the answers."""
+
+from __future__ import annotations
+
+import json
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from command_line import CommandLine, study_file
+from peft_study import open_study
+from peft_study.report.pages import page_of
+from peft_study.report.view import view_of
+
+CHOICES = [
+    {"id": f"c{n}", "q": f"{n}+1", "c": [str(n), str(n + 1), "a word"], "answer": "ABC"[n % 3]} for n in range(9)
+]
+
+
+@pytest.fixture
+def file(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> Path:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    (tmp_path / "picks.yaml").write_text(
+        json.dumps({"data": "rows.jsonl", "prompt": "{q}", "metric": "choice", "choices": "c"})
+    )
+    path = study_file(tmp_path, tiny_model_folder, tiny_data)
+    return changed(path, evaluation={"tasks": str(tmp_path / "picks.yaml")})
+
+
+def changed(path: Path, **sections: Any) -> Path:
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
+    return path
+
+
+def test_base_and_finals_are_asked_at_the_end(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    cli("run", file).ok()
+    study = open_study(tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "evaluation" / "picks.parquet").to_pylist()
+    assert {row["system"] for row in table} == {"base", *(final.name for final in study.finals)}
+    direct = study.evaluate(str(tmp_path / "picks.yaml"), output=tmp_path / "again", verbose=False)
+    again = direct.answers("picks").to_dict("records")
+    losses = [{(row["system"], row["id"]): list(row["losses"]) for row in rows} for rows in (table, again)]
+    assert losses[0].keys() == losses[1].keys()
+    for key, own in losses[0].items():
+        assert own == pytest.approx(losses[1][key], abs=1e-3), "in the study's session as from its folder"
+    before = (tmp_path / "out" / "evaluation" / "picks.jsonl").read_bytes()
+    cli("run", file).ok()
+    assert (tmp_path / "out" / "evaluation" / "picks.jsonl").read_bytes() == before
+    for lang, word in (("en", "Tasks"), ("zh", "任务")):
+        page = unescape(page_of([view_of(tmp_path / "out")], lang))
+        assert f'<section id="tasks"><h2>{word}</h2>' in page
+        for name in ("picks", *(final.name for final in study.finals)):
+            assert name in page.split('<section id="tasks">')[1].split("</section>")[0]
+
+
+def test_the_page_shows_what_was_won_and_lost(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    cli("run", file).ok()
+    path = tmp_path / "out" / "evaluation" / "picks.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    best = open_study(tmp_path / "out").finals[0].name
+    for row in rows:  # the best adapter knows all but the first question, the base the first alone
+        right = (row["id"] == "c0") == (row["system"] == "base") if row["system"] in ("base", best) else False
+        place = "ABC".index(next(c["answer"] for c in CHOICES if c["id"] == row["id"]))
+        row["losses"] = [float(n != (place if right else (place + 1) % 3)) for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cli("evaluate", "--rescore", tmp_path / "out", "--tasks", tmp_path / "picks.yaml").ok()
+    section = unescape(page_of([view_of(tmp_path / "out")])).split('<section id="tasks">')[1].split("</section>")[0]
+    won, lost = f"{best} is right, the base is wrong: c1", f"the base is right, {best} is wrong: c0"
+    assert won in section
+    assert lost in section
+    assert section.index(won) < section.index(lost)
+    (score,) = [
+        s
+        for s in json.loads((tmp_path / "out" / "evaluation" / "scores.json").read_text())["scores"]
+        if s["system"] == best
+    ]
+    assert score["value"][0] == pytest.approx(8 / 9)
+    assert score["minus_base"][0] == pytest.approx(7 / 9)
+    assert score["group"] == 1
+
+
+def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
+    file: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    changed(file, evaluation={"tasks": ["gsm8k=gone.jsonl"]})
+    assert "gone.jsonl: no such file" in cli("run", file).error()
+    assert not (tmp_path / "out").exists()
+    changed(file, evaluation={"tasks": []})
+    assert "evaluation.tasks" in cli("run", file).error()
