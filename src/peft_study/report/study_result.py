@@ -268,7 +268,13 @@ class StudyResult:
         config = validate(EvaluationConfig, {"tasks": tasks, **settings}, where="evaluate")
         folder = self.folder / EVALUATION if output is None else Path(output)
         return evaluate(
-            self.adapters(), config, folder, print if verbose else unheard, device=device, in_memory=self.in_memory
+            self.adapters(),
+            config,
+            folder,
+            print if verbose else unheard,
+            device=device,
+            dtype=self.config.model.dtype,
+            in_memory=self.in_memory,
         )
 
     def _best_trials(self) -> dict[str, Path]:
