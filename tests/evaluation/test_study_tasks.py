@@ -91,3 +91,39 @@ def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     changed(file, evaluation={"tasks": []})
     assert "evaluation.tasks" in cli("run", file).error()
+
+
+def test_a_task_may_choose_the_winner(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    """Its dev part is asked of every seed before the test part is opened; the finding and the page say so."""
+    changed(file, finals={"best": 2, "seeds": 2, "task": str(tmp_path / "picks.yaml")}, evaluation=None)
+    cli("run", file).ok()
+    out = tmp_path / "out"
+    events = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds.index("concluded") < kinds.index("chosen") < kinds.index("opened")
+    table = pq.read_table(out / "evaluation-dev" / "picks.parquet").to_pylist()
+    right: dict[str, list[bool]] = {}
+    for row in table:
+        right.setdefault(row["system"], []).append(row["score"])
+    study, by_setting = open_study(out), mean_of(right)
+    assert {final.name for final in study.finals} == set(by_setting)
+    assert study.best is not None
+    best = max(by_setting, key=lambda name: (by_setting[name], -loss_of(study, name)))
+    assert study.best.name == best
+    assert "winner by mean score on picks" in study.findings
+    assert "on picks" in unescape(page_of([view_of(out)]))
+    assert not (out / "evaluation").exists()
+
+
+def mean_of(right: dict[str, list[bool]]) -> dict[str, float]:
+    """Returns the mean share of right answers of each setting, from those of its seeds."""
+    seeds: dict[str, list[float]] = {}
+    for trial, scores in right.items():
+        if trial != "base":
+            seeds.setdefault(trial.split("-seed")[0], []).append(sum(scores) / len(scores))
+    return {setting: sum(values) / len(values) for setting, values in seeds.items()}
+
+
+def loss_of(study: Any, name: str) -> float:
+    (final,) = [final for final in study.finals if final.name == name]
+    return float(final.dev.value)

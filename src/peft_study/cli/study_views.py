@@ -54,7 +54,8 @@ def show_status(study: StudyRecord, found: StudyStatus) -> None:
     for name in study.state.recommended:
         write(output, recommendation(name, study.state).text["en"])
     if study.state.winner is not None:
-        write(output, f"winner by mean dev loss of its seeds: {setting_name(*study.state.winner)}")
+        by = "dev loss" if study.state.winner_by is None else f"score on {study.state.winner_by}"
+        write(output, f"winner by mean {by} of its seeds: {setting_name(*study.state.winner)}")
     if found.unfinished:
         shown = ", ".join(f"{name} {steps_text(step, total)}" for name, step, total in found.unfinished[:8])
         more = f" and {len(found.unfinished) - 8} more" if len(found.unfinished) > 8 else ""

@@ -67,6 +67,9 @@ class FinalsConfig(Strict):
 
     best: int = Field(2, ge=0, description="settings of each method that are retrained; 0: no finals, no winner")
     seeds: int = Field(3, ge=1, description="new seeds (initialisation, dropout, order of the data) of each")
+    task: str | None = Field(
+        None, description="choose the winner by this task (NAME=FILE of a dev part, or a task file), not by dev loss"
+    )
     answers: int = Field(
         4, ge=0, description="test prompts that the base and each method's best final answer, for the report; 0: none"
     )

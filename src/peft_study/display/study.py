@@ -279,7 +279,8 @@ def finals_table(results: Results) -> Table:
     """Returns the table of finalists, best first; it fits 80 columns."""
     seeds = max(len(f.dev_of_seeds) for f in results.finalists)
     title = f"Finals: mean over {seeds} seeds, nats a token (± 95 % over seeds and examples)"
-    caption = "* winner by mean dev loss; the test part was opened after that"
+    by = "mean dev loss" if results.winner_by is None else f"mean score on {results.winner_by}"
+    caption = f"* winner by {by}; the test part was opened after that"
     names = ["setting", "dev", "test", "test against base"]
     rows = table(names, left=["setting"], title=title, caption=caption)
     for f in results.finalists:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_study.config import EvaluationConfig
+from peft_study.config import EvaluationConfig, StudyConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
 from peft_study.errors import OutputError
@@ -105,13 +105,14 @@ def evaluate(
     return evaluation.result()
 
 
-def check_tasks(config: EvaluationConfig | None) -> None:
+def check_tasks(study: StudyConfig) -> None:
     """Reads the tasks of a study before it trains, so that what is wrong with one is said at once.
 
     Raises:
         ConfigError, DataError: as `Evaluation`.
     """
-    if config is not None:
+    choosing = None if study.finals.task is None else EvaluationConfig(tasks=(study.finals.task,))
+    for config in filter(None, (study.evaluation, choosing)):
         for task in find_tasks(config):
             task.questions(config.limit)
             task.worked_examples(config.shots)

@@ -297,6 +297,7 @@ def _winner(config: StudyConfig, state: StudyState, results: Results) -> Finding
         more.append(say("winner_is_worse"))
     text = say(
         "winner",
+        by=say("by_loss") if results.winner_by is None else say("by_task", task=results.winner_by),
         seeds=say("new_seeds", n=seeds),
         method=title(winner.method),
         setting=label(winner.settings, config, winner.method),
@@ -304,6 +305,7 @@ def _winner(config: StudyConfig, state: StudyState, results: Results) -> Finding
     )
     values = {
         "winner": winner.name,
+        "task": results.winner_by,
         "settings": winner.settings,
         "seeds": seeds,
         "dev": numbers(winner.dev),

@@ -170,7 +170,7 @@ def protocol(view: StudyView, t: Words) -> list[str]:
         t("p_training", schedule=training.schedule, clip=setting(training.clip_norm)),
         t("p_search", sampler=config.search.sampler, pruner=config.search.pruner, audit=f"{config.search.audit:.0%}"),
         t("p_finals", best=finals.best, seeds=finals.seeds) if finals.best else t("p_no_finals"),
-        *([t("p_choice")] if finals.best else []),
+        *([_choice(view, t)] if finals.best else []),
         t("p_intervals"),
         *([t("p_groups")] if finals.best else []),
     ]
@@ -179,6 +179,11 @@ def protocol(view: StudyView, t: Words) -> list[str]:
 
 def _thousands(number: object) -> str:
     return f"{number:,}" if isinstance(number, int) else "?"
+
+
+def _choice(view: StudyView, t: Words) -> str:
+    by = view.record.state.winner_by
+    return t("p_choice") if by is None else t("p_choice_task", task=shortened(by, 200))
 
 
 def _steps(config: StudyConfig, t: Words) -> str:

@@ -235,6 +235,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "The winner has the lowest mean dev loss of its seeds; the test rows were opened once, after that choice.",
         "优胜者是各随机种子平均开发集损失最低的设置；选定之后才打开测试集，且只打开一次。",
     ),
+    "p_choice_task": (
+        "The winner has the best mean score of its seeds on {task}; the test rows were opened once, after that choice.",
+        "优胜者是各随机种子在任务 {task} 上平均得分最高的设置；选定之后才打开测试集，且只打开一次。",
+    ),
     "p_intervals": (
         "Intervals: 95 %, studentised bootstrap over held-out rows, paired for differences; Student's t over seeds.",
         "区间：95 %，对留出样本做学生化自助法，差值按样本配对；随机种子之间用 t 分布。",

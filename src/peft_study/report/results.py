@@ -71,7 +71,7 @@ class Finalist:
         test_minus_winner: above the winner's, paired by example.
         edges: values at the end of what was tried: dimension -> low or high.
         untuned: its method had fewer trials than the others, so it is not ranked.
-        winner: it has the least mean dev loss of those ranked.
+        winner: it has the least mean dev loss of those ranked, or the best score of the task that chooses.
     """
 
     method: str
@@ -111,6 +111,7 @@ class Results:
         rows: a trial each, in the order in which they began.
         finalists: best first by mean dev loss; those that are not ranked last.
         groups: the ranked ones in the same order, in groups that cannot be told apart:
+        winner_by: the task that chose the winner; None: dev loss did.
         on_test: by their test losses; else, where one of them has none, by their dev losses.
         smallest: the difference of two finalists, in nats a token, that these held-out examples show with 80 % power,
             and that four times as many would; None where there are no two.
@@ -128,6 +129,7 @@ class Results:
     rows: tuple[Row, ...]
     finalists: tuple[Finalist, ...]
     groups: tuple[tuple[Finalist, ...], ...]
+    winner_by: str | None
     on_test: bool
     smallest: tuple[float, float] | None
     base_dev: Estimate
@@ -163,6 +165,7 @@ def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: S
         rows,
         finalists,
         groups,
+        state.winner_by,
         on_test,
         smallest,
         mean_loss(examples.base_N, examples.counts_N),

@@ -156,7 +156,7 @@ class StudyResult:
 
     @cached_property
     def best(self) -> TrainedAdapter | None:
-        """The ranked final with the least mean dev loss; None where nothing is ranked."""
+        """The ranked final with the least mean dev loss, or best on the task `finals.task`; None: nothing is ranked."""
         found = () if self._results is None else self._results.finalists
         return next((self._final(f) for f in found if f.winner), None)
 

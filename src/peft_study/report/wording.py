@@ -216,9 +216,11 @@ TEMPLATES: dict[str, Wording] = {
         "没有设置用全部新的随机种子完成，因此没有优胜者",
     ),
     "winner": Wording(
-        "winner by mean dev loss over {seeds}: {method} with {setting}{more}",
-        "按 {seeds} 的平均开发集损失，优胜者是 {method}，{setting}{more}",
+        "winner by {by} over {seeds}: {method} with {setting}{more}",
+        "按 {seeds} 的{by}，优胜者是 {method}，{setting}{more}",
     ),
+    "by_loss": Wording("mean dev loss", "平均开发集损失"),
+    "by_task": Wording("mean score on {task}", "在任务 {task} 上的平均得分"),
     "lead": Wording("; fewer than 3 seeds: take it as a lead", "；随机种子不足 3 个：只能当作线索"),
     "close": Wording("; on the {part} part {methods} cannot be told from it", "；在{part}上 {methods} 与它不可分辨"),
     "winner_is_worse": Wording("; it is worse than the untouched base", "；它不如未训练的基座模型"),

@@ -139,6 +139,24 @@ class Scheduler:
         if self.state.stopped is None and not self.state.concluded:
             self._add({"event": "stopped", "reason": reason})
 
+    def chosen(self, task: str, scores: Mapping[str, float]) -> None:
+        """Takes as winner, of the settings that may win, the one with the greatest mean score over its seeds.
+
+        Where two have the same, it is the one with the lower dev loss; without any score the winner stays.
+
+        Args:
+            task: that was asked.
+            scores: of each final, by its trial's name; more is better.
+        """
+        means = {}
+        for setting, loss in self._ranked().items():
+            found = [scores[t.name] for t in self.state.finals_of(*setting) if t.name in scores]
+            if found:
+                means[setting] = (-sum(found) / len(found), loss)
+        if means:
+            winner = min(means, key=lambda setting: means[setting])
+            self._add({"event": "chosen", "task": task, "scores": dict(scores), "winner": winner})
+
     def opened(self, sums: Mapping[str, npt.NDArray[np.float64]]) -> None:
         """Writes the test losses of each trial to the journal."""
         self._add({"event": "opened", "sums": {name: values.tolist() for name, values in sums.items()}})
@@ -328,14 +346,18 @@ class Scheduler:
 
     def _conclude(self) -> None:
         """Chooses the winner: the finalist with the least mean dev loss among methods with as many trials."""
-        means = {
+        means = self._ranked()
+        winner = min(means, key=lambda s: means[s], default=None)
+        self._add({"event": "concluded", "winner": winner})
+
+    def _ranked(self) -> dict[tuple[str, int], float]:
+        """Returns the mean dev loss of each setting that may win."""
+        return {
             setting: mean
             for method in self.methods
             if not self.state.untuned(method, self.config)
             for setting, mean in self._finalist_means(method).items()
         }
-        winner = min(means, key=lambda s: means[s], default=None)
-        self._add({"event": "concluded", "winner": winner})
 
     def _finalist_means(self, method: str) -> dict[tuple[str, int], float]:
         found = {}

@@ -95,6 +95,7 @@ class StudyState:
         stopped: why a callback ended the study before its plan, else None.
         finalists: numbers of the settings that are retrained, by method.
         winner: method and number; None with `concluded`: there is none.
+        winner_by: the task that chose it; None: dev loss did.
         concluded: the search and the finals have ended.
         test: test losses by trial, once measured.
         continued: changes of the study file.
@@ -112,6 +113,7 @@ class StudyState:
     stopped: str | None = None
     finalists: dict[str, tuple[int, ...]] = field(default_factory=dict)
     winner: tuple[str, int] | None = None
+    winner_by: str | None = None
     concluded: bool = False
     test: dict[str, Losses] = field(default_factory=dict)
     continued: list[Event] = field(default_factory=list)
@@ -279,6 +281,9 @@ class StudyState:
     def _concluded(self, e: Event) -> None:
         self.concluded, self.winner = True, None if e["winner"] is None else (e["winner"][0], e["winner"][1])
 
+    def _chosen(self, e: Event) -> None:
+        self.winner, self.winner_by = (e["winner"][0], e["winner"][1]), e["task"]
+
     def _opened(self, e: Event) -> None:
         self.test = {name: np.array(sums, dtype=np.float64) for name, sums in e["sums"].items()}
 
@@ -291,6 +296,7 @@ class StudyState:
             self.tested.discard(method)
             self.earlier[method] = len(self.of(method, "search"))
         self.finalists.clear()
+        self.winner_by = None
         self.winner, self.concluded, self.deadline, self.stopped = None, False, False, None
         self.test = {}
 

@@ -32,7 +32,8 @@ def forget(folder: StudyFolder) -> None:
     """Removes what an earlier study file's finalists cost and answered."""
     for name in (COST_FILE, ANSWERS_FILE):
         (folder.path / name).unlink(missing_ok=True)
-    shutil.rmtree(folder.path / EVALUATION, ignore_errors=True)
+    for name in (EVALUATION, f"{EVALUATION}-dev"):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
 
 
 def keep_costs(folder: StudyFolder, state: StudyState, results: Results, backend: Backend, say: Say) -> None:

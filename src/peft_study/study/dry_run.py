@@ -82,7 +82,7 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
         UserError: as the study itself would.
     """
     config = config.filled()
-    check_tasks(config.evaluation)
+    check_tasks(config)
     session = open_session(config.model, config.data, config.training, say, test=True, in_memory=in_memory)
     for note in check_spaces(session, config):
         say(note)

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_study.config import StudyConfig, TrainingConfig
+from peft_study.config import EvaluationConfig, StudyConfig, TrainingConfig
 from peft_study.engine.checkpoint import Checkpoint
 from peft_study.errors import ConfigError, Interrupted, OutputError
 from peft_study.evaluation.evaluate import check_tasks
+from peft_study.evaluation.scores import EVALUATION, read_scores
 from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import ModelInMemory
 from peft_study.report.costs import costs
@@ -103,7 +104,7 @@ def run_study(
     config = config.filled()
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
-    check_tasks(config.evaluation)
+    check_tasks(config)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
     with (
         folder.run.locked(),
@@ -230,6 +231,7 @@ class _Study:
                 )
             for worker, report in backend.reports():
                 self._take(worker, report, stopping=stopping)
+        self._choose_by_task()
         self._open_test()
         decided = self._decided()
         backend.conclude(decided)
@@ -347,6 +349,22 @@ class _Study:
 
     def _elapsed(self) -> float:
         return self._elapsed_before + (0.0 if self._only_read else time.monotonic() - self._started)
+
+    def _choose_by_task(self) -> None:
+        """Has the finals answer the task that chooses the winner, once, before the test part is opened."""
+        state, task = self._scheduler.state, self._config.finals.task
+        if task is None or state.winner is None or state.winner_by is not None or state.test:
+            return
+        finals = [t for m in self._scheduler.methods for t in state.of(m, "final") if t.last is not None]
+        trained = [(t.name, t.settings.method, self._folder.trial(t.name).adapter) for t in finals]
+        with timed(self._watcher.say, f"asking {len(trained)} finals the task that chooses the winner"):
+            folder = self._folder.path / f"{EVALUATION}-dev"
+            self._backend.evaluate(EvaluationConfig(tasks=(task,)), folder, trained)
+        kept = read_scores(folder)
+        assert kept is not None
+        scores = [score for score in kept.scores if score.source is None and score.value is not None]
+        found = {s.system: (-1 if s.metric == "loss" else 1) * s.value.value for s in scores if s.value is not None}
+        self._scheduler.chosen(scores[0].task if scores else task, found)
 
     def _open_test(self) -> None:
         """Measures the finalists on the test part, once, after the winner is chosen."""
