@@ -64,3 +64,40 @@ def test_a_pattern_takes_what_it_finds_last() -> None:
 def test_a_long_output_is_judged() -> None:
     assert judged("number", "1 " * 5000 + "42", "42") is True
     assert judged("contains", "no " * 5000 + "yes", "yes") is True
+
+
+ANSWERS = [
+    "She makes $18 a day.",
+    "9 * 2 = 18\n#### 18",
+    "It is 1,018 in all.\n#### 1,018",
+    "So 18.",
+    "The answer is 19, no, 18",
+    "-18",
+    "I do not know",
+    "",
+    "18 apples and 2 pears",
+    "#### 17",
+    "costs $1,000",
+    "It is 18.5",
+]
+
+
+@pytest.mark.parametrize("gold", ["She has 18.\n#### 18", "Much.\n#### 1,018", "#### -18", "#### 1000", "#### 17"])
+@pytest.mark.parametrize("output", ANSWERS)
+def test_numbers_are_judged_as_lm_eval_judges_gsm8k(output: str, gold: str) -> None:
+    """Its `strict-match` where an answer has the mark, its `flexible-extract` elsewhere."""
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    metrics = pytest.importorskip("lm_eval.api.metrics")
+    if "####" in output:
+        found = extraction.RegexFilter(regex_pattern=r"#### (\-?[0-9\.\,]+)")
+    else:
+        found = extraction.RegexFilter(regex_pattern=r"(-?[$0-9.,]{2,})|(-?[0-9]+)", group_select=-1)
+    ((extracted,),) = found.apply([[output]], [{}])
+    theirs = metrics.exact_match_hf_evaluate(
+        predictions=[extracted],
+        references=[gold],
+        regexes_to_ignore=[",", r"\$", "(?s).*#### ", r"\.$"],
+        ignore_case=True,
+        ignore_punctuation=False,
+    )
+    assert judged("number", output, gold) is bool(theirs["exact_match"])
