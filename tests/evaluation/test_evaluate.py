@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from command_line import CommandLine, study_file
+from command_line import CommandLine, largest_file, study_file
 from peft_study import LoRA, PrefixTuning, PromptTuning, finetune, open_study
 from peft_study.evaluation.systems import short_names
 from peft_study.methods.peft_files import encoding
@@ -352,3 +352,19 @@ def test_adapters_are_named_by_what_tells_them_apart() -> None:
     assert short_names([Path("/a/runs/one/adapter"), Path("/a/runs/two")]) == ["one", "two"]
     assert short_names([Path("/a/one/adapter"), Path("/b/one/adapter")]) == ["a/one", "b/one"]
     assert short_names([Path("/a/base/adapter")]) == ["a/base"]
+
+
+def test_a_full_disk_loses_no_answer(adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path) -> None:
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    cli("evaluate", adapters[0], *words(tasks[:1], whole)).ok()
+    with largest_file(900):
+        error = cli("evaluate", adapters[0], *words(tasks[:1], full)).error()
+    assert "writing failed" in error
+    assert "goes on from the answers that are there" in error
+    kept = (full / "sums.jsonl").read_text().count("\n")
+    assert 0 < kept < 2 * len(SUMS)
+    ran = cli("evaluate", adapters[0], *words(tasks[:1], full)).ok()
+    assert f"sums: {2 * len(SUMS) - kept} answers" in ran.out + ran.err
+    same = "system", "id", "output", "score"
+    found = [[tuple(row[name] for name in same) for row in rows_of(out, "sums")] for out in (whole, full)]
+    assert sorted(map(repr, found[0])) == sorted(map(repr, found[1]))
