@@ -14,6 +14,7 @@ from peft_study.engine.row import RowRunner
 from peft_study.evaluation.decoding import Continuation, Decoder, DecodingRequest
 from peft_study.methods.base import Adapter
 from peft_study.methods.reference import NoAdapter
+from peft_study.model.cache import KeyValueCache
 
 ENDS = frozenset(range(0, tw.VOCABULARY, 13))
 """Many, so that random models end some of their answers."""
@@ -69,6 +70,23 @@ def test_company_and_the_cut_into_rows_change_nothing(how: dict[str, int]) -> No
     assert [answer.tokens for answer in ours("llama", adapters, base, **how)] == [answer.tokens for answer in usual]
     assert any(answer.ended for answer in usual), "some end by themselves"
     assert any(not answer.ended and len(answer.tokens) == MOST for answer in usual), "some by their limit"
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tw.base("llama")
+    usual = ours("llama", [NoAdapter()], base)
+    tried, make = [], KeyValueCache.empty
+
+    def empty(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> KeyValueCache:
+        tried.append(shape[1])
+        if shape[1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(shape, dtype, device)
+
+    monkeypatch.setattr(KeyValueCache, "empty", empty)
+    found = ours("llama", [NoAdapter()], base)
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in usual]
+    assert tried == [6, 3, 1, 2, 3, 1, 2]
 
 
 def test_each_answer_has_its_own_limit() -> None:

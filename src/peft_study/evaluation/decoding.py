@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from peft_study.data.conversation import Example
-from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
+from peft_study.engine.row import DoesNotFit, Item, RowRunner, fill_rows, said_whose
+from peft_study.errors import out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.methods.hooks import Span
 from peft_study.model.cache import KeyValueCache
@@ -92,8 +93,17 @@ class Decoder:
 
     @torch.no_grad()
     def _batch_answers(self, places: list[int], requests: list[DecodingRequest]) -> Iterator[tuple[int, Continuation]]:
+        """Yields the answers of a batch, and of its halves where it does not fit: its whole cache is made at once."""
         started = time.perf_counter()
-        cache, next_B = self._begin(requests)
+        try:
+            cache, next_B = self._begin(requests)
+        except (RuntimeError, MemoryError, DoesNotFit) as error:
+            if len(requests) == 1 or not (isinstance(error, DoesNotFit) or out_of_memory(error)):
+                raise
+            half = len(requests) // 2
+            for part in (slice(None, half), slice(half, None)):
+                yield from self._batch_answers(places[part], requests[part])
+            return
         answers: list[list[int]] = [[] for _ in requests]
         live = list(range(len(requests)))  # requests, in the order of the cache
         over: set[int] = set()
