@@ -14,14 +14,13 @@ import statsmodels.api as sm
 from evalstats.core.resampling import clopper_pearson_ci
 from scipy import stats
 
+from peft_study.evaluation.accuracies import accuracy, accuracy_difference, mcnemar
 from peft_study.statistics import (
     Losses,
     TokenCounts,
-    accuracy,
     chance_of_equals,
     difference,
     holm,
-    mcnemar,
     mean_loss,
     smallest_difference,
 )
@@ -169,6 +168,30 @@ def test_accuracies_are_covered_whatever_the_truth(number: int, mean: float, nor
     assert exact.min() >= 0.95
     assert exact.mean() == pytest.approx(mean, abs=0.001)
     assert theirs.min() == pytest.approx(normal, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [((36, 12, 2, 0), 0.0569, 0.3404), ((36, 14, 0, 0), 0.1528, 0.4167), ((50, 0, 0, 50), -0.0192, 0.0192)],
+)
+def test_differences_of_paired_shares_are_newcombes(table: tuple[int, ...], low: float, high: float) -> None:
+    """Both right, the first alone, the second alone, neither; 36, 12, 2, 0 is an example of Newcombe (1998)."""
+    first = np.repeat([True, True, False, False], table)
+    second = np.repeat([True, False, True, False], table)
+    found, turned = accuracy_difference(first, second), accuracy_difference(second, first)
+    assert found.value == pytest.approx((table[1] - table[2]) / sum(table))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+    assert (turned.low, turned.high) == pytest.approx((-found.high, -found.low))
+
+
+@pytest.mark.parametrize(("own", "other", "together"), [(0.5, 0.5, 0.6), (0.1, 0.4, 0.0), (0.05, 0.1, 0.2)])
+def test_differences_of_paired_shares_are_covered(own: float, other: float, together: float) -> None:
+    draw, number, covered = np.random.default_rng(0), 50, 0
+    for _ in range(600):
+        hidden = draw.multivariate_normal([0, 0], [[1, together], [together, 1]], size=number)
+        found = accuracy_difference(hidden[:, 0] < stats.norm.ppf(own), hidden[:, 1] < stats.norm.ppf(other))
+        covered += found.low <= own - other <= found.high
+    assert 0.93 <= covered / 600 <= 0.995
 
 
 def test_mcnemar_counts_what_one_system_alone_answers() -> None:

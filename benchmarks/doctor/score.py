@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_study.statistics import accuracy
+from peft_study.evaluation.accuracies import accuracy
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "doctor"
 HALVES = ("a", "b")

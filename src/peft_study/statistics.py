@@ -1,4 +1,4 @@
-"""Held-out losses and accuracies with their noise."""
+"""Held-out losses with their noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ LEAST_SOURCES = 20
 """From so many sources of the held-out examples on, whole sources are resampled; an interval over fewer is too wide."""
 
 Losses = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,41 +285,6 @@ def told_apart(number: int, chance: Callable[[int, int], float]) -> list[list[in
         else:
             groups.append([place])
     return groups
-
-
-def accuracy(successes: int, number: int) -> Estimate:
-    """Returns the share of successes with its exact 95 % interval (Clopper & Pearson 1934), for any number of trials.
-
-    It never covers less than 95 %: on average 98 % of 10 trials, 96.8 % of 50, 96 % of 200. The normal interval, of the
-    central limit theorem, is too narrow below a few hundred (Bowyer et al. 2025, arXiv 2503.01747): for some truths it
-    covers 18, 64 and 87 % (tests/test_second_implementation.py), and where all succeed it has no width.
-
-    Args:
-        successes: 0 to `number`.
-        number: of trials that do not depend on each other, at least 1.
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
-    assert 0 <= successes <= number
-    assert number > 0
-    low, high = proportion_confint(successes, number, alpha=1 - CONFIDENCE, method="beta")
-    return Estimate(successes / number, float(low), float(high))
-
-
-def mcnemar(first_N: Flags, second_N: Flags) -> float:
-    """Returns the exact p-value of "equally accurate" for two systems on the same examples (McNemar 1947).
-
-    Only the examples that one alone answers count: of these, each is as likely the first's as the second's. It is the
-    pair to `accuracy` (arXiv 2503.01747 on why no normal approximation); 1 where the systems agree everywhere.
-
-    Args:
-        first_N, second_N: whether each answered each example rightly.
-    """
-    from statsmodels.stats.contingency_tables import mcnemar as test
-
-    assert first_N.shape == second_N.shape
-    table = [[np.sum((first_N == a) & (second_N == b)) for b in (True, False)] for a in (True, False)]
-    return float(min(1.0, test(table, exact=True).pvalue))
 
 
 def smallest_difference(sums_N: Losses, others_N: Losses, counts_N: Counts, examples: int) -> float:

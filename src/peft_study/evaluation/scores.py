@@ -12,15 +12,14 @@ from typing import Any
 import numpy as np
 
 from peft_study.errors import OutputError, first_line
+from peft_study.evaluation.accuracies import accuracy, accuracy_difference, mcnemar
 from peft_study.statistics import (
     Counts,
     Estimate,
     Losses,
     TokenCounts,
-    accuracy,
     chance_of_equals,
     difference,
-    mcnemar,
     mean_loss,
     told_apart,
 )
@@ -242,8 +241,8 @@ def _right(rows: Sequence[Row]) -> Losses:
 
 
 def _pair_of_accuracies(first: Sequence[Row], second: Sequence[Row]) -> tuple[Estimate, float]:
-    own, other = _right(first), _right(second)
-    return difference(own, other, np.ones(len(own), dtype=np.int64)), mcnemar(own > 0, other > 0)
+    own, other = _right(first) > 0, _right(second) > 0
+    return accuracy_difference(own, other), mcnemar(own, other)
 
 
 def _pair_of_means(first: Sequence[Row], second: Sequence[Row]) -> tuple[Estimate, float]:
