@@ -3,7 +3,7 @@
     python benchmarks/answers.py
 
 The prompts are GSM8K's questions. Both write the same number of tokens for each. The adapters are the three methods in
-turn, moved a little from where they begin. PEFT loads the same files, one model a method (it mixes no methods), and takes
+turn, moved a little from where they begin. PEFT loads the same files, one model a method, as it mixes none, and takes
 one adapter after another, prompts sorted by length. Its best batch is searched first; then both run in turn, `--rounds`
 times. A row has the seconds of each and the share of answers that are equal token by token: in float32 all are, in
 bfloat16 a sum in another order may choose another token.

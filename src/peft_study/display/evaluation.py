@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from peft_study.display.terminal import console, table
+from peft_study.statistics import Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,27 +35,25 @@ def _worst_last(score: Score) -> float:
 
 def _accuracies(scores: Sequence[Score]) -> Table:
     by_length = any(score.normalised for score in scores)
-    names = ["group", "system", "right", "95 %", "against the base", *(["by length"] if by_length else [])]
+    names = ["#", "system", "right, %", "against the base", *(["by length"] if by_length else [])]
     shown = table(names, left=["system"])
     for score in scores:
-        value, minus = score.value, score.minus_base
-        cells = [
-            "" if score.group is None else str(score.group),
-            score.system,
-            "" if value is None else f"{100 * value.value:.1f} %",
-            "" if value is None else f"{100 * value.low:.1f} to {100 * value.high:.1f}",
-            "" if minus is None else _points(minus.value, minus.low, minus.high),
-        ]
+        cells = [*_names(score), _percent(score.value, ".1f"), _percent(score.minus_base, "+.1f")]
         if by_length:
-            cells.append("" if score.normalised is None else f"{100 * score.normalised.value:.1f} %")
+            cells.append("" if score.normalised is None else f"{100 * score.normalised.value:.1f}")
         shown.add_row(*cells)
     shown.caption = _judged(scores)
     return shown
 
 
-def _points(value: float, low: float, high: float) -> str:
-    ends = f" [{100 * low:+.1f}, {100 * high:+.1f}]" if abs(low) < 1e9 and abs(high) < 1e9 else ""
-    return f"{100 * value:+.1f}{ends}"
+def _names(score: Score) -> tuple[str, str]:
+    return "" if score.group is None else str(score.group), score.system
+
+
+def _percent(estimate: Estimate | None, form: str) -> str:
+    if estimate is None:
+        return ""
+    return Estimate(100 * estimate.value, 100 * estimate.low, 100 * estimate.high).text(form)
 
 
 def _judged(scores: Sequence[Score]) -> str:
@@ -62,21 +61,17 @@ def _judged(scores: Sequence[Score]) -> str:
     numbers = f"{min(judged)}" if len(judged) == 1 else f"{min(judged)} to {max(judged)}"
     unjudged = max(score.unjudged for score in scores)
     more = f"; {unjudged} could not be judged" if unjudged else ""
-    return f"of {numbers} answers{more}; systems of one group cannot be told from its best"
+    return f"of {numbers} answers, 95 % intervals{more};\nsystems with one # cannot be told from the best of them"
 
 
 def _losses(scores: Sequence[Score]) -> Table:
-    shown = table(["group", "system", "loss", "95 %", "against the base"], left=["system"])
+    shown = table(["#", "system", "loss", "against the base"], left=["system"])
     for score in scores:
         value, minus = score.value, score.minus_base
         shown.add_row(
-            "" if score.group is None else str(score.group),
-            score.system,
-            "" if value is None else f"{value.value:.4f}",
-            "" if value is None else f"{value.low:.4f} to {value.high:.4f}",
-            "" if minus is None else minus.text("+.4f"),
+            *_names(score), "" if value is None else value.text(".3f"), "" if minus is None else minus.text("+.3f")
         )
-    shown.caption = f"nats a token, on {scores[0].judged} rows"
+    shown.caption = f"nats a token, on {scores[0].judged} rows, 95 % intervals"
     return shown
 
 
