@@ -98,7 +98,7 @@ def test_scores_can_be_traced_and_the_losses_are_pefts(
     assert sorted({row["system"] for row in sums}) == sorted(systems)
     assert len(sums) == len(systems) * len(SUMS)
     assert [row["score"] for row in sums if row["id"] == "none"] == [None] * len(systems), "counted apart"
-    assert "of 5 answers; 1 could not be judged" in ran.out
+    assert "of 5 answers, 95 % intervals; 1 could not be judged" in ran.out
     template = Path(str(encoding(adapters[0] / "adapter")["template"]))
     for name, folder in zip(systems, [None, *(path / "adapter" for path in adapters)], strict=True):
         for row in (row for row in choices if row["system"] == name):
