@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from command_line import CommandLine, largest_file, study_file
-from peft_study import LoRA, PrefixTuning, PromptTuning, finetune, open_study
+from peft_study import finetune, open_study
 from peft_study.evaluation.systems import short_names
 from peft_study.methods.peft_files import encoding
 from peft_study.model.load import load_base
@@ -24,16 +24,6 @@ from peft_study.model.load import load_base
 METHODS = ("lora", "prefix_tuning", "prompt_tuning")
 SUMS = [{"id": f"s{n}", "q": f"{n}+{n}", "answer": str(2 * n)} for n in range(5)] + [{"id": "none", "q": "1+2"}]
 CHOICES = [{"id": f"c{n}", "q": f"{n}+1", "c": [str(n), str(n + 1), "a word"], "answer": "B"} for n in range(4)]
-
-
-@pytest.fixture(scope="module")
-def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path, tiny_data: Path) -> list[Path]:
-    """Trains one adapter a method for a few steps at a high rate, so that each answers otherwise than the base."""
-    folder = tmp_path_factory.mktemp("adapters")
-    settings = LoRA(rank=4, learning_rate=0.05), PrefixTuning(learning_rate=0.5), PromptTuning(learning_rate=0.5)
-    for name, setting in zip(METHODS, settings, strict=True):
-        finetune(str(tiny_model_folder), str(tiny_data), setting, steps=3, output=folder / name, verbose=False)
-    return [folder / method for method in METHODS]
 
 
 @pytest.fixture

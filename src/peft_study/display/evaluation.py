@@ -19,18 +19,12 @@ if TYPE_CHECKING:
 def print_evaluation(found: EvaluationResult) -> None:
     """Prints scores and costs."""
     for (task, source), group in groupby(found.scores, key=lambda score: (score.task, score.source)):
-        scores = sorted(group, key=lambda score: (score.group or 0, _worst_last(score)))
+        scores = sorted(group, key=lambda score: score.place)
         shown = _losses(scores) if scores[0].metric == "loss" else _accuracies(scores)
         shown.title = task if source is None else f"{task}, source {source}"
         console().print(shown)
     if found.costs:
         console().print(_costs(found))
-
-
-def _worst_last(score: Score) -> float:
-    if score.value is None:
-        return float("inf")
-    return score.value.value if score.metric == "loss" else -score.value.value
 
 
 def _accuracies(scores: Sequence[Score]) -> Table:

@@ -67,6 +67,13 @@ class Score:
     group: int | None = None
 
     @property
+    def place(self) -> tuple[int, float]:
+        """By which the systems of a task are sorted: the best first."""
+        if self.value is None:
+            return self.group or 0, math.inf
+        return self.group or 0, self.value.value if self.metric == "loss" else -self.value.value
+
+    @property
     def flat(self) -> dict[str, Any]:
         """Every number as a plain column; of an interval ``low`` and ``high``."""
         found: dict[str, Any] = {}

@@ -48,16 +48,10 @@ def tasks(view: StudyView, t: Words) -> list[TaskTable]:
     places = {f.name: view.results.methods.index(f.method) for f in view.results.finalists}
     found = []
     for (_, source), group in groupby(kept.scores, key=lambda score: (score.task, score.source)):
-        scores = sorted(group, key=lambda score: (score.group or 0, _order(score)))
+        scores = sorted(group, key=lambda score: score.place)
         examples = [] if source is not None or scores[0].metric != "accuracy" else _examples(folder, scores, places, t)
         found.append(_table(scores, places, t, tuple(examples)))
     return [*found, *([_costs(kept.costs, places, t)] if kept.costs else [])]
-
-
-def _order(score: Score) -> float:
-    if score.value is None:
-        return float("inf")
-    return score.value.value if score.metric == "loss" else -score.value.value
 
 
 def _table(
