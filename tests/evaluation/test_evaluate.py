@@ -358,3 +358,19 @@ def test_a_full_disk_loses_no_answer(adapters: list[Path], tasks: list[Path], cl
     same = "system", "id", "output", "score"
     found = [[tuple(row[name] for name in same) for row in rows_of(out, "sums")] for out in (whole, full)]
     assert sorted(map(repr, found[0])) == sorted(map(repr, found[1]))
+
+
+def test_an_adapter_of_plain_peft_needs_no_study(
+    tasks: list[Path], tiny_model_folder: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    """Layers by a pattern, as Unsloth names them; the folder has nothing of this program."""
+    torch.manual_seed(0)
+    pattern = r"(?:.*?(?:layers).*?(?:self_attn|mlp).*?(?:q_proj|v_proj|down_proj).*?)"
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=pattern, init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_folder), config).save_pretrained(tmp_path / "x")
+    cli("evaluate", tmp_path / "x", *words(tasks[1:], tmp_path / "out")).ok()
+    template = tmp_path / "template.jinja"
+    template.write_text(AutoTokenizer.from_pretrained(tiny_model_folder).chat_template)
+    (row,) = [r for r in rows_of(tmp_path / "out", "choices") if r["system"] == "x" and r["id"] == "c0"]
+    expected = plain_losses(tmp_path / "x", tiny_model_folder, template, CHOICES[0]["q"], CHOICES[0]["c"])
+    assert row["losses"] == pytest.approx(expected, rel=1e-4)
