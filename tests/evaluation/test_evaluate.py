@@ -20,6 +20,7 @@ from peft_study import finetune, open_study
 from peft_study.evaluation.systems import short_names
 from peft_study.methods.peft_files import encoding
 from peft_study.model.load import load_base
+from peft_study.storage.run_dir import RunFolder
 
 METHODS = ("lora", "prefix_tuning", "prompt_tuning")
 SUMS = [{"id": f"s{n}", "q": f"{n}+{n}", "answer": str(2 * n)} for n in range(5)] + [{"id": "none", "q": "1+2"}]
@@ -342,6 +343,80 @@ def test_adapters_are_named_by_what_tells_them_apart() -> None:
     assert short_names([Path("/a/runs/one/adapter"), Path("/a/runs/two")]) == ["one", "two"]
     assert short_names([Path("/a/one/adapter"), Path("/b/one/adapter")]) == ["a/one", "b/one"]
     assert short_names([Path("/a/base/adapter")]) == ["a/base"]
+
+
+def test_adapters_of_one_base_in_two_precisions_are_not_mixed(
+    adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path
+) -> None:
+    shutil.copytree(adapters[0] / "adapter", other := tmp_path / "other" / "adapter")
+    note = json.loads((other / "peft_study.json").read_text())
+    (other / "peft_study.json").write_text(json.dumps({**note, "base_quantization": "nf4"}))
+    error = cli("evaluate", adapters[0], other, *words(tasks, tmp_path / "out")).error()
+    assert "its quantization is nf4" in error
+    cli("evaluate", adapters[0], *words(tasks[:1], tmp_path / "out")).ok()
+    again = cli("evaluate", adapters[0], *words(tasks[:1], tmp_path / "out")[:-1], "bfloat16").error()
+    assert "holds answers of base in float32, not bfloat16" in again
+
+
+def test_files_that_are_damaged_are_one_line(
+    adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path
+) -> None:
+    given = [adapters[0], *words(tasks[:1], out := tmp_path / "out")]
+    assert "holds no answers" in cli("evaluate", "--rescore", *words(tasks[:1], out)).error()
+    assert not out.exists()
+    cli("evaluate", *given).ok()
+    whole = rows_of(out, "sums")
+    answers = out / "sums.jsonl"
+    answers.write_bytes(answers.read_bytes().rstrip(b"\n"))  # a whole line without its end
+    cli("evaluate", *given).ok()
+    assert [row["output"] for row in rows_of(out, "sums")] == [row["output"] for row in whole]
+    with answers.open("ab") as file:
+        file.write(b'5\n{"system": "base", "id": "unknown"}\n\xff\xfe\n[]\n')
+    (out / "scores.json").write_text("{")
+    cli("evaluate", "--rescore", *words(tasks[:1], out)).ok()
+    assert len(rows_of(out, "sums")) == len(whole)
+    for text in ("", "5", "[]", '{"systems": 3}'):
+        (out / "evaluation.json").write_text(text)
+        assert "evaluation.json: is damaged" in cli("evaluate", *given).error()
+
+
+def test_one_process_at_a_time_writes_to_a_folder(
+    adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path
+) -> None:
+    with RunFolder(tmp_path / "out").locked():
+        assert "is writing to it" in cli("evaluate", adapters[0], *words(tasks, tmp_path / "out")).error()
+
+
+def test_texts_that_hold_nothing_are_counted_apart(adapters: list[Path], cli: CommandLine, tmp_path: Path) -> None:
+    rows = [{"text": "a text of some words"}, {"text": "x"}, {"text": " another text of words"}, {"text": ""}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    given = ["--tasks", f"text={tmp_path / 'rows.jsonl'}", "-o", tmp_path / "out"]
+    out = cli("evaluate", adapters[0], *given).ok().out
+    measured = [row["tokens"] for row in rows_of(tmp_path / "out", "text") if row["system"] == "base"]
+    assert measured[1] == 0
+    assert "on 2 rows, 95 % intervals; 1 have nothing to measure" in out
+    (tmp_path / "rows.jsonl").write_text('{"q": "half a pair: \\ud83d", "id": "\\ud83d", "answer": "1"}\n')
+    (tmp_path / "sums.yaml").write_text(json.dumps({"data": "rows.jsonl", "prompt": "{q}", "metric": "number"}))
+    cli("evaluate", adapters[0], "--tasks", tmp_path / "sums.yaml", "-o", tmp_path / "half").ok()
+    assert rows_of(tmp_path / "half", "sums")[0]["prompt"] == "half a pair: ?"
+
+
+def test_studies_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft_study.cli import evaluate as command
+    from peft_study.report import study_reader, study_result
+
+    class Found:
+        def __init__(self, path: Path) -> None:
+            self.folder = path
+
+        def adapters(self) -> dict[str, Path]:
+            return {"lora-000": self.folder / "adapter"}
+
+    monkeypatch.setattr(study_reader, "is_study", lambda _path: True)
+    monkeypatch.setattr(study_result, "open_study", Found)
+    found, _ = command._folders([tmp_path / "st", tmp_path / "a" / "st", tmp_path / "b" / "st"])
+    assert len(found) == 3
+    assert all(name.endswith("st/lora-000") for name in found)
 
 
 def test_a_full_disk_loses_no_answer(adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path) -> None:

@@ -93,6 +93,34 @@ def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
     assert "evaluation.tasks" in cli("run", file).error()
 
 
+def test_tasks_that_changed_leave_a_finished_study_finished(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    cli("run", file).ok()
+    out = tmp_path / "out"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "q": "other"}) + "\n" for row in CHOICES))
+    ran = cli("run", file).ok()
+    assert "holds an evaluation of other tasks" in ran.out + ran.err
+    assert json.loads((out / "status.json").read_text())["status"] == "finished"
+    before = (out / "evaluation" / "picks.jsonl").read_bytes()
+    values = yaml.safe_load(file.read_text())
+    values["methods"]["lora"]["learning_rate"] = [1e-3, 1e-2, 2e-2]
+    changed(file, methods=values["methods"])
+    cli("run", file, "--continue").ok()
+    assert (out / "evaluation-before-1" / "picks.jsonl").read_bytes() == before
+    assert (out / "evaluation" / "picks.jsonl").read_bytes() != before
+
+
+def test_a_damaged_table_costs_the_page_its_examples_alone(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    cli("run", file).ok()
+    (tmp_path / "out" / "evaluation" / "picks.parquet").write_bytes(b"damaged")
+    assert '<section id="tasks">' in page_of([view_of(tmp_path / "out")])
+
+
+def test_a_task_that_chooses_has_right_answers(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "answer": None}) + "\n" for row in CHOICES))
+    changed(file, finals={"best": 1, "seeds": 2, "task": str(tmp_path / "picks.yaml")}, evaluation=None)
+    assert "finals.task: no row of task picks has a right answer" in cli("run", file, "--dry-run").error()
+
+
 def test_a_task_may_choose_the_winner(file: Path, cli: CommandLine, tmp_path: Path) -> None:
     """Its dev part is asked of every seed before the test part is opened; the finding and the page say so."""
     changed(file, finals={"best": 2, "seeds": 2, "task": str(tmp_path / "picks.yaml")}, evaluation=None)

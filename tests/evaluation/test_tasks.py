@@ -10,7 +10,8 @@ import pytest
 
 from peft_study.config import EvaluationConfig
 from peft_study.errors import ConfigError, DataError
-from peft_study.evaluation.tasks import Question, find_task, find_tasks, task_names
+from peft_study.evaluation.questions import Question
+from peft_study.evaluation.tasks import find_task, find_tasks, task_names
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 MATH = "AddSub", "MultiArith", "SVAMP", "SingleEq", "mawps"
@@ -73,6 +74,34 @@ def test_choices_are_a_list_a_mapping_or_texts(tmp_path: Path) -> None:
     assert (found.choices, found.gold_choice) == (("(A) no", "(B) yes"), 1)
 
 
+def test_a_number_that_is_no_text_counts_among_the_choices(tmp_path: Path) -> None:
+    """As MMLU's rows are on the hub: the answer 2 is the third choice, though the second says 2."""
+    choices = {"metric": "choice", "choices": "c"}
+    (found,) = questions(tmp_path, [{"q": "x", "c": ["8", "2", "24", "120"], "answer": 2}], **choices)
+    assert found.gold_choice == 2
+    (found,) = questions(tmp_path, [{"q": "x", "c": ["8", "2", "24", "120"], "answer": "2"}], **choices)
+    assert found.gold_choice == 1
+    (found,) = questions(tmp_path, [{"q": "x", "c": ["8", None, "24", "120"], "answer": 2}], **choices)
+    assert (found.choices, found.gold_choice) == (("8", "24", "120"), 1)
+    (found,) = questions(tmp_path, [{"q": "x", "c": ["8", "2"], "answer": 7}], **choices)
+    assert found.gold_choice is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"q": "x", "c": {}}, "no list of two choices"),
+        ({"q": "x", "c": [None, None, "a"]}, "no list of two choices"),
+        ({"q": "x", "c": ["a", ""]}, "a choice without text"),
+        ({"q": "x", "c": None}, "column 'c' is empty"),
+        ({"q": None, "c": ["a", "b"]}, "column 'q' is empty"),
+    ],
+)
+def test_a_row_without_choices_or_question_is_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        questions(tmp_path, [row], metric="choice", choices="c")
+
+
 def test_a_prompt_may_show_the_choices(tmp_path: Path) -> None:
     row = {"q": "Which?", "c": ["no", "yes"], "answer": "A"}
     (found,) = questions(tmp_path, [row], prompt="{q}\n{c}", metric="choice", choices="c")
@@ -88,6 +117,8 @@ def test_a_limit_takes_rows_from_the_whole_file(tmp_path: Path) -> None:
 def test_rows_of_one_id_are_told_apart(tmp_path: Path) -> None:
     rows = [{"id": "a", "q": "1", "answer": "x"}, {"id": "b", "q": "2", "answer": "x"}, {"id": "a", "q": "3"}]
     assert [question.id for question in questions(tmp_path, rows)] == ["a#0", "b", "a#2"]
+    rows = [{"id": name, "q": "x"} for name in ("a", "a", "a#1")]
+    assert [question.id for question in questions(tmp_path, rows)] == ["a#0", "a#1#", "a#1"]
 
 
 def test_a_missing_answer_is_no_error_and_a_missing_question_is(tmp_path: Path) -> None:
@@ -140,6 +171,35 @@ def test_conversations_and_texts_are_tasks_without_answers(tmp_path: Path) -> No
     assert [turn.content for turn in loss.conversation.messages] == ["a?", "b"]
     (text,) = find_task(f"text={tmp_path / 'rows.jsonl'}").questions()
     assert text.turns == (("user", "a text"),)
+
+
+@pytest.mark.parametrize("returned", ["1.5", "float('nan')", "'wrong'", "[1, 2]", "-0.1"])
+def test_a_metric_returns_a_share(tmp_path: Path, returned: str) -> None:
+    module = f"own_{abs(hash(returned))}"
+    (tmp_path / f"{module}.py").write_text(
+        f"def f(o, g):\n    return {returned}\ndef half(o, g):\n    return 0.5\ndef none(o, g):\n    return None\n"
+    )
+    task = find_task(str(written(tmp_path, [{"q": "x"}], metric=f"{module}:half")))
+    assert task.judge("x", Question("1", (), "x")) == 0.5
+    assert (
+        find_task(str(written(tmp_path, [{"q": "x"}], metric=f"{module}:none"))).judge("", Question("1", (), ""))
+        is None
+    )
+    task = find_task(str(written(tmp_path, [{"q": "x"}], metric=f"{module}:f")))
+    with pytest.raises(ConfigError, match="for row 1; return True, False, a number from 0 to 1"):
+        task.judge("x", Question("1", (), "x"))
+
+
+def test_a_metric_that_cannot_be_imported_is_said_at_once(tmp_path: Path) -> None:
+    (tmp_path / "broken_metric.py").write_text("def f(:\n")
+    for metric in ("broken_metric:f", "nowhere:f", ".x:f", "json:nothing", "json:__name__"):
+        with pytest.raises(ConfigError, match="metric"):
+            find_task(str(written(tmp_path, [{"q": "x"}], metric=metric)))
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    (folder := tmp_path / "a=b").mkdir()
+    assert find_task(str(written(folder, [{"q": "x"}]))).name == "mine"
 
 
 def test_a_broken_task_file_names_the_line(tmp_path: Path) -> None:

@@ -68,12 +68,15 @@ def evaluate(
     from peft_study.display.terminal import LiveDisplay, echo, quiet_libraries
     from peft_study.errors import ConfigError
     from peft_study.evaluation.evaluate import Evaluation, evaluate
+    from peft_study.storage.run_dir import RunFolder
 
     quiet_libraries()
     values = {"tasks": tasks, "examples": examples or [], "shots": shots, "system_prompt": system_prompt}
     config = validate(EvaluationConfig, {**values, "limit": limit, "lm_eval_chat": lm_eval_chat}, where="evaluate")
     if rescore:
-        found = Evaluation(output or _folder(what or []), config).result()
+        folder = output or _folder(what or [])
+        with RunFolder(folder).locked():
+            found = Evaluation(folder, config).result()
     else:
         if not what:
             raise ConfigError("no adapter is given", remedy="write `peft-study evaluate ADAPTER --tasks NAME=FILE`")
@@ -105,9 +108,8 @@ def _folders(what: Sequence[Path]) -> tuple[dict[str, Path], list[StudyResult]]:
     alone = [find_adapter(path) for path in what if not is_study(path)]
     found = dict(zip(short_names(alone), alone, strict=True)) if alone else {}
     studies = [open_study(path) for path in what if is_study(path)]
-    for study in studies:
+    for study, title in zip(studies, short_names([study.folder for study in studies]) if studies else (), strict=True):
         finals = study.adapters()
-        twice = finals.keys() & found.keys()
-        named = {name: f"{study.folder.name}/{name}" if name in twice else name for name in finals}
-        found |= {named[name]: folder for name, folder in finals.items()}
+        qualified = len(studies) > 1 or bool(finals.keys() & found.keys())
+        found |= {f"{title}/{name}" if qualified else name: folder for name, folder in finals.items()}
     return found, studies

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from peft_study.evaluation.scores import Score
 
 
+MOST_LETTERS = 24
+"""Of a system's name in a table."""
+
+
 def print_evaluation(found: EvaluationResult) -> None:
     """Prints scores and costs."""
     for (task, source), group in groupby(found.scores, key=lambda score: (score.task, score.source)):
@@ -41,7 +45,12 @@ def _accuracies(scores: Sequence[Score]) -> Table:
 
 
 def _names(score: Score) -> tuple[str, str]:
-    return "" if score.group is None else str(score.group), score.system
+    return "" if score.group is None else str(score.group), _short(score.system)
+
+
+def _short(system: str) -> str:
+    """Returns a system's name as a table of 80 columns can hold it: its end tells it from the others."""
+    return system if len(system) <= MOST_LETTERS else f"...{system[3 - MOST_LETTERS :]}"
 
 
 def _percent(estimate: Estimate | None, form: str) -> str:
@@ -65,7 +74,9 @@ def _losses(scores: Sequence[Score]) -> Table:
         shown.add_row(
             *_names(score), "" if value is None else value.text(".3f"), "" if minus is None else minus.text("+.3f")
         )
-    shown.caption = f"nats a token, on {scores[0].judged} rows, 95 % intervals"
+    unjudged = max(score.unjudged for score in scores)
+    more = f"; {unjudged} have nothing to measure" if unjudged else ""
+    shown.caption = f"nats a token, on {scores[0].judged} rows, 95 % intervals{more}"
     return shown
 
 
@@ -74,7 +85,7 @@ def _costs(found: EvaluationResult) -> Table:
     shown = table(names, left=["system"], title="an answer, alone")
     for system, cost in found.costs.items():
         shown.add_row(
-            system,
+            _short(system),
             str(cost.prompt_tokens),
             f"{1000 * cost.first_token:.0f} ms",
             f"{cost.tokens_per_second:.1f}",

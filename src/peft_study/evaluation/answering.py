@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
@@ -14,16 +14,17 @@ from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.row import RowRunner
+from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.decoding import Continuation, Decoder, DecodingRequest
 from peft_study.evaluation.generation import Answerer, exported
+from peft_study.evaluation.questions import Question
 from peft_study.evaluation.systems import System
-from peft_study.evaluation.tasks import CHOICE, LOSS, EvaluationTask, Question
+from peft_study.evaluation.task_file import CHOICE, LOSS
+from peft_study.evaluation.tasks import EvaluationTask
 from peft_study.model.load import Base
 
 CHUNK = 8
 """Questions whose losses are measured before they are written down."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def answers(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> It
     Raises:
         DoesNotFit: where a question does not fit into the memory.
     """
-    for asked, found in (_generated if task.generates else _measured)(runner, task, due):
+    for asked, found in (_generated if task.config.generates else _measured)(runner, task, due):
         row = {"task": task.name, "system": asked.system.name, "id": asked.question.id}
         if asked.question.turns:
             row["prompt"] = asked.question.turns[-1][1]
@@ -57,10 +58,10 @@ def judged(task: EvaluationTask, question: Question, row: Row) -> Row:
     """Returns whether a row is right: ``score``, and of a choice ``normalised``; None where that cannot be said."""
     if not task.config.has_answers:
         return {}
-    if task.generates:
+    if task.config.generates:
         score = None if row["output"] is None else task.judge(row["output"], question)
         return {"score": score, "gold": question.gold}
-    if question.gold_choice is None:
+    if question.gold_choice is None or row["losses"] is None:
         return {"score": None, "normalised": None, "gold": question.gold}
     losses = np.array(row["losses"])
     lengths = np.array([max(1, len(choice)) for choice in question.choices])
@@ -78,6 +79,13 @@ def end_tokens(base: Base) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
+def room_after(base: Base, system: System, tokens: int) -> int:
+    """Returns for how many tokens the model has positions behind so many of a system's."""
+    if base.positions is None:
+        return sys.maxsize
+    return base.positions - system.adapter.prefix_tokens - system.adapter.row_tokens - tokens
+
+
 def decoder(runner: RowRunner, ends: frozenset[int]) -> Decoder:
     """Returns what continues prompts on a base, with rows of the usual size for its device."""
     return Decoder(runner, ends=ends, row_tokens=DEFAULT_ROW_TOKENS[runner.base.device.type])
@@ -90,9 +98,7 @@ def _generated(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) ->
     askeds: list[Asked] = []
     for asked in due:
         adapter, prompt = asked.system.adapter, asked.system.encoder.prompt_tokens(asked.messages)
-        room = task.config.max_new_tokens
-        if base.positions is not None:
-            room = min(room, base.positions - adapter.prefix_tokens - adapter.row_tokens - len(prompt))
+        room = min(task.config.max_new_tokens, room_after(base, asked.system, len(prompt)))
         if room < 1:
             yield asked, {"output": None, "ended": False, "tokens": 0, "seconds": 0.0}
             continue
@@ -128,7 +134,7 @@ def _one_by_one(
 
 def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> Iterator[tuple[Asked, Row]]:
     """Yields losses in nats, a few questions at once: of each choice, or of a conversation or text."""
-    examples_of: Callable[[Asked], list[Example]] = {CHOICE: _choices, LOSS: _conversation}.get(
+    examples_of: Callable[[Asked, int], list[Example]] = {CHOICE: _choices, LOSS: _conversation}.get(
         task.config.metric, _text
     )
     for _, group in groupby(due, key=lambda asked: id(asked.system)):
@@ -136,7 +142,8 @@ def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> 
         for start in range(0, len(own), CHUNK):
             began = time.perf_counter()
             part = own[start : start + CHUNK]
-            examples = [examples_of(asked) for asked in part]
+            room = room_after(runner.base, own[0].system, 0)
+            examples = [examples_of(asked, room) for asked in part]
             sums = _losses(runner, own[0].system, [example for each in examples for example in each])
             seconds = round((time.perf_counter() - began) / len(part), 4)
             for asked, each in zip(part, examples, strict=True):
@@ -145,26 +152,37 @@ def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> 
 
 
 def _losses(runner: RowRunner, system: System, examples: Sequence[Example]) -> Iterator[float]:
+    """Yields the loss of each example; nothing is supervised in an empty text, and nothing is lost."""
     row_tokens = DEFAULT_ROW_TOKENS[runner.base.device.type]
-    (sums,) = example_losses(runner, [system.adapter], examples, range(len(examples)), row_tokens)
-    return iter(sums.tolist())
+    full = [place for place, example in enumerate(examples) if example.supervised_L.any()]
+    (sums,) = example_losses(runner, [system.adapter], examples, full, row_tokens) if full else ((),)
+    found = dict(zip(full, map(float, sums), strict=True))
+    return iter([found.get(place, 0.0) for place in range(len(examples))])
 
 
 def _reading(asked: Asked, examples: Sequence[Example], losses: list[float]) -> Row:
     if asked.question.choices:
+        if not examples:
+            return {"output": None, "losses": None}
         return {"output": asked.question.choices[int(np.argmin(losses))], "losses": losses}
     source = asked.question.conversation.source if asked.question.conversation else ""
     return {"loss": losses[0], "tokens": int(examples[0].supervised_L.sum()), "source": source}
 
 
-def _choices(asked: Asked) -> list[Example]:
-    return [asked.system.encoder.answered(asked.messages, choice) for choice in asked.question.choices]
+def _choices(asked: Asked, room: int) -> list[Example]:
+    """Returns the prompt with each choice; nothing where one of them is longer than the model's positions."""
+    found = [asked.system.encoder.answered(asked.messages, choice) for choice in asked.question.choices]
+    return found if max(map(len, found)) <= room else []
 
 
-def _conversation(asked: Asked) -> list[Example]:
+def _conversation(asked: Asked, room: int) -> list[Example]:
     assert asked.question.conversation is not None
-    return [asked.system.encoder.encode(asked.question.conversation)]
+    return [_cut(asked.system.encoder.encode(asked.question.conversation), room)]
 
 
-def _text(asked: Asked) -> list[Example]:
-    return [asked.system.encoder.plain(asked.question.turns[-1][1])]
+def _text(asked: Asked, room: int) -> list[Example]:
+    return [_cut(asked.system.encoder.plain(asked.question.turns[-1][1]), room)]
+
+
+def _cut(example: Example, room: int) -> Example:
+    return Example(example.tokens_L[:room], example.supervised_L[:room])

@@ -19,19 +19,22 @@ from typing import TYPE_CHECKING, Any
 from peft_study.config import EvaluationConfig, StudyConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
-from peft_study.errors import OutputError
-from peft_study.evaluation.answer_costs import measure_cost
-from peft_study.evaluation.answering import Asked, Row, answers, judged
+from peft_study.errors import ConfigError, OutputError, nearest
+from peft_study.evaluation.answer_costs import TOKENS, measure_cost
+from peft_study.evaluation.answer_files import Row, append_answers, read_answers
+from peft_study.evaluation.answering import Asked, answers, judged, room_after
 from peft_study.evaluation.harness import HarnessTask
-from peft_study.evaluation.scores import BASE, AnswerCost, Kept, Score, read_scores, scores_of, write_scores
+from peft_study.evaluation.questions import Question
+from peft_study.evaluation.scores import BASE, AnswerCost, Kept, Score, read_scores, scores_of, table_of, write_scores
 from peft_study.evaluation.systems import System, load_systems
-from peft_study.evaluation.tasks import LM_EVAL, EvaluationTask, Question, find_tasks
+from peft_study.evaluation.tasks import LM_EVAL, EvaluationTask, find_tasks
 from peft_study.methods.reference import NoAdapter
 from peft_study.model.digest import folder_digest
 from peft_study.model.in_memory import ModelInMemory, lent
 from peft_study.model.load import Base
 from peft_study.model.precision import choose
 from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder, refuse_unwritable
+from peft_study.storage.run_dir import RunFolder
 
 if TYPE_CHECKING:
     import pandas
@@ -64,10 +67,18 @@ class EvaluationResult:
         return pandas.DataFrame([score.flat for score in self.scores])
 
     def answers(self, task: str) -> pandas.DataFrame:
-        """Returns every output of a task, a row each."""
+        """Returns every output of a task, a row each.
+
+        Raises:
+            ConfigError: when there is no such task.
+        """
         import pandas
 
-        return pandas.read_parquet(self.folder / f"{task}.parquet")
+        path = self.folder / table_of(task)
+        if not path.exists():
+            there = sorted({score.task for score in self.scores})
+            raise ConfigError(f"no task {task!r}", remedy=nearest(task, there))
+        return pandas.read_parquet(path)
 
 
 def evaluate(
@@ -98,11 +109,14 @@ def evaluate(
     refuse_unwritable(output, folder=True)
     evaluation = Evaluation(output, config)
     placement = choose(device, dtype)
-    with nullcontext() if in_memory is None else lent(in_memory.model):
+    with (
+        RunFolder(output).locked(),
+        nullcontext() if in_memory is None else lent(in_memory.model),
+    ):
         for loaded, systems in load_systems(folders, base, placement, evaluation.of_base, in_memory):
             evaluation.run(loaded, systems, say)
             del loaded, systems  # the next model takes its place
-    return evaluation.result()
+        return evaluation.result()
 
 
 def check_tasks(study: StudyConfig) -> None:
@@ -114,8 +128,11 @@ def check_tasks(study: StudyConfig) -> None:
     choosing = None if study.finals.task is None else EvaluationConfig(tasks=(study.finals.task,))
     for config in filter(None, (study.evaluation, choosing)):
         for task in find_tasks(config):
-            task.questions(config.limit)
+            questions = task.questions(config.limit)
             task.worked_examples(config.shots)
+            if config is choosing and task.config.has_answers and not any(q.answered for q in questions):
+                what = f"no row of task {task.name} has a right answer, so it cannot choose a winner"
+                raise ConfigError(what, where="finals.task", remedy="give rows with answers")
         _harness_tasks(config)
 
 
@@ -143,14 +160,13 @@ class Evaluation:
         self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
         self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
         self._plan: dict[str, Any] = {
-            "most_tokens": {task.name: task.config.max_new_tokens for task in self.tasks if task.generates},
+            "most_tokens": {task.name: task.config.max_new_tokens for task in self.tasks if task.config.generates},
             "questions": {name: _digest(questions) for name, questions in self.questions.items()},
             "worked_examples": {name: _digest(questions) for name, questions in self._worked.items()},
             "system_prompt": config.system_prompt,
             "lm_eval": {task.name: task.plan for task in self._harness},
         }
-        scored = read_scores(folder)
-        self._costs = {} if scored is None else dict(scored.costs)
+        self._costs = _known_costs(folder)
         kept = self._kept()
         if kept and {**kept, "systems": None} != {**self._plan, "systems": None}:
             remedy = "give another folder, or the same tasks, files and limit"
@@ -178,19 +194,19 @@ class Evaluation:
             due = self._due(task, systems)
             if due:
                 say(f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems")
-            _append(self.folder / f"{task.name}.jsonl", answers(runner, task, due))
+            append_answers(self.folder / f"{task.name}.jsonl", answers(runner, task, due))
         for harness in self._harness:
             path = self.folder / f"{_HARNESS}{harness.name}.jsonl"
-            known = {row["system"] for row in _rows(path)}
+            known = {row["system"] for row in read_answers(path)}
             for system in systems:
                 if harness.takes(system) and system.name not in known:
                     say(f"lm-eval's {harness.name}: {system.name}")
-                    _append(path, harness.rows(runner, system))
+                    append_answers(path, harness.rows(runner, system))
         self._measure_costs(runner, systems, say)
 
     def _measure_costs(self, runner: RowRunner, systems: Sequence[System], say: Say) -> None:
         """Measures what an answer to a prompt of middle length costs each system, unless that was done before."""
-        task = next((task for task in self.tasks if task.generates), None)
+        task = next((task for task in self.tasks if task.config.generates), None)
         due = [system for system in systems if task and system.name not in self._costs and system.takes(task)]
         if task is None or not due or not runner.base.proof.packs:
             return
@@ -200,26 +216,34 @@ class Evaluation:
         worked = self._worked[task.name]
         for system in due:
             prompt = system.encoder.prompt_tokens(system.messages(middle, worked))
-            self._costs[system.name] = measure_cost(runner, system.adapter, prompt)
+            if room_after(runner.base, system, len(prompt)) > TOKENS:
+                self._costs[system.name] = measure_cost(runner, system.adapter, prompt)
 
     def _kept(self) -> dict[str, Any]:
         path = self.folder / PLAN
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        return found
+        if not path.exists():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {**found, "systems": dict(found.get("systems", {}))}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise OutputError("is damaged", where=str(path), remedy="give another folder") from error
 
     def _keep(self, base: Base, systems: Sequence[System]) -> None:
-        """Writes the plan, with the weights of each system: answers of others under the same name are not mixed in."""
-        known: dict[str, str] = self._kept().get("systems", {})
-        own = {s.name: base.digest if s.folder is None else folder_digest(s.folder) for s in systems}
-        for name, digest in own.items():
-            if known.get(name, digest) != digest:
-                remedy = "give another folder"
-                raise OutputError(f"holds answers of another {name}", where=str(self.folder), remedy=remedy)
+        """Writes the plan, with weights and precision of each system: no answers of others are mixed in."""
+        known: dict[str, list[str]] = self._kept().get("systems", {})
+        precision = base.quantization or base.placement.dtype_name
+        own = {s.name: [base.digest if s.folder is None else folder_digest(s.folder), precision] for s in systems}
+        for name, (digest, _) in own.items():
+            before = known.get(name, own[name])
+            if before != own[name]:
+                what = f"another {name}" if before[0] != digest else f"{name} in {before[1]}, not {precision}"
+                raise OutputError(f"holds answers of {what}", where=str(self.folder), remedy="give another folder")
         with made_folder(self.folder), atomic_writer(self.folder / PLAN) as file:
             file.write(json.dumps({**self._plan, "systems": {**known, **own}}, indent=1) + "\n")
 
     def _due(self, task: EvaluationTask, systems: Sequence[System]) -> list[Asked]:
-        known = {(row["system"], row["id"]) for row in self._answers(task)}
+        known = {(row["system"], row["id"]) for row in read_answers(self.folder / f"{task.name}.jsonl")}
         worked = self._worked[task.name]
         return [
             Asked(system, question, system.messages(question, worked) if task.config.has_answers else ())
@@ -233,63 +257,41 @@ class Evaluation:
         """Returns the rows of a task that are there, in the task's order, each with its score."""
         questions = {question.id: question for question in self.questions[task.name]}
         order = {name: place for place, name in enumerate(questions)}
-        found = sorted(self._answers(task), key=lambda row: order[row["id"]])
+        known = [row for row in read_answers(self.folder / f"{task.name}.jsonl") if row["id"] in order]
+        found = sorted(known, key=lambda row: order[row["id"]])
         return [{**row, **judged(task, questions[row["id"]], row)} for row in found]
-
-    def _answers(self, task: EvaluationTask) -> list[Row]:
-        return _rows(self.folder / f"{task.name}.jsonl")
 
     def result(self) -> EvaluationResult:
         """Judges all answers that are there, which needs no model, writes them as tables, and returns the scores."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        found = [(task.name, task.name, self.rows(task), task.config.has_answers) for task in self.tasks]
+        found = [(task.name, self.rows(task), task.config.has_answers) for task in self.tasks]
         for harness in self._harness:
-            rows = _rows(self.folder / f"{_HARNESS}{harness.name}.jsonl")
+            rows = read_answers(self.folder / f"{_HARNESS}{harness.name}.jsonl")
             for name in dict.fromkeys(row["task"] for row in rows):  # a group has several
-                file = _HARNESS + name.replace("/", "-")
                 own = [row for row in rows if row["task"] == name]
-                found.append((name, file, own, "loss" not in own[0]))
+                found.append((name, own, "loss" not in own[0]))
+        if not any(rows for _, rows, _ in found):
+            remedy = "leave --rescore out, so that the questions are asked"
+            raise OutputError("holds no answers of these tasks", where=str(self.folder), remedy=remedy)
         scores: list[Score] = []
-        for name, file, own, has_answers in found:
+        for name, own, has_answers in ((name, own, has) for name, own, has in found if own):
             with AtomicFiles() as files:
-                pq.write_table(pa.Table.from_pylist(own), files.open(self.folder / f"{file}.parquet"))
+                pq.write_table(pa.Table.from_pylist(own), files.open(self.folder / table_of(name)))
             scores += scores_of(name, own, has_answers=has_answers)
         kept = Kept(tuple(scores), self._costs)
         write_scores(self.folder, kept)
         return EvaluationResult(self.folder, kept.scores, kept.costs)
 
 
-def _rows(path: Path) -> list[Row]:
-    """Returns the answers that are there; a line that was cut off is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else ()  # an answer may hold U+2028
-    return [row for line in lines if (row := _whole(line))]
-
-
-def _append(path: Path, rows: Iterable[Row]) -> None:
-    """Writes rows behind those of a file, each as soon as it is there; a line that was cut off gives way.
-
-    Raises:
-        OutputError: when they cannot be written.
-    """
+def _known_costs(folder: Path) -> dict[str, AnswerCost]:
+    """Returns the costs that were measured; a file that is damaged is written again."""
     try:
-        with path.open("ab") as file:
-            file.truncate(path.read_bytes().rfind(b"\n") + 1)
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-    except OSError as error:
-        remedy = "make room, or let this place be written; the same command goes on from the answers that are there"
-        raise OutputError(f"writing failed: {error.strerror or error}", where=str(path), remedy=remedy) from error
-
-
-def _whole(line: str) -> Row | None:
-    try:
-        row: Row = json.loads(line)
-    except ValueError:
-        return None
-    return row
+        found = read_scores(folder)
+    except OutputError:
+        return {}
+    return {} if found is None else dict(found.costs)
 
 
 def _digest(questions: Iterable[Question]) -> str:

@@ -5,7 +5,11 @@ lm-eval reads the task's data, writes its prompts and judges the answers; the mo
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -122,14 +126,20 @@ def _refusals(task: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the lines of lm-eval, and of the hub that is tried again, out of the display."""
+    """Keeps what lm-eval, git and the hub write to stderr out of the display: errors are raised all the same."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    sys.stderr.flush()
+    kept = os.dup(2)
     try:
-        yield
+        with open(os.devnull, "wb") as nowhere, contextlib.redirect_stderr(io.StringIO()):  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+            yield
     finally:
+        os.dup2(kept, 2)
+        os.close(kept)
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
 
@@ -140,7 +150,7 @@ def _rows(task: str, samples: Sequence[Row], system: str, seconds: float) -> Ite
         metrics = sample["metrics"]
         metric = next((name for name in _METRICS if name in metrics), metrics[0])
         row = {
-            "task": f"{task}/{sample['filter']}" if several else task,
+            "task": f"{LM_EVAL}{task}/{sample['filter']}" if several else f"{LM_EVAL}{task}",
             "system": system,
             "id": str(sample["doc_id"]),
             "prompt": sample["arguments"][0][0],

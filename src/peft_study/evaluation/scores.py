@@ -111,6 +111,11 @@ class Kept:
     costs: Mapping[str, AnswerCost]
 
 
+def table_of(task: str) -> str:
+    """Returns the file of a task's answers in the folder of its evaluation."""
+    return f"{task.replace(':', '-').replace('/', '-')}.parquet"
+
+
 def write_scores(folder: Path, kept: Kept) -> None:
     """Writes ``scores.json`` into the folder of an evaluation.
 

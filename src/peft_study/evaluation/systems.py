@@ -13,9 +13,10 @@ from pathlib import Path
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.conversation import Message
 from peft_study.errors import ConfigError, ModelError
-from peft_study.evaluation.generation import BaseOrigin, base_origin, find_base, is_whole_model
+from peft_study.evaluation.generation import BaseOrigin, base_origin, is_whole_model
+from peft_study.evaluation.questions import Question
 from peft_study.evaluation.scores import BASE
-from peft_study.evaluation.tasks import EvaluationTask, Question
+from peft_study.evaluation.tasks import EvaluationTask
 from peft_study.methods.base import Adapter
 from peft_study.methods.peft_files import encoding, read_note
 from peft_study.methods.peft_format import load_adapter
@@ -123,9 +124,12 @@ def _origin(adapters: Mapping[str, Path], whole: Mapping[str, Path], base: str |
     first, *others = adapters.values()
     origin = base_origin(first, base)
     for adapter in others:
-        if (path := find_base(adapter, base)) != origin.path:
-            what = f"its base is {path}, that of {first} is {origin.path}"
-            raise ModelError(what, where=str(adapter), remedy="evaluate adapters of one base at a time, or name it")
+        if (own := base_origin(adapter, base)) != origin:
+            names = "base", "tokenizer", "revision", "quantization"
+            name, its, firsts = next((n, a, b) for n, a, b in zip(names, own, origin, strict=True) if a != b)
+            what = f"its {name} is {its or 'the usual'}, that of {first} is {firsts or 'the usual'}"
+            remedy = "evaluate adapters of one base, loaded in one way, at a time"
+            raise ModelError(what, where=str(adapter), remedy=remedy)
     return origin
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, read_scores
+from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, read_scores, table_of
 from peft_study.report.page_sections import ShownAnswer, ShownExample
 from peft_study.report.page_values import shortened
 from peft_study.report.page_words import Words
@@ -95,13 +95,18 @@ def _text(estimate: Estimate | None, t: Words, *, share: bool, sign: str = "") -
 def _examples(folder: Path, scores: Sequence[Score], places: Mapping[str, int], t: Words) -> list[ShownExample]:
     """Returns questions that the best adapter alone answers rightly, then those that the base alone does."""
     best = next((score.system for score in scores if score.system in places), None)
-    path = folder / f"{scores[0].task}.parquet"
+    path = folder / table_of(scores[0].task)
     if best is None or not path.exists():
         return []
+    import pyarrow
     import pyarrow.parquet as pq
 
     by_question: dict[str, dict[str, Row]] = {}
-    for row in pq.read_table(path).to_pylist():
+    try:
+        table = pq.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError):  # damaged: the scores are there all the same
+        return []
+    for row in table:
         by_question.setdefault(row["id"], {})[row["system"]] = row
     both = [rows for rows in by_question.values() if rows.keys() >= {best, BASE}]
     won = [rows for rows in both if rows[best]["score"] and rows[BASE]["score"] is False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterator
@@ -29,11 +30,13 @@ MAX_NEW_TOKENS = 64
 
 
 def forget(folder: StudyFolder) -> None:
-    """Removes what an earlier study file's finalists cost and answered."""
+    """Removes what an earlier study file's finalists cost and answered; tasks are kept, as ``evaluation-before-1``."""
     for name in (COST_FILE, ANSWERS_FILE):
         (folder.path / name).unlink(missing_ok=True)
-    for name in (EVALUATION, f"{EVALUATION}-dev"):
-        shutil.rmtree(folder.path / name, ignore_errors=True)
+    shutil.rmtree(folder.path / f"{EVALUATION}-dev", ignore_errors=True)
+    if (asked := folder.path / EVALUATION).exists():  # what was asked by hand as well: it is put aside
+        free = next(n for n in itertools.count(1) if not (folder.path / f"{EVALUATION}-before-{n}").exists())
+        asked.rename(folder.path / f"{EVALUATION}-before-{free}")
 
 
 def keep_costs(folder: StudyFolder, state: StudyState, results: Results, backend: Backend, say: Say) -> None:
@@ -107,7 +110,7 @@ def keep_evaluation(
     trained = [(_setting(t), t.settings.method, folder.trial(t.name).adapter) for t in trials]
     trained = [system for system in trained if system[2].is_dir()]
     what = f"tasks on the base and {len(trained)} adapters"
-    with _shown(say, f"the {what} were not finished"), timed(say, what):
+    with _shown(say, f"the {what} were not finished", files=True), timed(say, what):
         backend.evaluate(config.evaluation, folder.path / EVALUATION, trained)
 
 
@@ -151,10 +154,13 @@ def _weights(folder: StudyFolder, trial: TrialRecord) -> int | None:
 
 
 @contextmanager
-def _shown(say: Say, what: str) -> Iterator[None]:
+def _shown(say: Say, what: str, *, files: bool = False) -> Iterator[None]:
+    """Shows an error and goes on; one of writing only with `files`: where nothing of the study lies among them."""
     try:
         yield
-    except OutputError:
-        raise
+    except OutputError as error:
+        if not files:
+            raise
+        say(f"WARNING: {what}: {error}")
     except Exception as error:  # noqa: BLE001  (whatever a model, a worker or PEFT may raise)
         say(f"WARNING: {what}: {first_line(error)}")

@@ -12,6 +12,7 @@ from peft_study.methods.peft_format import load_adapter
 from peft_study.methods.reference import NoAdapter
 from peft_study.methods.registry import is_exclusive
 from peft_study.model.in_memory import lent
+from peft_study.storage.run_dir import RunFolder
 from peft_study.training.answers import whole_model
 from peft_study.training.session import Session, unheard
 
@@ -32,7 +33,7 @@ def evaluate_trained(
     """
     evaluation = Evaluation(folder, config)
     base, encoder = session.base, session.encoder
-    with lent(base.model):
+    with RunFolder(folder).locked(), lent(base.model):
         own = [(name, path) for name, method, path in trained if not is_exclusive(method.method)]
         systems = [System(name, load_adapter(path, base), encoder, path) for name, path in own]
         evaluation.run(base, [*evaluation.of_base(encoder), *systems], unheard)
@@ -40,4 +41,4 @@ def evaluate_trained(
             if is_exclusive(method.method):
                 with whole_model(session, method, path):
                     evaluation.run(base, [System(name, NoAdapter(), encoder, path)], unheard)
-    evaluation.result()
+        evaluation.result()
