@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from command_line import CommandLine, largest_file, study_file
-from peft_study import finetune, open_study
+from peft_study import PromptTuning, finetune, open_study
 from peft_study.evaluation.systems import short_names
 from peft_study.methods.peft_files import encoding
 from peft_study.model.load import load_base
 from peft_study.storage.run_dir import RunFolder
+from tiny_world import VOCABULARY
 
 METHODS = ("lora", "prefix_tuning", "prompt_tuning")
 SUMS = [{"id": f"s{n}", "q": f"{n}+{n}", "answer": str(2 * n)} for n in range(5)] + [{"id": "none", "q": "1+2"}]
@@ -399,6 +400,31 @@ def test_texts_that_hold_nothing_are_counted_apart(adapters: list[Path], cli: Co
     (tmp_path / "sums.yaml").write_text(json.dumps({"data": "rows.jsonl", "prompt": "{q}", "metric": "number"}))
     cli("evaluate", adapters[0], "--tasks", tmp_path / "sums.yaml", "-o", tmp_path / "half").ok()
     assert rows_of(tmp_path / "half", "sums")[0]["prompt"] == "half a pair: ?"
+
+
+def test_where_a_models_positions_end_nothing_is_asked_of_it(
+    tiny_model_folder: Path, tiny_data: Path, tasks: list[Path], cli: CommandLine, tmp_path: Path
+) -> None:
+    """GPT-2 has a table of positions: answers are shorter there, and what is too long cannot be judged."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96)
+    GPT2LMHeadModel(config).save_pretrained(base := tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tiny_model_folder).save_pretrained(base)
+    data = {"train": str(tiny_data), "max_length": 40}
+    setting = PromptTuning(tokens=2, learning_rate=0.1)
+    finetune(str(base), data, setting, steps=1, output=tmp_path / "run", verbose=False)
+    long = {"id": "long", "q": "1+1 " * 40, "c": ["1", "2"], "answer": "B", "text": "a word " * 20}
+    for name in ("sums", "choices"):
+        with (tmp_path / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(long) + "\n")
+    out = tmp_path / "out"
+    cli("evaluate", tmp_path / "run", *words(tasks, out), "--tasks", f"text={tmp_path / 'choices.jsonl'}").error()
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a word " * 60}) + "\n")
+    cli("evaluate", tmp_path / "run", *words(tasks, out), "--tasks", f"text={tmp_path / 'texts.jsonl'}").ok()
+    for name in ("sums", "choices"):
+        assert [row["score"] for row in rows_of(out, name) if row["id"] == "long"] == [None, None]
+        assert all(row["score"] is not None for row in rows_of(out, name) if row["id"] in ("s1", "c1"))
+    assert {row["system"]: row["tokens"] for row in rows_of(out, "text")} == {"base": 95, "run": 93}
 
 
 def test_studies_of_one_name_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
