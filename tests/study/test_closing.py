@@ -272,7 +272,7 @@ def test_what_fails_is_a_warning_and_the_rest_is_there(
             raise AttributeError("no such layer")
         return put_on(adapter, base)
 
-    monkeypatch.setattr("peft_study.training.answers.put_on", refuse)
+    monkeypatch.setattr("peft_study.evaluation.generation.put_on", refuse)
     ran = cli("run", study).ok()
     found = answers(out)
     assert found is not None
