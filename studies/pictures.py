@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from experiment import HERE, POINTS, RANKS, RATES, SETS, STEPS, TOKENS
 from surfaces import REFERENCE, WORST, Surface, rates
-from tables import NAMES
+from tables import NAMES, run_name
 
 from peft_study.report.chart_style import PALETTE, SHAPES, theme
 from peft_study.storage.picture import write_picture
@@ -214,7 +214,7 @@ def rising(curves: pd.DataFrame) -> alt.TopLevelMixin:
     """Held-out and training losses of `rising`: a line a seed."""
     names = {"held_out": "held-out loss against the base", "train": "training loss of each batch"}
     shown = curves[(curves["trial"] != "none") & curves["event"].isin(list(names))].copy()
-    shown["run"] = shown["trial"].str.rsplit("-", n=1).str[0]
+    shown["run"] = shown["trial"].str.rsplit("-", n=1).str[0].map(run_name)
     shown["value"] = shown["minus_base"].where(shown["event"] == "held_out", shown["loss"])
     shown["panel"] = shown["event"].map(names)
     order = sorted(shown["run"].unique())

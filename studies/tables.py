@@ -105,6 +105,8 @@ def tables(summary: Summary) -> dict[str, list[tuple[str, ...]]]:
 
 def translated(cell: str) -> str:
     """Returns a cell in Chinese, where it has words."""
+    for words, chinese in (("all weights at ", "全部权重，学习率 "), ("an attached prompt at ", "装上的提示，学习率 ")):
+        cell = cell.replace(words, chinese)
     return ZH.get(cell, cell).replace(" to ", " 到 ")
 
 
@@ -223,11 +225,17 @@ def sample(summary: Summary) -> Rows:
         yield NAMES[method], *best, f"{found['regret_mean']:.3f} ({found['regret_most']:.3f})"
 
 
+def run_name(run: str) -> str:
+    """Returns what a run of `rising` trains, and at which rate."""
+    kind, rate = run.split("-", 1)
+    return f"{'all weights' if kind == 'full' else 'an attached prompt'} at {float(rate):g}"
+
+
 def rising(summary: Summary) -> Rows:
     """Yields the highest and the last held-out loss of each run of `rising`."""
     yield "run", "highest held-out loss", "at the end"
     for name, found in summary["rising"].items():
-        yield name, *(f"{min(found[key]):+.2f} - {max(found[key]):+.2f}" for key in ("highest", "end"))
+        yield run_name(name), *(f"{min(found[key]):+.2f} - {max(found[key]):+.2f}" for key in ("highest", "end"))
 
 
 def transfer(summary: Summary) -> Rows:
