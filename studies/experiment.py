@@ -92,7 +92,7 @@ SETS = {
 
 
 SAMPLE = DataSet("dolly-partial/train.jsonl.gz", 108, 72)
-TRANSFER = DataSet("codealpaca-2k/train.jsonl.gz", 128, 95)
+TRANSFER = DataSet("codealpaca-2k/train.jsonl.gz", 96, 75)
 
 
 def points(method: str, seed: int) -> list[dict[str, Any]]:
