@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,8 @@ PLAN = "evaluation.json"
 _HARNESS = "lm_eval-"
 """How the files of lm-eval's tasks begin."""
 
-Say = Callable[[str], None]
+Say = Callable[..., None]
+"""Shows the user a line, or with a share from 0 to 1 how much of the work in that line is done."""
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,8 @@ class Evaluation:
         self._keep(base, systems)
         for task in self.tasks:
             due = self._due(task, systems)
-            if due:
-                say(f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems")
-            append_answers(self.folder / f"{task.name}.jsonl", answers(runner, task, due))
+            line = f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems"
+            append_answers(self.folder / f"{task.name}.jsonl", _told(answers(runner, task, due), line, len(due), say))
         for harness in self._harness:
             path = self.folder / f"{_HARNESS}{harness.name}.jsonl"
             known = {row["system"] for row in read_answers(path)}
@@ -283,6 +283,15 @@ class Evaluation:
         kept = Kept(tuple(scores), self._costs)
         write_scores(self.folder, kept)
         return EvaluationResult(self.folder, kept.scores, kept.costs)
+
+
+def _told(rows: Iterable[Row], line: str, total: int, say: Say) -> Iterator[Row]:
+    """Yields rows, and says how many of all there are."""
+    if total:
+        say(line, 0.0)
+    for done, row in enumerate(rows, start=1):
+        yield row
+        say(line, done / total)
 
 
 def _known_costs(folder: Path) -> dict[str, AnswerCost]:

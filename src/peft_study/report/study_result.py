@@ -271,7 +271,7 @@ class StudyResult:
             self.adapters(),
             config,
             folder,
-            print if verbose else unheard,
+            _printed if verbose else unheard,
             device=device,
             dtype=self.config.model.dtype,
             in_memory=self.in_memory,
@@ -310,6 +310,12 @@ class StudyResult:
             final.test,
             self.in_memory,
         )
+
+
+def _printed(line: str, share: float | None = None) -> None:
+    """Prints a line of progress, and of work that takes time its beginning."""
+    if not share:
+        print(line)
 
 
 def open_study(path: str | Path | None = None) -> StudyResult:
