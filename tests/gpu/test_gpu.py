@@ -15,8 +15,11 @@ import peft_reference as pr
 import tiny_world as tw
 from peft_study.config import LoraConfig, TrainingConfig
 from peft_study.engine.engine import Engine
+from peft_study.engine.row import RowRunner
 from peft_study.engine.trial import Trial
+from peft_study.evaluation.decoding import Decoder, DecodingRequest
 from peft_study.methods import create
+from peft_study.methods.reference import NoAdapter
 from peft_study.model import attention
 from peft_study.model.attention import Segment, SegmentLayout, segment_attention
 
@@ -247,3 +250,17 @@ def test_memory_that_runs_out_halves_the_row_and_loses_nothing() -> None:
     assert found == pytest.approx(losses, rel=1e-4)
     for name, tensor in parameters.items():
         assert pr.relative(ends[name], tensor) < 1e-3, name
+
+
+@pytest.mark.parametrize("family", tw.FAMILIES)
+def test_answers_on_cuda_are_those_of_the_cpu_in_float32(family: str) -> None:
+    """Three methods and the base side by side, token by token."""
+    prompts = [example.tokens_L.tolist() for example in tw.examples([12, 3, 20])]
+    found = []
+    for device in ("cpu", "cuda"):
+        base = tw.base(family, device=device)
+        adapters = [*(pr.adapter_of(config, base) for config in pr.METHODS.values()), NoAdapter()]
+        decoder = Decoder(RowRunner(base), ends=frozenset({5}), row_tokens=64)
+        requests = [DecodingRequest(adapter, prompt, 16) for adapter in adapters for prompt in prompts]
+        found.append({place: answer.tokens for place, answer in decoder.answers(requests)})
+    assert found[0] == found[1]
