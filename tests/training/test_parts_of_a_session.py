@@ -68,8 +68,21 @@ def test_a_session_has_test_rows_when_asked(opened: Callable[..., Session]) -> N
     assert [before[name] for name in ("test_rows", "test_digest", "test_supervised_tokens")] == [None] * 3
     assert study.test is not None
     assert now["test_rows"] == 5
-    assert now["test_digest"] == study.test.fingerprint() != now["held_out_digest"]
+    assert now["test_digest"] == study.test.digest() != now["held_out_digest"]
     assert now["test_supervised_tokens"] == study.test.counts().sum()
+
+
+def test_another_version_that_reads_the_same_rows_may_go_on(
+    opened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens are cached anew; what the rows say is what a run was begun with."""
+    before = opened(held_out=5)
+    monkeypatch.setattr("peft_study.data.tokens._code_digest", lambda: "of another version")
+    now = opened(held_out=5)
+    assert now.train.fingerprint() != before.train.fingerprint()
+    assert describe(now)["data"]["train_digest"] == describe(before)["data"]["train_digest"]
+    assert describe(now)["data"]["held_out_digest"] == describe(before)["data"]["held_out_digest"]
+    assert describe(now)["data"]["test_digest"] == describe(before)["data"]["test_digest"]
 
 
 def test_other_test_rows_are_refused(opened: Callable[..., Session], tmp_path: Path) -> None:

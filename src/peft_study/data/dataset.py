@@ -45,8 +45,16 @@ class Rows:
         tokens = [int(data.supervised_N[row]) for data, row in self.places]
         return TokenCounts(np.array(tokens, dtype=np.int64), np.array(sources, dtype=np.int64))
 
+    def digest(self) -> str:
+        """Returns a digest of what the rows say, in their order: the same where another version has read them."""
+        digests = {data.key: data.digests for data in {data.key: data for data, _ in self.places}.values()}
+        total = hashlib.sha256()
+        for data, row in self.places:
+            total.update(digests[data.key][row])
+        return total.hexdigest()
+
     def fingerprint(self) -> str:
-        """Returns a digest of which rows these are."""
+        """Returns a digest of the rows' tokens, by where they lie: of other code, template or file it is another."""
         digest = hashlib.sha256()
         for data, row in self.places:
             digest.update(f"{data.key}:{row}\n".encode())
