@@ -100,6 +100,19 @@ def test_each_answer_has_its_own_limit() -> None:
         assert answer.tokens == whole[place].tokens[: place + 1]
 
 
+def test_a_long_prompt_with_a_short_answer_has_room_beside_others() -> None:
+    """It has written all it may while seven of sixteen still write: its cache ends there, and it leaves at once."""
+    base = tw.base("llama")
+    whole = ours("llama", [NoAdapter()], base)
+    requests = [DecodingRequest(NoAdapter(), prompts()[1], 1)]  # 31 tokens and one more
+    requests += [DecodingRequest(NoAdapter(), prompts()[3], MOST)] * 15  # 3 tokens and 24 more
+    found = dict(Decoder(RowRunner(base), ends=frozenset(), row_tokens=64).answers(requests))
+    assert len(found[0].tokens) == 1
+    assert found[0].tokens == whole[1].tokens[:1]
+    assert {found[place].tokens for place in range(1, 16)} == {found[1].tokens}
+    assert len(found[1].tokens) == MOST
+
+
 def test_a_failure_in_the_middle_leaves_the_base_as_it_was() -> None:
     base = tw.base("llama")
     adapter = pr.adapter_of(pr.METHODS["lora"], base)

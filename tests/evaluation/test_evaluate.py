@@ -184,6 +184,9 @@ def test_the_base_has_worked_examples_and_a_system_prompt_as_baselines(
             {"role": "assistant", "content": example["c"]["AB".index(str(example["answer"]))]},
         )
     ]
+    (tmp_path / "worked.jsonl").write_text("".join(json.dumps({**row, "answer": "A"}) + "\n" for row in worked))
+    error = cli("evaluate", adapters[0], *words(tasks, tmp_path / "out"), *baselines).error()
+    assert "holds an evaluation of other worked examples" in error
     for system, turns in (
         ("base, 2 examples", [*shown, *asked]),
         ("base, system prompt", [{"role": "system", "content": "Be right."}, *asked]),
@@ -257,6 +260,19 @@ def test_a_model_whose_rows_hold_one_sequence_answers_one_prompt_at_a_time(
     assert [row["score"] for row in rows_of(packed, "choices")] == [row["score"] for row in rows_of(alone, "choices")]
 
 
+def test_shares_of_an_answer_have_a_mean(
+    adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_shares.py").write_text("def share(output, gold, row):\n    return int(row['id'][1:]) / 4\n")
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS[:5]))
+    task = json.loads(tasks[0].read_text()) | {"metric": "own_shares:share"}
+    tasks[0].write_text(json.dumps(task))
+    ran = cli("evaluate", adapters[0], *words(tasks[:1], tmp_path / "out")).ok()
+    assert "mean score, %" in ran.out
+    assert "50.0 [" in ran.out
+    assert sorted({row["score"] for row in rows_of(tmp_path / "out", "sums")}) == [0, 0.25, 0.5, 0.75, 1]
+
+
 def test_a_metric_of_the_users_that_fails_is_one_line(
     adapters: list[Path], tasks: list[Path], cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,7 +303,7 @@ def test_what_answers_cost_is_kept(adapters: list[Path], tasks: list[Path], cli:
     tokens = json.loads((adapters[1] / "adapter" / "adapter_config.json").read_text())["num_virtual_tokens"]
     assert costs["base"]["cache_bytes"] == of_a_token * costs["base"]["prompt_tokens"] == costs["lora"]["cache_bytes"]
     assert costs["prefix_tuning"]["cache_bytes"] - costs["base"]["cache_bytes"] == of_a_token * tokens
-    assert all(cost["first_token"] > 0 and cost["tokens_per_second"] > 0 for cost in costs.values())
+    assert all(cost["first_token_seconds"] > 0 and cost["tokens_per_second"] > 0 for cost in costs.values())
     before = (out / "scores.json").read_bytes()
     cli("evaluate", *adapters, *words(tasks, out)).ok()
     assert (out / "scores.json").read_bytes() == before, "measured once"

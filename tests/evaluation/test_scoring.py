@@ -43,6 +43,7 @@ def test_the_final_number(text: str, value: float | None) -> None:
         ("exact", "Paris, France", "Paris", False),
         ("exact", "", "Paris", False),
         ("exact", "Paris", "", None),
+        ("exact", "5", ".5", False),
         ("contains", "It is true, I think", "true", True),
         ("contains", "untrue", "true", False),
         ("contains", "C++ is it", "C++", True),
@@ -79,6 +80,7 @@ ANSWERS = [
     "#### 17",
     "costs $1,000",
     "It is 18.5",
+    "#### 18\n\nQuestion: what else?\n#### 17",
 ]
 
 

@@ -83,6 +83,8 @@ def test_a_number_that_is_no_text_counts_among_the_choices(tmp_path: Path) -> No
     assert found.gold_choice == 1
     (found,) = questions(tmp_path, [{"q": "x", "c": ["8", None, "24", "120"], "answer": 2}], **choices)
     assert (found.choices, found.gold_choice) == (("8", "24", "120"), 1)
+    (found,) = questions(tmp_path, [{"q": "x", "c": [2, 4, 8], "answer": 2}], **choices)
+    assert found.gold_choice == 0, "the choices are numbers themselves"
     (found,) = questions(tmp_path, [{"q": "x", "c": ["8", "2"], "answer": 7}], **choices)
     assert found.gold_choice is None
 
@@ -214,11 +216,11 @@ def test_instructions_are_followed_or_not() -> None:
     task = find_task(f"ifeval={SHARED / 'ifeval' / 'ifeval.jsonl.gz'}")
     by_rule = {tuple(question.row["instruction_id_list"]): question for question in task.questions()}
     no_comma, json_form = by_rule["punctuation:no_comma",], by_rule["detectable_format:json_format",]
-    assert task.judge("No comma here.", no_comma) is True
-    assert task.judge("Here, one.", no_comma) is False
-    assert task.judge('{"a": 1}', json_form) is True
-    assert task.judge("a: 1", json_form) is False
-    assert task.judge("", no_comma) is False
+    assert task.judge("No comma here.", no_comma) == 1
+    assert task.judge("Here, one.", no_comma) == 0
+    assert task.judge('{"a": 1}', json_form) == 1
+    assert task.judge("a: 1", json_form) == 0
+    assert task.judge("", no_comma) == 0
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def print_evaluation(found: EvaluationResult) -> None:
 
 def _accuracies(scores: Sequence[Score]) -> Table:
     by_length = any(score.normalised for score in scores)
-    names = ["#", "system", "right, %", "against the base", *(["by length"] if by_length else [])]
+    name = "right, %" if scores[0].metric == "accuracy" else "mean score, %"
+    names = ["#", "system", name, "against the base", *(["by length"] if by_length else [])]
     shown = table(names, left=["system"])
     for score in scores:
         cells = [*_names(score), _percent(score.value, ".1f"), _percent(score.minus_base, "+.1f")]
@@ -64,7 +65,7 @@ def _judged(scores: Sequence[Score]) -> str:
     numbers = f"{min(judged)}" if len(judged) == 1 else f"{min(judged)} to {max(judged)}"
     unjudged = max(score.unjudged for score in scores)
     more = f"; {unjudged} could not be judged" if unjudged else ""
-    return f"of {numbers} answers, 95 % intervals{more};\nsystems with one # cannot be told from the best of them"
+    return f"of {numbers} answers, 95 % intervals{more};\nwithin a #, no system differs significantly from the best"
 
 
 def _losses(scores: Sequence[Score]) -> Table:
@@ -76,7 +77,8 @@ def _losses(scores: Sequence[Score]) -> Table:
         )
     unjudged = max(score.unjudged for score in scores)
     more = f"; {unjudged} have nothing to measure" if unjudged else ""
-    shown.caption = f"nats a token, on {scores[0].judged} rows, 95 % intervals{more}"
+    unit = "word" if scores[0].task.startswith("lm_eval:") else "token"
+    shown.caption = f"nats a {unit}, on {scores[0].judged} rows, 95 % intervals{more}"
     return shown
 
 
@@ -87,7 +89,7 @@ def _costs(found: EvaluationResult) -> Table:
         shown.add_row(
             _short(system),
             str(cost.prompt_tokens),
-            f"{1000 * cost.first_token:.0f} ms",
+            f"{1000 * cost.first_token_seconds:.0f} ms",
             f"{cost.tokens_per_second:.1f}",
             f"{cost.cache_bytes / 2**20:.2f} MiB",
         )

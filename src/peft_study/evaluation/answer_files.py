@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from peft_study.errors import OutputError
+from peft_study.storage.files import atomic_writer
 
 Row = dict[str, Any]
 
@@ -25,6 +27,21 @@ def read_answers(path: Path) -> list[Row]:
     return [row for line in text.split("\n") if (row := _answer(line))]  # no splitlines: an answer may hold U+2028
 
 
+def keep_complete(path: Path) -> set[str]:
+    """Returns the systems all of whose answers are there, by the number ``of`` that each has; others are removed.
+
+    Raises:
+        OutputError: when the file cannot be read or written.
+    """
+    rows = read_answers(path)
+    counts = Counter(row["system"] for row in rows)
+    complete = {row["system"] for row in rows if counts[row["system"]] == row["of"]}
+    if complete != counts.keys():
+        with atomic_writer(path) as file:
+            file.writelines(_line(row) for row in rows if row["system"] in complete)
+    return complete
+
+
 def append_answers(path: Path, rows: Iterable[Row]) -> None:
     """Writes answers behind those of a file, each as soon as it is there; a line that was cut off gives way.
 
@@ -40,11 +57,15 @@ def append_answers(path: Path, rows: Iterable[Row]) -> None:
             else:
                 file.truncate(whole)
             for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                file.write(_line(row).encode("utf-8", "replace"))
                 file.flush()
     except OSError as error:
         remedy = "make room, or let this place be written; the same command goes on from the answers that are there"
         raise OutputError(f"writing failed: {error.strerror or error}", where=str(path), remedy=remedy) from error
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def _answer(line: str) -> Row | None:

@@ -28,7 +28,7 @@ CHUNK = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Query:
     """A question that a system is to answer; `messages` are the turns before the answer."""
 
     system: System
@@ -36,7 +36,7 @@ class Asked:
     messages: Sequence[Message]
 
 
-def answers(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> Iterator[Row]:
+def answers(runner: RowRunner, task: EvaluationTask, due: Sequence[Query]) -> Iterator[Row]:
     """Yields a row an answer, not judged yet.
 
     Args:
@@ -91,35 +91,35 @@ def decoder(runner: RowRunner, ends: frozenset[int]) -> Decoder:
     return Decoder(runner, ends=ends, row_tokens=DEFAULT_ROW_TOKENS[runner.base.device.type])
 
 
-def _generated(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> Iterator[tuple[Asked, Row]]:
+def _generated(runner: RowRunner, task: EvaluationTask, due: Sequence[Query]) -> Iterator[tuple[Query, Row]]:
     """Yields the answers that are generated; what has no room for an answer has none, and is not judged."""
     base = runner.base
     requests: list[DecodingRequest] = []
-    askeds: list[Asked] = []
+    pending: list[Query] = []
     for asked in due:
         adapter, prompt = asked.system.adapter, asked.system.encoder.prompt_tokens(asked.messages)
         room = min(task.config.max_new_tokens, room_after(base, asked.system, len(prompt)))
         if room < 1:
             yield asked, {"output": None, "ended": False, "tokens": 0, "seconds": 0.0}
             continue
-        askeds.append(asked)
+        pending.append(asked)
         requests.append(DecodingRequest(adapter, prompt, room))
     if base.proof.segmented and base.proof.packs:
         found = decoder(runner, end_tokens(base)).answers(requests)
     else:
-        found = _one_by_one(base, askeds, requests)
+        found = _one_by_one(base, pending, requests)
     for place, answer in found:
         output = base.tokenizer.decode(answer.tokens, skip_special_tokens=True)
         length = {"ended": answer.ended, "tokens": len(answer.tokens), "seconds": round(answer.seconds, 4)}
-        yield askeds[place], {"output": output, **length}
+        yield pending[place], {"output": output, **length}
 
 
 def _one_by_one(
-    base: Base, askeds: Sequence[Asked], requests: Sequence[DecodingRequest]
+    base: Base, pending: Sequence[Query], requests: Sequence[DecodingRequest]
 ) -> Iterator[tuple[int, Continuation]]:
     """Yields the answers of a model whose rows hold one sequence: PEFT puts the adapter on, transformers generates."""
     ends = end_tokens(base)
-    for _, group in groupby(enumerate(askeds), key=lambda entry: id(entry[1].system)):
+    for _, group in groupby(enumerate(pending), key=lambda entry: id(entry[1].system)):
         places = list(group)
         system = places[0][1].system
         with exported(base, system.folder if system.adapter.parameters() else None) as model:
@@ -132,9 +132,9 @@ def _one_by_one(
                 yield place, Continuation(tuple(tokens[:-1] if ended else tokens), ended, seconds)
 
 
-def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Asked]) -> Iterator[tuple[Asked, Row]]:
+def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Query]) -> Iterator[tuple[Query, Row]]:
     """Yields losses in nats, a few questions at once: of each choice, or of a conversation or text."""
-    examples_of: Callable[[Asked, int], list[Example]] = {CHOICE: _choices, LOSS: _conversation}.get(
+    examples_of: Callable[[Query, int], list[Example]] = {CHOICE: _choices, LOSS: _conversation}.get(
         task.config.metric, _text
     )
     for _, group in groupby(due, key=lambda asked: id(asked.system)):
@@ -160,7 +160,7 @@ def _losses(runner: RowRunner, system: System, examples: Sequence[Example]) -> I
     return iter([found.get(place, 0.0) for place in range(len(examples))])
 
 
-def _reading(asked: Asked, examples: Sequence[Example], losses: list[float]) -> Row:
+def _reading(asked: Query, examples: Sequence[Example], losses: list[float]) -> Row:
     if asked.question.choices:
         if not examples:
             return {"output": None, "losses": None}
@@ -169,18 +169,18 @@ def _reading(asked: Asked, examples: Sequence[Example], losses: list[float]) -> 
     return {"loss": losses[0], "tokens": int(examples[0].supervised_L.sum()), "source": source}
 
 
-def _choices(asked: Asked, room: int) -> list[Example]:
+def _choices(asked: Query, room: int) -> list[Example]:
     """Returns the prompt with each choice; nothing where one of them is longer than the model's positions."""
     found = [asked.system.encoder.answered(asked.messages, choice) for choice in asked.question.choices]
     return found if max(map(len, found)) <= room else []
 
 
-def _conversation(asked: Asked, room: int) -> list[Example]:
+def _conversation(asked: Query, room: int) -> list[Example]:
     assert asked.question.conversation is not None
     return [_cut(asked.system.encoder.encode(asked.question.conversation), room)]
 
 
-def _text(asked: Asked, room: int) -> list[Example]:
+def _text(asked: Query, room: int) -> list[Example]:
     return [_cut(asked.system.encoder.plain(asked.question.turns[-1][1]), room)]
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ class Decoder:
         answers: list[list[int]] = [[] for _ in requests]
         live = list(range(len(requests)))  # requests, in the order of the cache
         over: set[int] = set()
-        while True:
+        for steps in count(1):
             for number, token in zip(live, next_B.tolist(), strict=True):
                 if number in over:
                     continue
@@ -123,7 +123,9 @@ class Decoder:
             left = [row for row, number in enumerate(live) if number not in over]
             if not left:
                 return
-            if len(live) - len(left) >= max(1, len(live) // DROP):
+            # one that has written all it may has no room, and no position, for more
+            full = any(requests[number].most <= steps for number in live)
+            if full or len(live) - len(left) >= max(1, len(live) // DROP):
                 rows_B = torch.tensor(left, device=next_B.device)
                 cache.keep(rows_B)
                 next_B, live = next_B[rows_B], [live[row] for row in left]

@@ -21,11 +21,20 @@ from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.evaluation.answer_costs import TOKENS, measure_cost
-from peft_study.evaluation.answer_files import Row, append_answers, read_answers
-from peft_study.evaluation.answering import Asked, answers, judged, room_after
+from peft_study.evaluation.answer_files import Row, append_answers, keep_complete, read_answers
+from peft_study.evaluation.answering import Query, answers, judged, room_after
 from peft_study.evaluation.harness import HarnessTask
 from peft_study.evaluation.questions import Question
-from peft_study.evaluation.scores import BASE, AnswerCost, Kept, Score, read_scores, scores_of, table_of, write_scores
+from peft_study.evaluation.scores import (
+    BASE,
+    AnswerCost,
+    EvaluationScores,
+    Score,
+    read_scores,
+    scores_of,
+    table_of,
+    write_scores,
+)
 from peft_study.evaluation.systems import System, load_systems
 from peft_study.evaluation.tasks import LM_EVAL, EvaluationTask, find_tasks
 from peft_study.methods.reference import NoAdapter
@@ -40,6 +49,13 @@ if TYPE_CHECKING:
     import pandas
 
 PLAN = "evaluation.json"
+_PLAN_WORDS = {
+    "questions": "tasks or questions",
+    "most_tokens": "lengths of answers (max_new_tokens)",
+    "worked_examples": "worked examples",
+    "system_prompt": "system prompts",
+    "lm_eval": "tasks of lm-eval",
+}
 _HARNESS = "lm_eval-"
 """How the files of lm-eval's tasks begin."""
 
@@ -161,17 +177,18 @@ class Evaluation:
         self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
         self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
         self._plan: dict[str, Any] = {
-            "most_tokens": {task.name: task.config.max_new_tokens for task in self.tasks if task.config.generates},
             "questions": {name: _digest(questions) for name, questions in self.questions.items()},
-            "worked_examples": {name: _digest(questions) for name, questions in self._worked.items()},
+            "most_tokens": {task.name: task.config.max_new_tokens for task in self.tasks if task.config.generates},
+            "worked_examples": {name: _digest(rows, answered=True) for name, rows in self._worked.items()},
             "system_prompt": config.system_prompt,
             "lm_eval": {task.name: task.plan for task in self._harness},
         }
         self._costs = _known_costs(folder)
         kept = self._kept()
-        if kept and {**kept, "systems": None} != {**self._plan, "systems": None}:
-            remedy = "give another folder, or the same tasks, files and limit"
-            raise OutputError("holds an evaluation of other tasks", where=str(folder), remedy=remedy)
+        other = next((name for name in self._plan if kept and kept.get(name) != self._plan[name]), None)
+        if other is not None:
+            what = f"holds an evaluation of other {_PLAN_WORDS[other]}"
+            raise OutputError(what, where=str(folder), remedy="give another folder, or ask the same")
 
     def of_base(self, encoder: ChatEncoder) -> list[System]:
         """Returns the base and, as far as they are asked for, its two baselines: is tuning needed at all?"""
@@ -194,10 +211,12 @@ class Evaluation:
         for task in self.tasks:
             due = self._due(task, systems)
             line = f"{task.name}: {len(due)} answers of {len({asked.system.name for asked in due})} systems"
-            append_answers(self.folder / f"{task.name}.jsonl", _told(answers(runner, task, due), line, len(due), say))
+            append_answers(
+                self.folder / f"{task.name}.jsonl", _with_progress(answers(runner, task, due), line, len(due), say)
+            )
         for harness in self._harness:
             path = self.folder / f"{_HARNESS}{harness.name}.jsonl"
-            known = {row["system"] for row in read_answers(path)}
+            known = keep_complete(path)
             for system in systems:
                 if harness.takes(system) and system.name not in known:
                     say(f"lm-eval's {harness.name}: {system.name}")
@@ -242,11 +261,11 @@ class Evaluation:
         with made_folder(self.folder), atomic_writer(self.folder / PLAN) as file:
             file.write(json.dumps({**self._plan, "systems": {**known, **own}}, indent=1) + "\n")
 
-    def _due(self, task: EvaluationTask, systems: Sequence[System]) -> list[Asked]:
+    def _due(self, task: EvaluationTask, systems: Sequence[System]) -> list[Query]:
         known = {(row["system"], row["id"]) for row in read_answers(self.folder / f"{task.name}.jsonl")}
         worked = self._worked[task.name]
         return [
-            Asked(system, question, system.messages(question, worked) if task.config.has_answers else ())
+            Query(system, question, system.messages(question, worked) if task.config.has_answers else ())
             for system in systems
             if system.takes(task)
             for question in self.questions[task.name]
@@ -280,12 +299,12 @@ class Evaluation:
             with AtomicFiles() as files:
                 pq.write_table(pa.Table.from_pylist(own), files.open(self.folder / table_of(name)))
             scores += scores_of(name, own, has_answers=has_answers)
-        kept = Kept(tuple(scores), self._costs)
+        kept = EvaluationScores(tuple(scores), self._costs)
         write_scores(self.folder, kept)
         return EvaluationResult(self.folder, kept.scores, kept.costs)
 
 
-def _told(rows: Iterable[Row], line: str, total: int, say: Say) -> Iterator[Row]:
+def _with_progress(rows: Iterable[Row], line: str, total: int, say: Say) -> Iterator[Row]:
     """Yields rows, and says how many of all there are."""
     if total:
         say(line, 0.0)
@@ -303,7 +322,9 @@ def _known_costs(folder: Path) -> dict[str, AnswerCost]:
     return {} if found is None else dict(found.costs)
 
 
-def _digest(questions: Iterable[Question]) -> str:
-    """Returns what changes with the questions of a task; their right answers may be corrected."""
-    parts: list[tuple[Any, ...]] = [(q.id, q.turns, q.choices, q.conversation) for q in questions]
+def _digest(questions: Iterable[Question], *, answered: bool = False) -> str:
+    """Returns what changes with questions, and with what they are `answered`: a task's own answers may be corrected."""
+    parts: list[tuple[Any, ...]] = [
+        (q.id, q.turns, q.choices, q.conversation, q.answered if answered else None) for q in questions
+    ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -6,6 +6,7 @@ lm-eval reads the task's data, writes its prompts and judges the answers; the mo
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -16,8 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, DataError, ModelError, first_line, nearest
+from peft_study.errors import ConfigError, DataError, ModelError, first_line
+from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.systems import System
 from peft_study.evaluation.tasks import LM_EVAL
 from peft_study.storage.files import read_text
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 _METRICS = "acc", "exact_match", "prompt_level_strict_acc", "em", "f1", "word_perplexity"
 """Of a task's metrics the first of these is its score; of another task, the one that it names first."""
 
-Row = dict[str, Any]
+_PERPLEXITIES = "word_perplexity", "byte_perplexity", "bits_per_byte"
 
 
 class HarnessTask:
@@ -57,7 +61,8 @@ class HarnessTask:
         else:
             self._manager = _manager(None)
             if name not in self._manager.all_tasks:
-                remedy = nearest(name, self._manager.all_tasks) or "`lm_eval ls tasks` lists them"
+                close = difflib.get_close_matches(name, self._manager.all_tasks, n=1)
+                remedy = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
                 raise ConfigError(f"lm-eval knows no task {name!r}", remedy=remedy)
         self.name, self._chat, self._limit = name, chat, limit
 
@@ -85,6 +90,8 @@ class HarnessTask:
             raise ModelError("tasks of lm-eval need a model that packs rows", where=runner.base.path)
         began = time.perf_counter()
         with _refusals(self.name), _quiet():
+            self._manager.load([self.name])
+        with _quiet():
             found = lm_eval.simple_evaluate(
                 PackedLanguageModel(runner, system),
                 tasks=[self.name],
@@ -97,7 +104,8 @@ class HarnessTask:
         assert found is not None
         samples = found["samples"]
         seconds = (time.perf_counter() - began) / max(1, sum(map(len, samples.values())))
-        return [row for task, each in samples.items() for row in _rows(task, each, system.name, seconds)]
+        rows = [row for task, each in samples.items() for row in _rows(task, each, system.name, seconds)]
+        return [{**row, "of": len(rows)} for row in rows]
 
 
 def _manager(folder: Path | None) -> TaskManager:
@@ -160,7 +168,10 @@ def _rows(task: str, samples: Sequence[Row], system: str, seconds: float) -> Ite
             "seconds": round(seconds, 4),
         }
         value = sample[metric]
-        if isinstance(value, (tuple, list)):  # of a perplexity: a log-likelihood, and the words or bytes it is over
+        if metric in _PERPLEXITIES:  # a log-likelihood, and the words or bytes it is over
             yield {**row, "loss": -float(value[0]), "tokens": int(value[1]), "source": ""}
-        else:
+        elif isinstance(value, (bool, int, float, np.number)):
             yield {**row, "score": float(value)}
+        else:
+            what = f"lm-eval's task {task} is judged by {metric}, which says nothing of a single answer"
+            raise ConfigError(what, remedy="ask another task")

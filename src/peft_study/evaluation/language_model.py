@@ -14,7 +14,7 @@ from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.errors import ConfigError
-from peft_study.evaluation.answering import decoder, end_tokens
+from peft_study.evaluation.answering import decoder, end_tokens, room_after
 from peft_study.evaluation.decoding import DecodingRequest
 from peft_study.evaluation.systems import System
 
@@ -61,13 +61,15 @@ class PackedLanguageModel(TemplateLM):
         return self._system.encoder.render(turns, add_generation_prompt=add_generation_prompt)
 
     def _loglikelihood_tokens(self, requests: Any, **_more: Any) -> list[tuple[float, bool]]:
-        examples = [_example(before, after, self._runner.base.positions) for _, before, after in requests]
+        room = room_after(self._runner.base, self._system, 0)
+        examples = [_example(before, after, room) for _, before, after in requests]
         return [(-loss, greedy) for loss, greedy in likelihoods(self._runner, self._system, examples)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood of whole texts."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        examples = [_example([self.prefix_token_id], text, self._runner.base.positions) for text in texts]
+        room = room_after(self._runner.base, self._system, 0)
+        examples = [_example([self.prefix_token_id], text, room) for text in texts]
         return [-loss for loss, _ in likelihoods(self._runner, self._system, examples)]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
@@ -81,8 +83,9 @@ class PackedLanguageModel(TemplateLM):
             context, how = request.args
             if how.get("do_sample"):
                 raise ConfigError("lm-eval's task samples its answers; only greedy answers are made here")
-            prompt = self.tok_encode(context)
-            wanted.append(DecodingRequest(self._system.adapter, prompt, how.get("max_gen_toks", 256), self._stop(how)))
+            prompt, most = self.tok_encode(context), how.get("max_gen_toks", 256)
+            prompt = prompt[-max(1, room_after(self._runner.base, self._system, most)) :]
+            wanted.append(DecodingRequest(self._system.adapter, prompt, most, self._stop(how)))
         found = dict(decoder(self._runner, end_tokens(self._runner.base)).answers(wanted))
         return [
             _until(self.tokenizer.decode(found[place].tokens, skip_special_tokens=True), request.args[1])
@@ -101,11 +104,11 @@ def _until(text: str, how: dict[str, Any]) -> str:
     return text
 
 
-def _example(before: Sequence[int], after: Sequence[int], positions: int | None) -> Example:
-    """Returns a context and what is scored after it; cut on the left where the model has no positions for all of it."""
+def _example(before: Sequence[int], after: Sequence[int], room: int) -> Example:
+    """Returns a context and what is scored after it; cut on the left to the tokens that the model has room for."""
     tokens_L = np.array([*before, *after], dtype=np.int32)
     supervised_L = np.arange(len(tokens_L)) >= len(before)
-    first = 0 if positions is None else max(0, len(tokens_L) - positions)
+    first = max(0, len(tokens_L) - room)
     supervised_L[first] = False
     return Example(tokens_L[first:], supervised_L[first:])
 

@@ -119,11 +119,14 @@ def _labelled(choices: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
 def _place(config: TaskConfig, values: Mapping[str, Any], gold: str, choices: Mapping[str, str]) -> int | None:
     """Returns the place of the right choice: by its label, its text, or its number from 0.
 
-    A number that is no text, as MMLU's rows have it on the hub, counts among the choices of a list, empty ones too.
+    A number that is no text, as MMLU's rows have it on the hub, counts among the choices of a list, empty ones too; but
+    where the choices are numbers themselves, it is one of them.
     """
     column = re.fullmatch(r"\{(\w+)\}", config.answer)
     number = values.get(column[1]) if column else None
-    if isinstance(number, int) and not isinstance(number, bool) and str(number) not in choices:
+    listed = values.get(config.choices) if isinstance(config.choices, str) else config.choices
+    is_one = isinstance(listed, (list, tuple)) and any(type(c) is int and c == number for c in listed)
+    if isinstance(number, int) and not isinstance(number, bool) and str(number) not in choices and not is_one:
         label = chr(ord("A") + number) if 0 <= number < 26 else ""
         return list(choices).index(label) if label in choices else None
     for names in (list(choices), list(choices.values())):

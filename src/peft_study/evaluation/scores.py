@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from peft_study.errors import OutputError, first_line
 from peft_study.evaluation.accuracies import accuracy, accuracy_difference, mcnemar
+from peft_study.evaluation.answer_files import Row
 from peft_study.statistics import (
     Counts,
     Estimate,
@@ -33,8 +35,6 @@ EVALUATION = "evaluation"
 MOST_SOURCES = 12
 """Sources of a loss that have a line of their own; of more, only all together are shown."""
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -49,7 +49,7 @@ class Score:
         unjudged: rows without a right answer, or without room for an answer: counted apart, never as wrong.
         normalised: of choices, the accuracy with losses divided by the characters of the texts; else None.
         minus_base: the base's value subtracted, on the rows that both have; None for the base.
-        p_value: of "equal to the base": McNemar's for accuracies, of the paired bootstrap for losses; else None.
+        p_value: of "equal to the base": McNemar's for accuracies, else of the paired bootstrap; None for the base.
         group: 1 for the best, and for those that cannot be told from the best of the group; None where not compared.
     """
 
@@ -92,19 +92,19 @@ class AnswerCost:
 
     Attributes:
         prompt_tokens: of the prompt, worked examples included; without virtual ones.
-        first_token: seconds from the prompt to the first token, median of 3.
+        first_token_seconds: from the prompt to the first token, median of 3.
         tokens_per_second: after the first, median of 3.
         cache_bytes: keys and values of the prompt and of the virtual tokens.
     """
 
     prompt_tokens: int
-    first_token: float
+    first_token_seconds: float
     tokens_per_second: float
     cache_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class EvaluationScores:
     """What an evaluation has found, as its folder keeps it: scores, the base first, and costs by system."""
 
     scores: tuple[Score, ...]
@@ -116,7 +116,7 @@ def table_of(task: str) -> str:
     return f"{task.replace(':', '-').replace('/', '-')}.parquet"
 
 
-def write_scores(folder: Path, kept: Kept) -> None:
+def write_scores(folder: Path, kept: EvaluationScores) -> None:
     """Writes ``scores.json`` into the folder of an evaluation.
 
     Raises:
@@ -128,7 +128,7 @@ def write_scores(folder: Path, kept: Kept) -> None:
         file.write(json.dumps(values, indent=1) + "\n")
 
 
-def read_scores(folder: Path) -> Kept | None:
+def read_scores(folder: Path) -> EvaluationScores | None:
     """Returns what an evaluation's folder keeps; None where it has no scores (yet).
 
     Raises:
@@ -140,7 +140,7 @@ def read_scores(folder: Path) -> Kept | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         scores = tuple(Score(**{name: _read(value) for name, value in score.items()}) for score in values["scores"])
-        return Kept(scores, {name: AnswerCost(**cost) for name, cost in values["costs"].items()})
+        return EvaluationScores(scores, {name: AnswerCost(**cost) for name, cost in values["costs"].items()})
     except (ValueError, KeyError, TypeError) as error:
         what, remedy = f"is damaged ({first_line(error)})", "remove it; `peft-study evaluate --rescore` writes it again"
         raise OutputError(what, where=str(path), remedy=remedy) from error
@@ -213,7 +213,7 @@ def _compared(task: str, source: str | None, rows: Sequence[Row], by: _Compared)
                 source=source,
                 metric=by.metric,
                 value=by.alone(own) if own else None,
-                right=sum(row.get("score", True) > 0 for row in own),
+                right=sum(row.get("score", True) == 1 for row in own),
                 judged=len(own),
                 unjudged=len(systems[name]) - len(own),
                 normalised=accuracy(sum(normalised), len(normalised)) if normalised else None,
@@ -231,19 +231,22 @@ def _against(first: Mapping[str, Row], second: Mapping[str, Row], by: _Compared)
 
 
 def _groups(kept: Mapping[str, Mapping[str, Row]], by: _Compared) -> dict[str, int]:
-    """Returns the group of each system, on the rows that all of them have; none where there are no such rows."""
+    """Returns the group of each system, on the rows that all have; empty where no two of them can be compared."""
     if len(kept) < 2 or not (common := sorted(set.intersection(*(set(rows) for rows in kept.values())))):
         return {}
     rows = {name: [own[i] for i in common] for name, own in kept.items()}
     ranked = sorted(rows, key=lambda name: -by.better(by.alone(rows[name]).value))
 
-    def chance(first: int, second: int) -> float:
+    chances: dict[tuple[int, int], float] = {}
+    for first, second in itertools.combinations(range(len(ranked)), 2):
         found = by.pair(rows[ranked[first]], rows[ranked[second]])
-        return 1.0 if found is None else found[1]
+        if found is None:
+            return {}
+        chances[first, second] = found[1]
 
     return {
         ranked[place]: number
-        for number, group in enumerate(told_apart(len(ranked), chance), start=1)
+        for number, group in enumerate(told_apart(len(ranked), lambda *pair: chances[pair]), start=1)
         for place in group
     }
 

@@ -21,7 +21,7 @@ def last_number(text: str) -> float | None:
 
     lm-eval's `flexible-extract` takes the last number of GSM8K's answers, its `strict-match` only that after the mark.
     """
-    marked = _NUMBER.search(text.rpartition(_MARK)[2]) if _MARK in text else None
+    marked = _NUMBER.search(text.partition(_MARK)[2]) if _MARK in text else None
     found = [marked[0]] if marked else _NUMBER.findall(text)
     if not found:
         return None
@@ -67,4 +67,4 @@ METRICS: dict[str, Callable[[str, str, str | None], bool | None]] = {
 
 
 def _plain(text: str) -> str:
-    return text.strip().strip(string.whitespace + ".").casefold()
+    return text.strip().rstrip(string.whitespace + ".").casefold()

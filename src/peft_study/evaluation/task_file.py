@@ -20,8 +20,6 @@ from peft_study.storage.files import read_text
 
 CHOICE = "choice"
 """The metric of a task whose answer is the likeliest of some texts; nothing is generated."""
-LM_EVAL = "lm_eval:"
-"""How the tasks of lm-eval begin, which are none of these (`harness`)."""
 LOSS, TEXT_LOSS = "loss", "text_loss"
 """Metrics without a right answer: the loss of conversations' supervised tokens, and of plain texts."""
 

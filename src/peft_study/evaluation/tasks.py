@@ -76,7 +76,7 @@ class EvaluationTask:
             what = f"metric {metric} returned {str(found)[:60]!r} for row {question.id}"
             remedy = "return True, False, a number from 0 to 1, or None where it cannot be judged"
             raise ConfigError(what, where=self.name, remedy=remedy)
-        return bool(value) if value in (0, 1) else value
+        return value
 
     def questions(self, limit: int | None = None) -> list[Question]:
         """Returns the rows, at most `limit`: those that lie evenly over the file.
@@ -121,12 +121,11 @@ def find_tasks(config: EvaluationConfig) -> list[EvaluationTask]:
         ConfigError, DataError: as `find_task`; when worked examples are of another task, or a task is given twice.
     """
     own = [spec for spec in config.tasks if not spec.startswith(LM_EVAL)]
-    found = [find_task(spec, config.examples.get(_parted(spec)[0])) for spec in own]
+    found = [find_task(spec, config.examples.get(_split_spec(spec)[0])) for spec in own]
     names = [task.name for task in found]
     for name in config.examples:
         if name not in names:
-            remedy = nearest(name, names) or f"one of {', '.join(names)}"
-            raise ConfigError(f"examples of {name}, which is none of the tasks", remedy=remedy)
+            raise ConfigError(f"examples of {name}, which is none of the tasks", remedy=nearest(name, names))
     others = [spec for spec in config.tasks if spec.startswith(LM_EVAL)]
     for name, count in Counter([*names, *others]).items():
         if count > 1:
@@ -134,7 +133,7 @@ def find_tasks(config: EvaluationConfig) -> list[EvaluationTask]:
     return found
 
 
-def _parted(spec: str) -> tuple[str, Path | None, str]:
+def _split_spec(spec: str) -> tuple[str, Path | None, str]:
     """Returns a task's name, its own file, if it is no task of this package, and the file of rows, if given."""
     given, _, data = (spec, "", "") if Path(spec).is_file() else spec.partition("=")
     if given.endswith((".yaml", ".yml")):
@@ -153,12 +152,11 @@ def find_task(spec: str, examples: str | None = None) -> EvaluationTask:
         ConfigError: when there is no such task, or its file or its metric is wrong.
         DataError: when its rows are not there.
     """
-    name, own, data = _parted(spec)
+    name, own, data = _split_spec(spec)
     if own is None:
         known = task_names()
         if name not in known:
-            remedy = nearest(name, known) or f"one of {', '.join(known)}, or a task file (.yaml)"
-            raise ConfigError(f"unknown task {name!r}", remedy=remedy)
+            raise ConfigError(f"unknown task {name!r}", remedy=f"{nearest(name, known)}, or give a task file (.yaml)")
         own = known[name]
     elif not own.is_file():
         raise ConfigError("no such task file", where=str(own))

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, read_scores, table_of
 from peft_study.report.page_sections import ShownAnswer, ShownExample
 from peft_study.report.page_values import shortened
@@ -17,8 +17,6 @@ from peft_study.statistics import Estimate
 
 EXAMPLES = 2
 """Questions of a task that the page shows where the best adapter wins, and as many where it loses."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +56,7 @@ def _table(
     scores: Sequence[Score], places: Mapping[str, int], t: Words, examples: tuple[ShownExample, ...]
 ) -> TaskTable:
     first = scores[0]
-    share = first.metric == "accuracy"
+    share = first.metric != "loss"
     by_length = any(score.normalised for score in scores)
     heads = [t("group"), t("system"), t(f"metric_{first.metric}"), t("minus_base"), t("p_value")]
     rows = []
@@ -74,7 +72,7 @@ def _table(
             cells.append("" if score.normalised is None else f"{100 * score.normalised.value:.1f} %")
         rows.append((places.get(score.system), tuple(cells)))
     unjudged = max(score.unjudged for score in scores)
-    note = t("task_note" if share else "task_loss_note", rows=max(score.judged for score in scores))
+    note = t(f"task_{first.metric}_note", rows=max(score.judged for score in scores)) + " " + t("task_groups")
     if unjudged:
         note += " " + t("task_unjudged", rows=unjudged)
     title = first.task if first.source is None else f"{first.task}: {first.source}"
@@ -144,7 +142,7 @@ def _costs(costs: Mapping[str, AnswerCost], places: Mapping[str, int], t: Words)
             (
                 t("untouched") if system == BASE else system,
                 str(cost.prompt_tokens),
-                f"{1000 * cost.first_token:.0f} ms",
+                f"{1000 * cost.first_token_seconds:.0f} ms",
                 f"{cost.tokens_per_second:.1f}",
                 f"{cost.cache_bytes / 2**20:.2f} MiB",
             ),

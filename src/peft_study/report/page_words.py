@@ -24,15 +24,22 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "responses": ("Other settings against loss", "其他设置与损失"),
     "pareto": ("Loss against cost", "损失与成本"),
     "tasks": ("Tasks", "任务"),
-    "task_note": (
-        "Right answers of {rows}, with exact 95 % intervals (Clopper and Pearson); p: as accurate as the base "
-        "(McNemar). Systems of one group cannot be told from its best (Holm, 5 %).",
-        "{rows} 道题中答对的比例，附精确 95 % 区间（Clopper–Pearson）；p：与基座模型同样准确（McNemar 检验）。"
-        "同一组内的系统与该组最好的无法区分（Holm 校正，5 %）。",
+    "task_accuracy_note": (
+        "Share of {rows} questions answered correctly, with exact 95 % intervals (Clopper and Pearson); p: McNemar's "
+        "test against the base.",
+        "{rows} 道题的正确率，附精确 95 % 区间（Clopper–Pearson）；p 为与基座模型比较的 McNemar 检验。",
+    ),
+    "task_mean_note": (
+        "Mean score of {rows} answers, with 95 % intervals; differences are paired by question.",
+        "{rows} 个回答的平均得分，附 95 % 区间；差值按题目配对。",
     ),
     "task_loss_note": (
-        "Loss in nats a token on {rows} rows, less is better; differences are paired by row.",
-        "{rows} 条上的损失（nats/token），越小越好；差值按样本配对。",
+        "Mean loss of {rows} rows in nats a token, less is better; differences are paired by row.",
+        "{rows} 个样本上的平均损失（nats/token），越小越好；差值按样本配对。",
+    ),
+    "task_groups": (
+        "Within a group, no system differs significantly from the best (Holm, 5 %).",
+        "同组系统与组内最优者无显著差异（Holm 校正，5 %）。",
     ),
     "task_unjudged": ("{rows} could not be judged.", "另有 {rows} 条无法评判。"),
     "task_won": ("{winner} is right, the base is wrong", "{winner} 答对，基座模型答错"),

@@ -30,7 +30,10 @@ MAX_NEW_TOKENS = 64
 
 
 def forget(folder: StudyFolder) -> None:
-    """Removes what an earlier study file's finalists cost and answered; tasks are kept, as ``evaluation-before-1``."""
+    """Removes what an earlier study file's finalists cost and answered, and what chose among them.
+
+    Tasks that they were asked at the end, or by hand, are put aside as ``evaluation-before-1`` and so on.
+    """
     for name in (COST_FILE, ANSWERS_FILE):
         (folder.path / name).unlink(missing_ok=True)
     shutil.rmtree(folder.path / f"{EVALUATION}-dev", ignore_errors=True)
@@ -155,7 +158,7 @@ def _weights(folder: StudyFolder, trial: TrialRecord) -> int | None:
 
 @contextmanager
 def _shown(say: Say, what: str, *, files: bool = False) -> Iterator[None]:
-    """Shows an error and goes on; one of writing only with `files`: where nothing of the study lies among them."""
+    """Shows an error and goes on; one of writing only with `files`: where the files are none of the study's own."""
     try:
         yield
     except OutputError as error:
