@@ -87,7 +87,6 @@ class ChatEncoder:
         self._variables = _template_variables(tokenizer)
         self._eos: str = tokenizer.eos_token or ""
         self._bos_id: int | None = tokenizer.bos_token_id if add_bos else None
-        self._text_bos: list[int] = [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]
         self._special = sorted({t.content for t in tokenizer.added_tokens_decoder.values() if t.special})
         self._build()
         if self._encode_text(_PROBE).ids != tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
@@ -225,7 +224,8 @@ class ChatEncoder:
 
         Cut on the right to ``max_length`` tokens, if given.
         """
-        tokens_L = np.array([*self._text_bos, *self._encode_text(text).ids][: self.max_length], dtype=np.int32)
+        bos = [self.ends.bos] if self.ends.adds_bos else []
+        tokens_L = np.array([*bos, *self._encode_text(text).ids][: self.max_length], dtype=np.int32)
         return Example(tokens_L, np.arange(len(tokens_L)) > 0)
 
     def _encode_text(self, text: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from peft_study.display.terminal import console, table
@@ -12,8 +11,7 @@ from peft_study.statistics import Estimate
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from peft_study.evaluation.evaluate import EvaluationResult
-    from peft_study.evaluation.scores import Score
+    from peft_study.evaluation.scores import EvaluationResult, Score
 
 
 MOST_LETTERS = 24
@@ -22,8 +20,8 @@ MOST_LETTERS = 24
 
 def print_evaluation(found: EvaluationResult) -> None:
     """Prints scores and costs."""
-    for (task, source), group in groupby(found.scores, key=lambda score: (score.task, score.source)):
-        scores = sorted(group, key=lambda score: score.place)
+    for scores in found.tables:
+        task, source = scores[0].task, scores[0].source
         shown = _losses(scores) if scores[0].metric == "loss" else _accuracies(scores)
         shown.title = task if source is None else f"{task}, source {source}"
         console().print(shown)
@@ -86,11 +84,5 @@ def _costs(found: EvaluationResult) -> Table:
     names = ["system", "prompt tokens", "first token", "tokens/s", "cache"]
     shown = table(names, left=["system"], title="an answer, alone")
     for system, cost in found.costs.items():
-        shown.add_row(
-            _short(system),
-            str(cost.prompt_tokens),
-            f"{1000 * cost.first_token_seconds:.0f} ms",
-            f"{cost.tokens_per_second:.1f}",
-            f"{cost.cache_bytes / 2**20:.2f} MiB",
-        )
+        shown.add_row(_short(system), *cost.cells)
     return shown

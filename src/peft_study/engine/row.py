@@ -117,7 +117,7 @@ class RowRunner:
         Items of one slot must stand together.
         """
         with self.placed(items) as (inputs, layout):
-            places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in _supervised(items, layout))
+            places_S, targets_S, weights_S, owners_S = (x.to(self.base.device) for x in supervised(items, layout))
             if self.base.proof.chunked_head:
                 hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
                 total, losses_S = token_losses(
@@ -206,7 +206,7 @@ def _spans(items: Sequence[Item]) -> list[Span]:
     return spans
 
 
-def _supervised(items: Sequence[Item], layout: SegmentLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def supervised(items: Sequence[Item], layout: SegmentLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns for each supervised token: the place that predicts it, its id, its weight, its item."""
     places, targets, weights, owners = [], [], [], []
     for number, (item, segment) in enumerate(zip(items, layout.segments, strict=True)):

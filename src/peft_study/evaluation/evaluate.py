@@ -12,14 +12,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft_study.config import EvaluationConfig, StudyConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, OutputError, nearest
+from peft_study.errors import ConfigError, OutputError
 from peft_study.evaluation.answer_costs import TOKENS, measure_cost
 from peft_study.evaluation.answer_files import Row, append_answers, keep_complete, read_answers
 from peft_study.evaluation.answering import Query, answers, judged, room_after
@@ -28,7 +27,7 @@ from peft_study.evaluation.questions import Question
 from peft_study.evaluation.scores import (
     BASE,
     AnswerCost,
-    EvaluationScores,
+    EvaluationResult,
     Score,
     read_scores,
     scores_of,
@@ -45,9 +44,6 @@ from peft_study.model.precision import choose
 from peft_study.storage.files import AtomicFiles, atomic_writer, made_folder, refuse_unwritable
 from peft_study.storage.run_dir import RunFolder
 
-if TYPE_CHECKING:
-    import pandas
-
 PLAN = "evaluation.json"
 _PLAN_WORDS = {
     "questions": "tasks or questions",
@@ -61,41 +57,6 @@ _HARNESS = "lm_eval-"
 
 Say = Callable[..., None]
 """Shows the user a line, or with a share from 0 to 1 how much of the work in that line is done."""
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What an evaluation found.
-
-    Attributes:
-        folder: with every output, in ``TASK.parquet``.
-        scores: of each task and system, the base first.
-        costs: of an answer, by system; empty where no task has answers that are generated.
-    """
-
-    folder: Path
-    scores: tuple[Score, ...]
-    costs: Mapping[str, AnswerCost]
-
-    def dataframe(self) -> pandas.DataFrame:
-        """Returns a row a task and system; `value` is a share of right answers or a loss in nats a token."""
-        import pandas
-
-        return pandas.DataFrame([score.flat for score in self.scores])
-
-    def answers(self, task: str) -> pandas.DataFrame:
-        """Returns every output of a task, a row each.
-
-        Raises:
-            ConfigError: when there is no such task.
-        """
-        import pandas
-
-        path = self.folder / table_of(task)
-        if not path.exists():
-            there = sorted({score.task for score in self.scores})
-            raise ConfigError(f"no task {task!r}", remedy=nearest(task, there))
-        return pandas.read_parquet(path)
 
 
 def evaluate(
@@ -299,9 +260,9 @@ class Evaluation:
             with AtomicFiles() as files:
                 pq.write_table(pa.Table.from_pylist(own), files.open(self.folder / table_of(name)))
             scores += scores_of(name, own, has_answers=has_answers)
-        kept = EvaluationScores(tuple(scores), self._costs)
-        write_scores(self.folder, kept)
-        return EvaluationResult(self.folder, kept.scores, kept.costs)
+        kept = EvaluationResult(self.folder, tuple(scores), self._costs)
+        write_scores(kept)
+        return kept
 
 
 def _with_progress(rows: Iterable[Row], line: str, total: int, say: Say) -> Iterator[Row]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import logging
 import os
@@ -53,13 +54,14 @@ class HarnessTask:
             path = Path(name)
             if not path.is_file():
                 raise ConfigError("no such task file", where=name)
-            self._file, self._manager = read_text(path), _manager(path.parent.resolve())
+            self._file = read_text(path)
+            self._manager = _task_manager()(include_path=str(path.parent.resolve()), include_defaults=False)
             entries = self._manager.task_index.items()
             name = next((key for key, entry in entries if entry.yaml_path == path.resolve()), "")
             if not name:
                 raise ConfigError("is no task file of lm-eval", where=str(path), remedy="it names a task: `task: NAME`")
         else:
-            self._manager = _manager(None)
+            self._manager = _own_tasks()
             if name not in self._manager.all_tasks:
                 close = difflib.get_close_matches(name, self._manager.all_tasks, n=1)
                 remedy = f"did you mean {close[0]!r}?" if close else "`lm_eval ls tasks` lists them"
@@ -108,14 +110,25 @@ class HarnessTask:
         return [{**row, "of": len(rows)} for row in rows]
 
 
-def _manager(folder: Path | None) -> TaskManager:
-    """Returns what finds tasks: those of a folder, or lm-eval's own, whose 15,000 names take a few seconds to list."""
+def _task_manager() -> type[TaskManager]:
+    """Returns lm-eval's class that finds tasks.
+
+    Raises:
+        ConfigError: when lm-eval is not installed.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         remedy = "run: pip install 'peft-study[lm-eval]'"
         raise ConfigError("tasks of lm-eval need lm-eval, which is not installed", remedy=remedy) from None
-    return TaskManager() if folder is None else TaskManager(include_path=str(folder), include_defaults=False)
+    found: type[TaskManager] = TaskManager
+    return found
+
+
+@functools.cache
+def _own_tasks() -> TaskManager:
+    """Returns what finds lm-eval's own tasks: its 15,000 names take a few seconds to list, once."""
+    return _task_manager()()
 
 
 @contextmanager

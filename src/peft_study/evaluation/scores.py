@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peft_study.errors import OutputError, first_line
+from peft_study.errors import ConfigError, OutputError, first_line, nearest
 from peft_study.evaluation.accuracies import accuracy, accuracy_difference, mcnemar
 from peft_study.evaluation.answer_files import Row
 from peft_study.statistics import (
@@ -26,6 +26,9 @@ from peft_study.statistics import (
     told_apart,
 )
 from peft_study.storage.files import atomic_writer, finite
+
+if TYPE_CHECKING:
+    import pandas
 
 BASE = "base"
 """Name of the untouched base among the systems."""
@@ -67,11 +70,9 @@ class Score:
     group: int | None = None
 
     @property
-    def place(self) -> tuple[int, float]:
-        """By which the systems of a task are sorted: the best first."""
-        if self.value is None:
-            return self.group or 0, math.inf
-        return self.group or 0, self.value.value if self.metric == "loss" else -self.value.value
+    def to_minimise(self) -> float:
+        """The value where less is better, else its negative; infinite where there is none."""
+        return math.inf if self.value is None else _to_minimise(self.metric, self.value)
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -102,13 +103,52 @@ class AnswerCost:
     tokens_per_second: float
     cache_bytes: int
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """The four of them in words, in this order, as a table shows them."""
+        first, cache = f"{1000 * self.first_token_seconds:.0f} ms", f"{self.cache_bytes / 2**20:.2f} MiB"
+        return str(self.prompt_tokens), first, f"{self.tokens_per_second:.1f}", cache
 
-@dataclass(frozen=True, slots=True)
-class EvaluationScores:
-    """What an evaluation has found, as its folder keeps it: scores, the base first, and costs by system."""
 
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        folder: with every output, in ``TASK.parquet``.
+        scores: of each task and system, the base first.
+        costs: of an answer, by system; empty where no task has answers that are generated.
+    """
+
+    folder: Path
     scores: tuple[Score, ...]
     costs: Mapping[str, AnswerCost]
+
+    @property
+    def tables(self) -> list[list[Score]]:
+        """The scores of each task, of a loss also those of each source, in lists of their own, best first."""
+        groups = itertools.groupby(self.scores, key=lambda score: (score.task, score.source))
+        return [sorted(group, key=lambda score: (score.group or 0, score.to_minimise)) for _, group in groups]
+
+    def dataframe(self) -> pandas.DataFrame:
+        """Returns a row a task and system; `value` is a share of right answers or a loss in nats a token."""
+        import pandas
+
+        return pandas.DataFrame([score.flat for score in self.scores])
+
+    def answers(self, task: str) -> pandas.DataFrame:
+        """Returns every output of a task, a row each.
+
+        Raises:
+            ConfigError: when there is no such task.
+        """
+        import pandas
+
+        path = self.folder / table_of(task)
+        if not path.exists():
+            there = sorted({score.task for score in self.scores})
+            raise ConfigError(f"no task {task!r}", remedy=nearest(task, there))
+        return pandas.read_parquet(path)
 
 
 def table_of(task: str) -> str:
@@ -116,19 +156,19 @@ def table_of(task: str) -> str:
     return f"{task.replace(':', '-').replace('/', '-')}.parquet"
 
 
-def write_scores(folder: Path, kept: EvaluationScores) -> None:
+def write_scores(found: EvaluationResult) -> None:
     """Writes ``scores.json`` into the folder of an evaluation.
 
     Raises:
         OutputError: when it cannot be written.
     """
-    scores = [{f.name: _plain(getattr(score, f.name)) for f in fields(score)} for score in kept.scores]
-    values = {"scores": scores, "costs": {name: asdict(cost) for name, cost in kept.costs.items()}}
-    with atomic_writer(folder / SCORES) as file:
+    scores = [{f.name: _plain(getattr(score, f.name)) for f in fields(score)} for score in found.scores]
+    values = {"scores": scores, "costs": {name: asdict(cost) for name, cost in found.costs.items()}}
+    with atomic_writer(found.folder / SCORES) as file:
         file.write(json.dumps(values, indent=1) + "\n")
 
 
-def read_scores(folder: Path) -> EvaluationScores | None:
+def read_scores(folder: Path) -> EvaluationResult | None:
     """Returns what an evaluation's folder keeps; None where it has no scores (yet).
 
     Raises:
@@ -140,7 +180,8 @@ def read_scores(folder: Path) -> EvaluationScores | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         scores = tuple(Score(**{name: _read(value) for name, value in score.items()}) for score in values["scores"])
-        return EvaluationScores(scores, {name: AnswerCost(**cost) for name, cost in values["costs"].items()})
+        costs = {name: AnswerCost(**cost) for name, cost in values["costs"].items()}
+        return EvaluationResult(folder, scores, costs)
     except (ValueError, KeyError, TypeError) as error:
         what, remedy = f"is damaged ({first_line(error)})", "remove it; `peft-study evaluate --rescore` writes it again"
         raise OutputError(what, where=str(path), remedy=remedy) from error
@@ -184,14 +225,12 @@ class _Compared:
         kept: whether a row can be judged.
         alone: returns a system's value.
         pair: returns the difference of two systems and the p-value of "equal".
-        better: returns how good a value is: more is better.
     """
 
     metric: str
     kept: Callable[[Row], bool]
     alone: Callable[[Sequence[Row]], Estimate]
     pair: Callable[[Sequence[Row], Sequence[Row]], tuple[Estimate, float] | None]
-    better: Callable[[float], float]
 
 
 def _compared(task: str, source: str | None, rows: Sequence[Row], by: _Compared) -> list[Score]:
@@ -235,8 +274,7 @@ def _groups(kept: Mapping[str, Mapping[str, Row]], by: _Compared) -> dict[str, i
     if len(kept) < 2 or not (common := sorted(set.intersection(*(set(rows) for rows in kept.values())))):
         return {}
     rows = {name: [own[i] for i in common] for name, own in kept.items()}
-    ranked = sorted(rows, key=lambda name: -by.better(by.alone(rows[name]).value))
-
+    ranked = sorted(rows, key=lambda name: _to_minimise(by.metric, by.alone(rows[name])))
     chances: dict[tuple[int, int], float] = {}
     for first, second in itertools.combinations(range(len(ranked)), 2):
         found = by.pair(rows[ranked[first]], rows[ranked[second]])
@@ -249,6 +287,10 @@ def _groups(kept: Mapping[str, Mapping[str, Row]], by: _Compared) -> dict[str, i
         for number, group in enumerate(told_apart(len(ranked), lambda *pair: chances[pair]), start=1)
         for place in group
     }
+
+
+def _to_minimise(metric: str, value: Estimate) -> float:
+    return value.value if metric == "loss" else -value.value
 
 
 def _right(rows: Sequence[Row]) -> Losses:
@@ -287,7 +329,6 @@ _accuracies = _Compared(
     kept=lambda row: row["score"] is not None,
     alone=lambda rows: accuracy(int(_right(rows).sum()), len(rows)),
     pair=_pair_of_accuracies,
-    better=lambda value: value,
 )
 _means = replace(
     _accuracies,
@@ -300,5 +341,4 @@ _losses = _Compared(
     kept=lambda row: row["tokens"] > 0,
     alone=lambda rows: mean_loss(_sums(rows), _counts(rows)),
     pair=_pair_of_losses,
-    better=lambda value: -value,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from peft_study.evaluation.answer_files import Row
@@ -45,9 +44,8 @@ def tasks(view: StudyView, t: Words) -> list[TaskTable]:
         return []
     places = {f.name: view.results.methods.index(f.method) for f in view.results.finalists}
     found = []
-    for (_, source), group in groupby(kept.scores, key=lambda score: (score.task, score.source)):
-        scores = sorted(group, key=lambda score: score.place)
-        examples = [] if source is not None or scores[0].metric != "accuracy" else _examples(folder, scores, places, t)
+    for scores in kept.tables:
+        examples = _examples(folder, scores, places, t) if scores[0].metric == "accuracy" else []
         found.append(_table(scores, places, t, tuple(examples)))
     return [*found, *([_costs(kept.costs, places, t)] if kept.costs else [])]
 
@@ -137,16 +135,7 @@ def _example(
 def _costs(costs: Mapping[str, AnswerCost], places: Mapping[str, int], t: Words) -> TaskTable:
     heads = "system", "prompt_tokens", "first_token", "tokens_per_second", "cache"
     rows = tuple(
-        (
-            places.get(system),
-            (
-                t("untouched") if system == BASE else system,
-                str(cost.prompt_tokens),
-                f"{1000 * cost.first_token_seconds:.0f} ms",
-                f"{cost.tokens_per_second:.1f}",
-                f"{cost.cache_bytes / 2**20:.2f} MiB",
-            ),
-        )
+        (places.get(system), (t("untouched") if system == BASE else system, *cost.cells))
         for system, cost in costs.items()
     )
     return TaskTable(t("answer_costs"), t("answer_costs_note"), tuple(t(head) for head in heads), rows)

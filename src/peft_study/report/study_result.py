@@ -19,14 +19,14 @@ from peft_study.report.results import Finalist, Results, collect, columns, flat
 from peft_study.report.status import study_status
 from peft_study.report.study_reader import StudyRecord, read_study
 from peft_study.report.wording import say
-from peft_study.search.trials import best_first, setting_name, value_of
+from peft_study.search.trials import best_of_search, setting_name, value_of
 from peft_study.statistics import Estimate, short
 
 if TYPE_CHECKING:
     import pandas
 
     from peft_study.config import StudyConfig
-    from peft_study.evaluation.evaluate import EvaluationResult
+    from peft_study.evaluation.scores import EvaluationResult
     from peft_study.model.in_memory import ModelInMemory
 
 
@@ -279,11 +279,8 @@ class StudyResult:
 
     def _best_trials(self) -> dict[str, Path]:
         """Returns the adapters of the best finished trial of each method."""
-        state, found = self._record.state, {}
-        for method in self.config.searched:
-            for trial in best_first(state.of(method, "search"))[:1]:
-                found[setting_name(trial.method, trial.number)] = self._record.folder.trial(trial.name).adapter
-        return found
+        best = best_of_search(self._record.state, self.config.searched).values()
+        return {setting_name(t.method, t.number): self._record.folder.trial(t.name).adapter for t in best}
 
     def __repr__(self) -> str:
         best = "nothing is ranked" if self.best is None else f"best: {self.best.name}, dev loss {self.best.dev}"

@@ -312,6 +312,12 @@ def setting_name(method: str, number: int) -> str:
     return f"{method}-{number:03d}"
 
 
+def best_of_search(state: StudyState, methods: Iterable[str]) -> dict[str, TrialRecord]:
+    """Returns the best finished trial of each method's search; a method that has none is left out."""
+    found = {method: best_first(state.of(method, "search")) for method in methods}
+    return {method: trials[0] for method, trials in found.items() if trials}
+
+
 def best_first(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Returns the finished ones of some trials, least held-out loss first."""
     return sorted((trial for trial in trials if trial.last is not None), key=value_of)

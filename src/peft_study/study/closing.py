@@ -18,7 +18,7 @@ from peft_study.evaluation.scores import EVALUATION
 from peft_study.report.answers import ANSWERS_FILE, AnsweredRow, Answers, write_answers
 from peft_study.report.costs import COST_FILE, MethodCost, write_costs
 from peft_study.report.results import Results
-from peft_study.search.trials import StudyState, TrialRecord, best_first, setting_name
+from peft_study.search.trials import StudyState, TrialRecord, best_first, best_of_search, setting_name
 from peft_study.statistics import Losses
 from peft_study.storage.held_out import HeldOut
 from peft_study.storage.study_dir import StudyFolder
@@ -127,9 +127,8 @@ def best_trials(state: StudyState, results: Results) -> dict[str, TrialRecord]:
     for final in results.finalists:
         if final.method not in found and (done := best_first(state.finals_of(final.method, final.number))):
             found[final.method] = done[0]
-    for method in results.methods:
-        if method not in found and (done := best_first(state.of(method, "search"))):
-            found[method] = done[0]
+    for method, trial in best_of_search(state, results.methods).items():
+        found.setdefault(method, trial)
     return found
 
 

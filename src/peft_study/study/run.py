@@ -363,7 +363,7 @@ class _Study:
         kept = read_scores(folder)
         assert kept is not None
         scores = [score for score in kept.scores if score.source is None and score.value is not None]
-        found = {s.system: (-1 if s.metric == "loss" else 1) * s.value.value for s in scores if s.value is not None}
+        found = {score.system: -score.to_minimise for score in scores}
         self._scheduler.chosen(scores[0].task if scores else task, found)
 
     def _open_test(self) -> None:
