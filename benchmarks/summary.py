@@ -162,6 +162,9 @@ def targets() -> list[Target]:
         find = growth(axis, *cpu)
         found.append(Target(f"cpu: growth with {axis}", None, "time per token, largest / smallest", find, True))
     found += search_targets(times)
+    for count, name, goal in ((8, "8 adapters", 1.5), (1, "one adapter", 0.95)):
+        find = entry_of("answers", "ratio", row="answers", adapters=count)
+        found.append(Target(f"answers: {name} against PEFT's generate at its best batch", goal, times, find))
     help_time = entry_of("startup", "seconds", row="help", model=EMBEDDED)
     found += [
         Target("start-up: peft-study --help", 0.3, "seconds", help_time, True),

@@ -59,11 +59,11 @@ SEEDS = 0, 1, 2
 SAMPLES = {300: SEEDS, 3000: SEEDS[:2]}
 """Rows of `sample`, with the seeds of each."""
 SAMPLED = {
-    "prompt_tuning": {"tokens": 20, "learning_rate": (0.03, 0.1, 0.3)},
-    "prefix_tuning": {"tokens": 30, "learning_rate": (0.003, 0.01, 0.03)},
-    "lora": {"rank": 16, "learning_rate": (1e-4, 3e-4, 1e-3)},
+    "prompt_tuning": {"tokens": 8, "learning_rate": (0.033, 0.1, 0.3)},
+    "prefix_tuning": {"tokens": 30, "learning_rate": (0.013, 0.04, 0.12)},
+    "lora": {"rank": 16, "learning_rate": (3.3e-4, 1e-3, 3e-3)},
 }
-"""Of `sample`: a third of the usual rate, the usual one, and three times it."""
+"""Of `sample`: a third of the default rate, the default, and three times it."""
 RISING = {
     "full-1e-4": {"method": "full", "learning_rate": 1e-4},
     "full-1e-3": {"method": "full", "learning_rate": 1e-3},

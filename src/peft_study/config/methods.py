@@ -62,7 +62,7 @@ class LoraConfig(Strict):
 class PrefixTuningConfig(Strict):
     """Trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(2e-2, 3e-4, 0.3, 30, -0.4, {"zero": 1.5})
+    learning_rates: ClassVar[LearningRates] = LearningRates(4e-2, 3e-4, 0.3, 30, -0.4, {"zero": 1.5})
     method: Literal["prefix_tuning"] = "prefix_tuning"
     tokens: int = Field(30, ge=1, description="virtual tokens: keys and values a layer and head")
     init: Literal["text", "zero", "random"] = Field("text", description="text: the base's own keys and values of it")

@@ -87,8 +87,8 @@ class StudyConfig(Strict):
     budget: BudgetConfig = BudgetConfig()
     search: SearchConfig = SearchConfig()
     finals: FinalsConfig = FinalsConfig()
-    evaluation: EvaluationConfig | None = Field(None, description="tasks that base and finals are asked at the end")
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig | None = Field(None, description="tasks that base and finals are asked at the end")
     slots: int | Literal["auto"] = Field(
         "auto", description="trials side by side in the engine; auto: what keeps rows full and fits into the memory"
     )
