@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.data.conversation import Conversation
+from peft_study.data.formats import turns_of
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.data.stream import read_conversations
@@ -47,8 +48,13 @@ class Question:
         return self.gold or None
 
 
-def read_questions(config: TaskConfig, path: Path) -> list[Question]:
+def read_questions(config: TaskConfig, path: Path, *, worked: bool = False) -> list[Question]:
     """Returns the rows of a file as questions; no two have one id.
+
+    Args:
+        config: of the task.
+        path: file of rows.
+        worked: they are worked examples, which may also be conversations (training data has them).
 
     Raises:
         DataError: when it holds none, or a row lacks a column that the task names.
@@ -57,7 +63,8 @@ def read_questions(config: TaskConfig, path: Path) -> list[Question]:
         found = [Question(row.id, (), "", conversation=row) for row in read_conversations([str(path)])]
     else:
         sources = open_sources([str(path)])
-        found = [_question(config, row) for source in sources for row in source.rows(lambda _share: None)]
+        rows = [row for source in sources for row in source.rows(lambda _share: None)]
+        found = [_turn(row) if worked and "messages" in row.values else _question(config, row) for row in rows]
     if not found:
         raise DataError("holds no rows", where=str(path))
     counts = Counter(question.id for question in found)
@@ -70,6 +77,14 @@ def read_questions(config: TaskConfig, path: Path) -> list[Question]:
             taken.add(name)
             found[place] = replace(question, id=name)
     return found
+
+
+def _turn(row: RawRow) -> Question:
+    """Returns the last question of a conversation, with its answer."""
+    turns = turns_of(row.values["messages"], "messages", row.where)
+    if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
+        raise DataError("does not end with a question and its answer", where=row.where)
+    return Question(_text(row.values.get("id", row.row)), (("user", turns[-2].content),), turns[-1].content)
 
 
 def _question(config: TaskConfig, row: RawRow) -> Question:

@@ -97,7 +97,7 @@ class EvaluationTask:
         """
         if self.examples is None:
             return []
-        known = read_questions(self.config, self.examples)
+        known = read_questions(self.config, self.examples, worked=True)
         found = [question for question in known if question.answered is not None][:count]
         if len(found) < count:
             remedy = "give a file with more rows, or fewer --shots"
