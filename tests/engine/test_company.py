@@ -164,3 +164,16 @@ def test_a_late_trial_neither_catches_up_nor_waits() -> None:
     gained = [tokens - before[slot] for slot, (_, tokens) in engine.places.items()]
     assert max(gained) - min(gained) <= 4 * 32
     assert min(gained) > 0
+
+
+def test_short_examples_of_a_slot_stand_together() -> None:
+    """Two of ten tokens are an eighth of the row: of twelve trials eight are in it, and the others in the next."""
+    base = tw.base("llama")
+    engine = Engine(base, row_tokens=160)
+    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=4)
+    for number in range(12):
+        adapter = create(LoraConfig(rank=2), base, None, number)
+        engine.admit(Trial(str(number), adapter, training, tw.examples([10] * 8)))
+    for served in ([20] * 8 + [0] * 4, [40] * 4 + [20] * 8, [40] * 12):
+        engine.step()
+        assert [tokens for _, tokens in engine.places.values()] == served
