@@ -5,8 +5,8 @@
     slot 2   (free)                                               <- the next trial enters at the next row
     row      | slot 0: ex 7, ex 2 | slot 1: ex 7 |                   up to `row_tokens` tokens
 
-Slots share the row fairly: the one that has had the fewest tokens comes first, and fills an eighth of the row. A trial that leaves, of its own or
-because its numbers are no longer finite, takes nothing with it that the others use.
+Slots share the row fairly: the one that has had the fewest tokens comes first, and fills an eighth of the row. A trial
+that leaves, of its own or because its numbers are no longer finite, takes nothing with it that the others use.
 """
 
 from __future__ import annotations
