@@ -28,6 +28,7 @@ from worlds import METHODS, adapter_of, examples_of_length, open_world, vocabula
 from peft_study.config import LoraConfig, MethodConfig, TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.trial import Trial
+from peft_study.methods import low_rank
 from peft_study.model import attention
 from peft_study.model.load import Base
 
@@ -114,6 +115,7 @@ def as_on_a_card(count: Counter[str]) -> Iterator[None]:
     with (
         patch.object(attention, "varlen_attn", varlen),
         patch.object(attention, "_varlen_serves", lambda *_: True),
+        patch.object(low_rank, "grouped_products_serve", lambda *_: True),
         patch("peft_study.model.cpu.norm.install", lambda _model: None),
     ):
         yield
@@ -167,16 +169,6 @@ def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) 
         "waits": launches.waits.total(),
         "most": dict((launches.found + count).most_common(6)),
     }
-
-
-def _on_the_host(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what a function does, uncounted: positions are made on the host and copied once."""
-
-    def call(*given: Any) -> Any:
-        with _disable_current_modes():
-            return work(*given)
-
-    return call
 
 
 def main(words: list[str] | None = None) -> None:

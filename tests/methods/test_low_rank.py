@@ -13,6 +13,8 @@ from peft_study.methods.base import LowRank
 from peft_study.methods.low_rank import SpanUpdate
 
 T, I, O = 11, 6, 5  # noqa: E741
+CARD_T, CARD_I, CARD_O = 40, 8, 16
+"""Tokens of a row on a card, inputs and outputs."""
 
 
 def spans(*, masked: bool) -> list[SpanUpdate]:
@@ -41,11 +43,16 @@ def plain(x: Tensor, base: nn.Linear, given: list[SpanUpdate]) -> Tensor:
     return torch.stack(out).sum(0)[None]
 
 
+def ends_of(ends: tuple[int, ...]) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
 def run(way: str, x: Tensor, base: nn.Linear, given: list[SpanUpdate]) -> Tensor:
+    groups = low_rank.grouped(given, x, ends_of)
     if way == "linear":
-        return low_rank.linear(x, base.weight, base.bias, given)
+        return low_rank.linear(x, base.weight, base.bias, groups)
     y = base(x)
-    return low_rank.add(x, y if way == "add" else y.view(1, T, O), given)
+    return low_rank.add(x, y if way == "add" else y.view(1, T, O), groups)
 
 
 def leaves(x: Tensor, given: list[SpanUpdate]) -> list[Tensor]:
@@ -70,7 +77,7 @@ def test_inputs_without_gradient_and_frozen_matrices_get_none() -> None:
     given, base = spans(masked=False), layer()
     given[0].update.A.requires_grad_(False)
     x = torch.randn(1, T, I, dtype=torch.float64)
-    low_rank.linear(x, base.weight, None, given).sum().backward()
+    run("linear", x, base, given).sum().backward()
     assert x.grad is None
     assert given[0].update.A.grad is None
     assert given[0].update.B.grad is not None
@@ -94,3 +101,72 @@ def test_what_is_not_finite_stays_in_its_span(way: str, poison: float) -> None:
     assert torch.equal(gradients[0][0, others], well[0][0, others])
     for a, b in zip(gradients[3:], well[3:], strict=True):
         assert torch.equal(a, b)
+
+
+def on_a_card(dropout: bool = False) -> list[SpanUpdate]:
+    """Returns neighbours of ranks 3, 8 and 5 (stacked as 8), of 9 and 16 (as 16), a gap, and one alone."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for start, end, rank, scale in (
+        (2, 5, 3, 0.5),
+        (5, 6, 8, 2.0),
+        (6, 16, 5, 1.0),
+        (16, 21, 9, 0.25),
+        (21, 30, 16, 1.5),
+        (32, 40, 16, 1.0),
+    ):
+        A, B = (torch.randn(shape, generator=generator) for shape in ((rank, CARD_I), (CARD_O, rank)))
+        update = LowRank(A.requires_grad_(), B.requires_grad_(), scale)
+        mask = torch.full((end - start, CARD_I), 2.0) if dropout and start == 5 else None
+        found.append(SpanUpdate(start, end, update, mask))
+    return found
+
+
+@pytest.fixture
+def grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes the path of a card: torch computes grouped products on CPU, too."""
+    monkeypatch.setattr(low_rank, "grouped_products_serve", lambda *_: True)
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.usefixtures("grouped_products")
+def test_neighbours_of_like_rank_share_their_products(dropout: bool) -> None:
+    x = torch.randn(1, CARD_T, CARD_I)
+    groups = low_rank.grouped(on_a_card(dropout), x, ends_of)
+    assert [len(group.spans) for group in groups] == ([1, 1, 1, 2, 1] if dropout else [3, 2, 1])
+    assert [None if g.ends_S is None else g.ends_S.tolist() for g in groups][-2:] == [[5, 14], None]
+
+
+@pytest.mark.parametrize("way", ["linear", "add"])
+def test_grouped_products_are_those_of_each_span(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    given, base = on_a_card(), nn.Linear(CARD_I, CARD_O).requires_grad_(False)
+    x, weight = torch.randn(1, CARD_T, CARD_I).requires_grad_(), torch.randn(1, CARD_T, CARD_O)
+    found = []
+    for serves in (False, True):
+        monkeypatch.setattr(low_rank, "grouped_products_serve", lambda *_, serves=serves: serves)
+        y = run(way, x, base, given)
+        found.append([y, *torch.autograd.grad((y * weight).sum(), leaves(x, given))])
+    for one, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.usefixtures("grouped_products")
+def test_what_is_not_finite_stays_in_its_span_of_a_group(poison: float) -> None:
+    torch.manual_seed(1)
+    given, base = on_a_card(), nn.Linear(CARD_I, CARD_O).requires_grad_(False)
+    x = torch.randn(1, CARD_T, CARD_I).requires_grad_()
+    well = run("linear", x, base, given)
+    expected = torch.autograd.grad(well.sum(), leaves(x, given))
+    with torch.no_grad():
+        given[1].update.A.fill_(poison)
+        given[1].update.B.fill_(poison)
+    sick = run("linear", x, base, given)
+    found = torch.autograd.grad(sick.sum(), leaves(x, given))
+    others = torch.ones(CARD_T, dtype=torch.bool)
+    others[5:6] = False
+    assert torch.equal(sick[0, others], well[0, others])
+    assert torch.equal(found[0][0, others], expected[0][0, others])
+    for number, (a, b) in enumerate(zip(found[1:], expected[1:], strict=True)):
+        assert torch.equal(a, b) == (number not in (2, 3)), number

@@ -22,9 +22,10 @@ from peft_study.engine.guards import refuse_unexpected
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import DoesNotFit, Item, RowRunner
-from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, gradient_norms
+from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, clip_gradients, gradient_norms
 from peft_study.errors import ConfigError, ModelError, out_of_memory
 from peft_study.methods.base import Adapter
+from peft_study.methods.low_rank import stacked_rank
 from peft_study.model.load import Base
 from peft_study.statistics import Losses
 
@@ -182,7 +183,9 @@ class Engine:
         complete = [trial for trial in self.trials if trial.batch_complete]
         for trial in complete:
             self.processes.sum_gradients(list(trial.parameters.values()))
-        for trial, norm in zip(complete, gradient_norms(complete), strict=True):
+        norms = gradient_norms(complete)
+        clip_gradients(complete, norms)
+        for trial, norm in zip(complete, norms, strict=True):
             try:
                 events.append(StepEvent(trial, trial.finish_batch(norm)))
             except Diverged as reason:
@@ -264,8 +267,8 @@ class Engine:
             row.used += item.row_length
             self._served[slot] += item.row_length
             turn += item.row_length
-        for row in rows:  # the items of a slot stand together
-            row.entries.sort(key=lambda entry: entry[2].slot)
+        for row in rows:  # the items of a slot stand together, and slots of like rank
+            row.entries.sort(key=lambda entry: (stacked_rank(entry[2].adapter.rank), entry[2].slot))
         return rows
 
     def _run(self, rows: Sequence[_Row]) -> list[float] | None:

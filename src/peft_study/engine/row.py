@@ -173,23 +173,30 @@ class RowRunner:
         return SegmentLayout(tuple(segments), prefixes)
 
     def _embeddings(self, items: Sequence[Item]) -> Tensor:
-        ids_T = torch.from_numpy(np.concatenate([item.example.tokens_L for item in items])).long()
-        text_TE = self.base.embed(ids_T.to(self.base.device))
-        if not any(item.adapter.row_tokens for item in items):
+        """Returns what enters the first layer (T, E): the base's embeddings, and vectors where virtual tokens stand."""
+        ids_T = np.concatenate([np.pad(item.example.tokens_L, (item.adapter.row_tokens, 0)) for item in items])
+        text_TE = self.base.embed(torch.from_numpy(ids_T).long().to(self.base.device))
+        virtual = {item.slot: item.adapter.embeddings() for item in items if item.adapter.row_tokens}
+        if not virtual:
             return text_TE
-        virtual = {item.slot: item.adapter.embeddings() for item in items}
-        pieces, start = [], 0
+        firsts, count = {}, 0
+        for slot, vectors_PE in virtual.items():
+            assert vectors_PE is not None
+            firsts[slot] = range(count, count := count + len(vectors_PE))
+        which, places, start = [], [], 0
         for item in items:
-            vectors_PE = virtual[item.slot]
-            if vectors_PE is not None:
-                pieces.append(vectors_PE.to(text_TE.dtype))
-            pieces.append(text_TE[start : start + len(item.example)])
-            start += len(item.example)
-        return torch.cat(pieces)
+            if item.slot in firsts:
+                which += [*firsts[item.slot]]
+                places += [*range(start, start + item.adapter.row_tokens)]
+            start += item.row_length
+        which_V, places_V = torch.tensor([which, places], device=self.base.device)
+        # gathered before they are rounded: their gradients add up in float32
+        vectors_VE = torch.cat([x for x in virtual.values() if x is not None])[which_V].to(text_TE.dtype)
+        return text_TE.index_copy(0, places_V, vectors_VE)
 
     def _positions(self, items: Sequence[Item]) -> Tensor:
-        pieces = [torch.arange(item.row_length) + item.adapter.prefix_tokens for item in items]
-        return torch.cat(pieces).to(self.base.device)
+        pieces = [np.arange(item.row_length) + item.adapter.prefix_tokens for item in items]
+        return torch.from_numpy(np.concatenate(pieces)).to(self.base.device)
 
 
 def _spans(items: Sequence[Item]) -> list[Span]:

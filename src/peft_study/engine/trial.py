@@ -8,6 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -216,10 +217,10 @@ class Trial:
         return [p.grad for p in self.parameters.values() if p.grad is not None]
 
     def finish_batch(self, scaled_norm: float) -> StepReport:
-        """Clips, steps optimizer and schedule, and returns the report; the batch must be complete.
+        """Steps optimizer and schedule, and returns the report; the batch must be complete, its gradients clipped.
 
         Args:
-            scaled_norm: L2 norm over `gradients`, as `gradient_norms` gives it.
+            scaled_norm: L2 norm over `gradients` before that, as `gradient_norms` gives it.
 
         Raises:
             Diverged: when the gradient is not finite (float16: and the loss scale cannot fall further).
@@ -249,6 +250,14 @@ class Trial:
             skipped=skipped,
         )
 
+    def clip_factor(self, scaled_norm: float) -> float:
+        """Returns what the gradients are multiplied by before the step, from their norm; the loss scale is in it."""
+        norm, clip = scaled_norm / self.loss_scale, self.training.clip_norm
+        factor = 1.0 / self.loss_scale
+        if clip is not None and math.isfinite(norm) and norm > clip:
+            factor *= clip / (norm + 1e-6)
+        return factor
+
     def _update(self, scaled_norm: float) -> tuple[float, bool]:
         """Takes the optimizer step; returns the gradient norm and whether float16 overflowed."""
         assert self.optimizer is not None
@@ -261,12 +270,6 @@ class Trial:
                 raise Diverged(f"the gradient became {norm} at step {self.step + 1}")
             self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
             return norm, True
-        clip = self.training.clip_norm
-        factor = 1.0 / self.loss_scale
-        if clip is not None and norm > clip:
-            factor *= clip / (norm + 1e-6)
-        if factor != 1.0:
-            torch._foreach_mul_(self.gradients(), factor)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -289,7 +292,22 @@ class Trial:
 
 def gradient_norms(trials: Sequence[Trial]) -> list[float]:
     """Returns the L2 norm over each trial's own gradients, 0 where it has none; the device is waited for once."""
-    norms = [torch._foreach_norm(trial.gradients()) if trial.gradients() else [] for trial in trials]
-    totals = [torch.linalg.vector_norm(torch.stack(list(own))) for own in norms if own]
-    values = iter(torch.stack(totals).tolist() if totals else ())
-    return [next(values) if own else 0.0 for own in norms]
+    own = [trial.gradients() for trial in trials]
+    together = [gradient for gradients in own for gradient in gradients]
+    norms = iter(torch.stack(torch._foreach_norm(together)).tolist() if together else ())
+    return [math.hypot(*islice(norms, len(gradients))) for gradients in own]
+
+
+def clip_gradients(trials: Sequence[Trial], norms: Sequence[float]) -> None:
+    """Clips the gradients of all trials by their norms and takes their loss scales out, in one pass.
+
+    Args:
+        trials: with complete batches.
+        norms: as `gradient_norms` gives them; where one is not finite, the trial takes no step.
+    """
+    factors = [trial.clip_factor(norm) for trial, norm in zip(trials, norms, strict=True)]
+    changed = [
+        (g, factor) for trial, factor in zip(trials, factors, strict=True) if factor != 1 for g in trial.gradients()
+    ]
+    if changed:
+        torch._foreach_mul_([gradient for gradient, _ in changed], [factor for _, factor in changed])

@@ -95,6 +95,8 @@ class Adapter(ABC):
     """Virtual tokens that stand in the row before each segment."""
     prefix_tokens: int = 0
     """Virtual keys before each segment; positions of the text start after them."""
+    rank: int = 0
+    """Columns of its linear updates: trials of like rank stand together in a row."""
     dropout: float = 0.0
     """Probability of dropping an input of a linear update."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peft_study.methods import low_rank
 from peft_study.methods.base import Adapter
 from peft_study.methods.dropout import DropoutKey, keep_mask
-from peft_study.methods.low_rank import SpanUpdate
+from peft_study.methods.low_rank import Group, SpanUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class LinearHooks:
         self._modules = dict(model.named_modules())
         self._hooked: set[str] = set()
         self._spans: Sequence[Span] = ()
+        self._ends: dict[tuple[int, ...], Tensor] = {}
 
     def ensure(self, names: Sequence[str]) -> None:
         """Hooks the layers of these names that are not hooked yet."""
@@ -61,27 +62,34 @@ class LinearHooks:
             yield
         finally:
             self._spans = ()
+            self._ends.clear()
 
     def _linear(self, name: str, module: nn.Linear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        spans = self._updates(name, x)
-        if not spans:
+        groups = self._updates(name, x)
+        if not groups:
             return forward(x)
         if module.weight.requires_grad or x.dtype != module.weight.dtype:
-            return low_rank.add(x, forward(x), spans)
-        return low_rank.linear(x, module.weight, module.bias, spans)
+            return low_rank.add(x, forward(x), groups)
+        return low_rank.linear(x, module.weight, module.bias, groups)
 
     def _add(self, name: str, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        spans = self._updates(name, inputs[0])
-        return low_rank.add(inputs[0], output, spans) if spans else output
+        groups = self._updates(name, inputs[0])
+        return low_rank.add(inputs[0], output, groups) if groups else output
 
-    def _updates(self, name: str, x: Tensor) -> list[SpanUpdate]:
+    def _updates(self, name: str, x: Tensor) -> list[Group]:
         """Returns the updates of the layer in the row that is being computed."""
         found = []
         for span in self._spans:
             update = span.adapter.linear_update(name)
             if update is not None:
                 found.append(SpanUpdate(span.start, span.end, update, _mask(name, span, x)))
-        return found
+        return low_rank.grouped(found, x, partial(self._ends_of, x.device))
+
+    def _ends_of(self, device: torch.device, ends: tuple[int, ...]) -> Tensor:
+        """Returns where spans end, copied to the device once a row: every layer asks."""
+        if ends not in self._ends:
+            self._ends[ends] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._ends[ends]
 
 
 def _mask(name: str, span: Span, x: Tensor) -> Tensor | None:

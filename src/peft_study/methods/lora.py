@@ -23,7 +23,7 @@ class LoraAdapter(Adapter):
 
     def __init__(self, config: LoraConfig, shapes: dict[str, tuple[int, int]], device: torch.device, seed: int) -> None:
         self.config = config
-        self.dropout = config.dropout
+        self.rank, self.dropout = config.rank, config.dropout
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, (inputs, outputs) in shapes.items():
             A = torch.empty(config.rank, inputs)

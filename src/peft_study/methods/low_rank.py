@@ -1,14 +1,16 @@
 """The product of an adapted linear layer: y + scale * dropout(x) A^T B^T on spans of the row, backward pass by hand.
 
 Updates are added into the layer's output where it lies, and their gradients into the base's, so nothing is copied or
-joined. Of what a span computes only its x and hidden_LR are kept. No product spans two adapters.
+joined. Of what a span computes only its x and hidden_LR are kept. No product spans two adapters: on a card that has
+grouped products, neighbouring spans of like rank share the call, each with its own matrices.
 
-Shape legend: T tokens of the row, L of a span, I inputs, O outputs, R rank.
+Shape legend: T tokens of the row, L of a span or group, S spans of a group, I inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,24 +30,115 @@ class SpanUpdate:
     update: LowRank
     mask_LI: Tensor | None = None
 
+    @property
+    def stacked_rank(self) -> int:
+        """The rank with which its matrices stand in a stack: see `stacked_rank`."""
+        return stacked_rank(self.update.A.shape[0])
 
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, spans: Sequence[SpanUpdate]) -> Tensor:
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Neighbouring spans that share the calls of their products; of a single span `ends_S` is None.
+
+    Attributes:
+        spans: one after another, without a gap; of several, none has a mask.
+        ends_S: int32, where each ends, counted from the first one's start.
+    """
+
+    spans: tuple[SpanUpdate, ...]
+    ends_S: Tensor | None = None
+
+    @property
+    def slice(self) -> slice:
+        """Its tokens."""
+        return slice(self.spans[0].start, self.spans[-1].end)
+
+    @property
+    def scales(self) -> list[float]:
+        """The scale of each span."""
+        return [span.update.scale for span in self.spans]
+
+
+def stacked_rank(rank: int) -> int:
+    """Returns the next power of two, at least 8: rows of a grouped product begin at multiples of 16 bytes.
+
+    Matrices of a lower rank stand in a stack with zeros, which change no sum. 0 where there is no update.
+    """
+    return max(8, 1 << (rank - 1).bit_length()) if rank else 0
+
+
+def grouped(spans: Sequence[SpanUpdate], x: Tensor, ends_of: Callable[[tuple[int, ...]], Tensor]) -> list[Group]:
+    """Returns the spans in groups, where the device has grouped products; else each by itself.
+
+    Args:
+        spans: in row order.
+        x: input of the layer.
+        ends_of: returns ends as a tensor on the device.
+    """
+    joined: list[list[SpanUpdate]] = []
+    even = bool(spans) and all(size % 8 == 0 for size in (x.shape[-1], len(spans[0].update.B)))  # as `stacked_rank`
+    serves = even and len(spans) > 1 and grouped_products_serve(x.device, x.dtype)
+    for span in spans:
+        last = joined[-1][-1] if joined else None
+        together = (
+            serves
+            and last is not None
+            and last.end == span.start
+            and last.stacked_rank == span.stacked_rank
+            and last.mask_LI is None
+            and span.mask_LI is None
+        )
+        if together:
+            joined[-1].append(span)
+        else:
+            joined.append([span])
+    return [
+        Group(tuple(own), ends_of(tuple(span.end - own[0].start for span in own)) if len(own) > 1 else None)
+        for own in joined
+    ]
+
+
+@functools.cache
+def grouped_products_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where torch has a kernel of grouped products and it computes what products one by one do.
+
+    On CPU torch computes them one by one, and makes a copy of the result that the loop here does without.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x_LI, A_SIR = (torch.randn(*shape, generator=draw).to(device, dtype) for shape in ((24, 16), (3, 16, 8)))
+    ends, starts = (3, 4, 24), (0, 3, 4)
+    try:
+        ends_S = torch.tensor(ends, dtype=torch.int32, device=device)
+        found_LR = F.grouped_mm(x_LI, A_SIR, offs=ends_S)
+        found_SRI = F.grouped_mm(found_LR.t(), x_LI, offs=ends_S)
+    except RuntimeError:  # a build without the kernel
+        return False
+    spans = [slice(*span) for span in zip(starts, ends, strict=True)]
+    one_LR = torch.cat([x_LI[span] @ A_RI for span, A_RI in zip(spans, A_SIR, strict=True)])
+    one_SRI = torch.stack([one_LR[span].t() @ x_LI[span] for span in spans])
+    near = functools.partial(torch.allclose, rtol=2e-2, atol=0.5)
+    return near(found_LR, one_LR) and near(found_SRI, one_SRI)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, groups: Sequence[Group]) -> Tensor:
     """Returns (..., T, O): the frozen layer's output with the updates in it."""
     assert not weight_OI.requires_grad, "the base is frozen"
-    return _apply(x, None, weight_OI, bias_O, spans)
+    return _apply(x, None, weight_OI, bias_O, groups)
 
 
-def add(x: Tensor, y: Tensor, spans: Sequence[SpanUpdate]) -> Tensor:
+def add(x: Tensor, y: Tensor, groups: Sequence[Group]) -> Tensor:
     """Adds the updates to a layer's output y (..., T, O), in place unless it is a view, and returns it."""
     # autograd would copy the whole of what a view looks at
-    return _apply(x, y.clone() if y._is_view() else y, None, None, spans)
+    return _apply(x, y.clone() if y._is_view() else y, None, None, groups)
 
 
 def _apply(
-    x: Tensor, y: Tensor | None, weight_OI: Tensor | None, bias_O: Tensor | None, spans: Sequence[SpanUpdate]
+    x: Tensor, y: Tensor | None, weight_OI: Tensor | None, bias_O: Tensor | None, groups: Sequence[Group]
 ) -> Tensor:
-    pairs = [matrix for span in spans for matrix in (span.update.A, span.update.B)]
-    out: Tensor = _Adapted.apply(x, y, weight_OI, bias_O, tuple(spans), *pairs)
+    pairs = [matrix for group in groups for span in group.spans for matrix in (span.update.A, span.update.B)]
+    out: Tensor = _Adapted.apply(x, y, weight_OI, bias_O, tuple(groups), *pairs)
     return out
 
 
@@ -59,8 +152,8 @@ class _Adapted(torch.autograd.Function):
         y: Tensor | None,
         weight_OI: Tensor | None,
         bias_O: Tensor | None,
-        spans: tuple[SpanUpdate, ...],
-        *pairs: Tensor,
+        groups: tuple[Group, ...],
+        *_pairs: Tensor,
     ) -> Tensor:
         if y is None:
             assert weight_OI is not None
@@ -69,12 +162,9 @@ class _Adapted(torch.autograd.Function):
             ctx.mark_dirty(y)
         x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
         saved = []
-        for span, A, B in zip(spans, pairs[::2], pairs[1::2], strict=True):
-            A_RI, B_OR = A.to(y.dtype), B.to(y.dtype)
-            hidden_LR = _inputs(x_TI, span, y.dtype) @ A_RI.t()
-            y_TO[span.start : span.end].addmm_(hidden_LR, B_OR.t(), alpha=span.update.scale)
-            saved += [A_RI, B_OR, hidden_LR]
-        ctx.spans, ctx.dtype = spans, y.dtype
+        for group in groups:
+            saved += (_add_span if group.ends_S is None else _add_group)(x_TI, y_TO, group)
+        ctx.groups, ctx.dtype = groups, y.dtype
         ctx.save_for_backward(x, weight_OI, *saved)
         return y
 
@@ -88,30 +178,94 @@ class _Adapted(torch.autograd.Function):
         if wanted[0]:
             d_x_TI = torch.zeros_like(x_TI) if weight_OI is None else d_y_TO @ weight_OI
         d_pairs: list[Tensor | None] = []
-        for number, span in enumerate(ctx.spans):
-            A_RI, B_OR, hidden_LR = saved[3 * number : 3 * number + 3]
-            d_y_LO = d_y_TO[span.start : span.end]
-            d_hidden_LR = (d_y_LO @ B_OR).mul_(span.update.scale)
-            if wanted[5 + 2 * number]:
-                d_A = d_hidden_LR.t() @ _inputs(x_TI, span, ctx.dtype)
-                d_pairs.append(d_A.to(span.update.A.dtype))
-            else:
-                d_pairs.append(None)
-            if wanted[6 + 2 * number]:
-                d_B_RO = (hidden_LR.t() @ d_y_LO).to(span.update.B.dtype)
-                d_pairs.append(d_B_RO.mul_(span.update.scale).t().contiguous())
-            else:
-                d_pairs.append(None)
-            if d_x_TI is not None:
-                span_LI = d_x_TI[span.start : span.end]
-                if span.mask_LI is not None:
-                    span_LI.add_((d_hidden_LR @ A_RI).mul_(span.mask_LI))
-                elif span_LI.dtype == A_RI.dtype:
-                    span_LI.addmm_(d_hidden_LR, A_RI)
-                else:
-                    span_LI.add_(d_hidden_LR @ A_RI)
+        for number, group in enumerate(ctx.groups):
+            back = _span_gradients if group.ends_S is None else _group_gradients
+            first = 5 + len(d_pairs)
+            own = wanted[first : first + 2 * len(group.spans)]
+            d_pairs += back(x_TI, d_y_TO, d_x_TI, group, saved[3 * number : 3 * number + 3], own)
         d_x = None if d_x_TI is None else d_x_TI.view_as(x)
         return d_x, d_y if wanted[1] else None, None, None, None, *d_pairs
+
+
+def _add_span(x_TI: Tensor, y_TO: Tensor, group: Group) -> list[Tensor]:
+    (span,) = group.spans
+    A_RI, B_OR = span.update.A.to(y_TO.dtype), span.update.B.to(y_TO.dtype)
+    hidden_LR = _inputs(x_TI, span, y_TO.dtype) @ A_RI.t()
+    y_TO[group.slice].addmm_(hidden_LR, B_OR.t(), alpha=span.update.scale)
+    return [A_RI, B_OR, hidden_LR]
+
+
+def _span_gradients(
+    x_TI: Tensor,
+    d_y_TO: Tensor,
+    d_x_TI: Tensor | None,
+    group: Group,
+    saved: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    (span,), (A_RI, B_OR, hidden_LR) = group.spans, saved
+    d_y_LO = d_y_TO[group.slice]
+    d_hidden_LR = (d_y_LO @ B_OR).mul_(span.update.scale)
+    d_A_RI = d_B_OR = None
+    if wanted[0]:
+        d_A_RI = (d_hidden_LR.t() @ _inputs(x_TI, span, B_OR.dtype)).to(span.update.A.dtype)
+    if wanted[1]:
+        d_B_RO = (hidden_LR.t() @ d_y_LO).to(span.update.B.dtype)
+        d_B_OR = d_B_RO.mul_(span.update.scale).t().contiguous()
+    if d_x_TI is not None:
+        span_LI = d_x_TI[group.slice]
+        if span.mask_LI is not None:
+            span_LI.add_((d_hidden_LR @ A_RI).mul_(span.mask_LI))
+        elif span_LI.dtype == A_RI.dtype:
+            span_LI.addmm_(d_hidden_LR, A_RI)
+        else:
+            span_LI.add_(d_hidden_LR @ A_RI)
+    return [d_A_RI, d_B_OR]
+
+
+def _add_group(x_TI: Tensor, y_TO: Tensor, group: Group) -> list[Tensor]:
+    updates = [span.update for span in group.spans]
+    rank = group.spans[0].stacked_rank
+    A_SRI = torch.stack([_wider(update.A, rank, dim=0) for update in updates]).to(y_TO.dtype)
+    scaled = torch._foreach_mul([_wider(update.B, rank, dim=1) for update in updates], group.scales)
+    B_SOR = torch.stack(list(scaled)).to(y_TO.dtype)
+    hidden_LR = F.grouped_mm(x_TI[group.slice].to(y_TO.dtype), A_SRI.mT, offs=group.ends_S)
+    y_TO[group.slice].add_(F.grouped_mm(hidden_LR, B_SOR.mT, offs=group.ends_S))
+    return [A_SRI, B_SOR, hidden_LR]
+
+
+def _group_gradients(
+    x_TI: Tensor,
+    d_y_TO: Tensor,
+    d_x_TI: Tensor | None,
+    group: Group,
+    saved: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    A_SRI, B_SOR, hidden_LR = saved
+    d_y_LO, x_LI = d_y_TO[group.slice].contiguous(), x_TI[group.slice].to(B_SOR.dtype)
+    d_hidden_LR = F.grouped_mm(d_y_LO, B_SOR, offs=group.ends_S)
+    if d_x_TI is not None:
+        d_x_TI[group.slice].add_(F.grouped_mm(d_hidden_LR, A_SRI, offs=group.ends_S))
+    if not any(wanted):
+        return [None] * len(wanted)
+    kind = group.spans[0].update.A.dtype
+    d_A_SRI = F.grouped_mm(d_hidden_LR.t(), x_LI, offs=group.ends_S).to(kind)
+    d_B_SOR = F.grouped_mm(d_y_LO.t(), hidden_LR, offs=group.ends_S).to(kind)
+    torch._foreach_mul_(list(d_B_SOR.unbind()), group.scales)
+    found: list[Tensor | None] = []
+    for span, d_A_RI, d_B_OR in zip(group.spans, d_A_SRI.unbind(), d_B_SOR.unbind(), strict=True):
+        rank = span.update.A.shape[0]
+        found += [d_A_RI[:rank], d_B_OR[:, :rank]]
+    return found
+
+
+def _wider(matrix: Tensor, rank: int, *, dim: int) -> Tensor:
+    """Returns the matrix with zeros up to a rank along a dimension."""
+    missing = rank - matrix.shape[dim]
+    if not missing:
+        return matrix
+    return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
 def _inputs(x_TI: Tensor, span: SpanUpdate, dtype: torch.dtype) -> Tensor:

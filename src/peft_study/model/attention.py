@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from peft_study.model.cpu import causal
 from peft_study.model.scores import weights
 
 NAME = "peft_study_segments"
-"""Name under which the function and its mask function are registered."""
+"""Name under which the function is registered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,41 @@ class SegmentLayout:
     segments: tuple[Segment, ...]
     prefixes: dict[int, Tensor] = field(default_factory=dict)
     captured: list[tuple[Tensor, Tensor]] | None = None
+    _by_layer: dict[int, tuple[Tensor, ...]] = field(init=False)
     _bounds: tuple[Tensor, Tensor, int, int] | None = None
+    _keys: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        # cut once: autograd would make a whole stack of zeros for the gradient of each layer's part
+        self._by_layer = {slot: stack.unbind() for slot, stack in self.prefixes.items()}
+
+    def prefixes_of(self, layer: int) -> dict[int, Tensor]:
+        """Returns slot -> (2, G, P, D) keys and values of a layer."""
+        return {slot: parts[layer] for slot, parts in self._by_layer.items()}
+
+    def behind_prefixes(self, layer: int, key_GTD: Tensor, value_GTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (K, G, D) keys and values of the row, those of its prefix before each segment's own.
+
+        All are gathered by one index, whatever the number of segments; it is made once a row.
+        """
+        own = key_GTD.transpose(0, 1), value_GTD.transpose(0, 1)
+        if not self.prefixes:
+            return own
+        if self._keys is None:
+            self._keys = self._places_of_keys().to(key_GTD.device), _by_layer_and_kind(list(self.prefixes.values()))
+        places_K, stacks = self._keys
+        key_KGD, value_KGD = (torch.cat([stacks[2 * layer + n], x])[places_K] for n, x in enumerate(own))
+        return key_KGD, value_KGD
+
+    def _places_of_keys(self) -> Tensor:
+        """Returns for each key of the row its place among all prefixes, one after another, and then the row's own."""
+        firsts, count = {}, 0
+        for slot, stack in self.prefixes.items():
+            firsts[slot] = range(count, count := count + stack.shape[3])
+        places: list[int] = []
+        for segment in self.segments:
+            places += [*firsts.get(segment.slot, ()), *range(count + segment.start, count + segment.end)]
+        return torch.tensor(places)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
         """Returns where queries and keys of each segment begin and end (N + 1,), int32, and the longest of each.
@@ -72,16 +107,13 @@ class SegmentLayout:
 
 
 def register() -> None:
-    """Registers the segment attention and its mask function (which returns None) with transformers."""
+    """Registers the segment attention with transformers, without a mask function: it then makes no masks.
+
+    The layout carries all that a mask would say; looking for packed sequences would wait for the device.
+    """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(NAME, segment_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Stands in for transformers' mask function: the layout carries all that a mask would say."""
 
 
 def segment_attention(
@@ -116,10 +148,10 @@ def segment_attention(
         return segments.attend(layer, *new, scale, sliding_window, softcap, s_aux)[None], None
     if segments.captured is not None:
         segments.captured.append((key_1GTD[0].detach(), value_1GTD[0].detach()))
-    prefixes = {slot: stack[layer] for slot, stack in segments.prefixes.items()}
     if _varlen_serves(query_1HTD, softcap, s_aux):
-        out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, prefixes, scale, sliding_window)
+        out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, layer, scale, sliding_window)
         return out_THD.unsqueeze(0), None
+    prefixes = segments.prefixes_of(layer)
     if _products_serve(query_1HTD, softcap, s_aux):
         places = {slot: number for number, slot in enumerate(prefixes)}
         pieces = [causal.Piece(s.start, s.end, places.get(s.slot)) for s in segments.segments]
@@ -200,7 +232,7 @@ def _varlen(
     key_GTD: Tensor,
     value_GTD: Tensor,
     layout: SegmentLayout,
-    prefixes: dict[int, Tensor],
+    layer: int,
     scale: float,
     window: int | None,
 ) -> Tensor:
@@ -208,15 +240,6 @@ def _varlen(
 
     The kernel aligns the causal mask bottom-right where keys outnumber queries, which is what a prefix needs.
     """
-    keys, values = [], []
-    for segment in layout.segments:
-        span = slice(segment.start, segment.end)
-        prefix = prefixes.get(segment.slot)
-        if prefix is not None:
-            keys.append(prefix[0])
-            values.append(prefix[1])
-        keys.append(key_GTD[:, span])
-        values.append(value_GTD[:, span])
     groups = query_HTD.shape[0] // key_GTD.shape[0]
     # the kernel of torch 2.11 has fewer arguments than that of 2.13
     state = _varlen_options()
@@ -229,10 +252,7 @@ def _varlen(
         options["is_causal"] = True
     if "num_splits" in state:
         options["num_splits"] = 1  # the same bits whatever the neighbours are
-    key_KGD, value_KGD = (
-        (torch.cat(x, dim=1) if prefixes else whole).transpose(0, 1)
-        for x, whole in ((keys, key_GTD), (values, value_GTD))
-    )
+    key_KGD, value_KGD = layout.behind_prefixes(layer, key_GTD, value_GTD)
     if groups > 1:
         if "enable_gqa" in state:
             options["enable_gqa"] = True
@@ -251,6 +271,11 @@ def _varlen(
     )
     assert isinstance(out, Tensor), "nothing beside the output was asked for"
     return out
+
+
+def _by_layer_and_kind(stacks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns the (P, G, D) keys, then values, of each layer, P over all prefixes."""
+    return torch.cat(list(stacks), dim=3).transpose(2, 3).flatten(0, 1).unbind()
 
 
 @functools.cache
