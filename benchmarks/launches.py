@@ -5,7 +5,8 @@
 Nothing is timed: operations are counted on a two-layer model on CPU, with the paths that a card takes (one attention
 kernel for all lengths, the model's own norms). Views do not count, an operator counts as what it launches: one. The row
 is the same 64 examples, shared by 1 to 64 trials, each of which completes its batch and takes an AdamW step. Rows of
-`launches.jsonl` have the operations forward, backward and of the optimizer, and how often the host waits for a value.
+`launches.jsonl` have the operations forward, backward and of the optimizer, and how often the host waits for a value
+inside the row. `launches.png` has them beside those of the oldest rows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
+import pictures
 import torch
 import torch.nn.functional as F
-from common import Rows, arguments
+from common import Rows, arguments, read_rows
 from peers import LEARNING_RATE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -182,6 +184,7 @@ def main(words: list[str] | None = None) -> None:
         for kind in ("equal", "unequal", "mixed"):
             for number in options.counts:
                 rows.add(row="launches", trials=kind, count=number, **operations(base, settings(kind, number), count))
+    pictures.launches(read_rows(rows.path), rows.path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

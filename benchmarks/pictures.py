@@ -1,4 +1,4 @@
-"""The pictures among the results, drawn from their rows: growth.png and search_DATA_METHOD_SLOTS.png.
+"""The pictures among the results, drawn from their rows: growth.png, launches.png and search_DATA_METHOD_SLOTS.png.
 
     python benchmarks/pictures.py                      # all of them again; nothing is measured
 
@@ -66,6 +66,32 @@ def growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _write(alt.hconcat(*panels, title=title), path)
 
 
+def launches(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the operations of a row against the number of trials: the newest run, and dashed the oldest."""
+    panels = []
+    for kind, label in {"equal": "equal LoRA", "unequal": "LoRA of ranks 4 to 32", "mixed": "three methods"}.items():
+        own = [row for row in rows if row["trials"] == kind]
+        points = [
+            {"x": row["count"], "y": row["operations"], "run": run}
+            for run, of in (("before", own[0]), ("now", own[-1]))
+            for row in own
+            if row["commit"] == of["commit"]
+        ]
+        base = alt.Chart(alt.InlineData(values=points), width=200, height=200)
+        ticks = alt.Axis(title=f"trials: {label}", values=sorted({point["x"] for point in points}), format="d")
+        x = alt.X("x:Q", scale=alt.Scale(type="log", base=2, nice=False, padding=12), axis=ticks)
+        top = 1.05 * max(row["operations"] for row in rows)
+        y = alt.Y(
+            "y:Q",
+            scale=alt.Scale(type="log", domain=[300, top], nice=False),
+            axis=alt.Axis(title=None if panels else "operations of a row (log)", values=[300, 1000, 3000, 10000]),
+        )
+        dash = alt.StrokeDash("run:N", scale=alt.Scale(domain=["now", "before"], range=[[1, 0], [4, 3]]), title=None)
+        point = alt.OverlayMarkDef(color=PALETTE[0], size=40)
+        panels.append(base.mark_line(color=PALETTE[0], point=point).encode(x=x, y=y, strokeDash=dash))
+    _write(alt.hconcat(*panels), path)
+
+
 def search(rows: Sequence[dict[str, Any]], good: float, path: Path) -> None:
     """Draws each system's median regret against seconds and against tokens, with its quartiles.
 
@@ -121,6 +147,8 @@ def main(words: list[str] | None = None) -> None:
     out = parser.parse_args(words).out
     if rows := read_rows(out / "growth.jsonl"):
         growth(rows, out / "growth.png")
+    if rows := read_rows(out / "launches.jsonl"):
+        launches(rows, out / "launches.png")
     regrets = [row for row in read_rows(out / "search.jsonl") if row["row"] == "regret" and row["rule"] == "highest"]
     replays: dict[str, list[dict[str, Any]]] = {}
     for row in regrets:
