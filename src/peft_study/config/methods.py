@@ -62,7 +62,7 @@ class LoraConfig(Strict):
 class PrefixTuningConfig(Strict):
     """Trained keys and values before every layer's own (Li and Liang 2021, arXiv:2101.00190)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(4e-2, 3e-4, 0.3, 30, -0.4, {"zero": 1.5})
+    learning_rates: ClassVar[LearningRates] = LearningRates(4e-2, 3e-4, 0.3, 30, -0.25, {"zero": 1.7})
     method: Literal["prefix_tuning"] = "prefix_tuning"
     tokens: int = Field(30, ge=1, description="virtual tokens: keys and values a layer and head")
     init: Literal["text", "zero", "random"] = Field("text", description="text: the base's own keys and values of it")
@@ -74,7 +74,7 @@ class PrefixTuningConfig(Strict):
 class PromptTuningConfig(Strict):
     """Trained input embeddings before the text (Lester et al. 2021, arXiv:2104.08691)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(0.1, 1e-3, 3.0, 8, -0.4, {"random": 5.0})
+    learning_rates: ClassVar[LearningRates] = LearningRates(0.1, 1e-3, 3.0, 8, 0.0, {"random": 2.5})
     method: Literal["prompt_tuning"] = "prompt_tuning"
     tokens: int = Field(8, ge=1, description="virtual tokens")
     init: Literal["text", "vocab", "random"] = Field("text", description="vocab: frequent tokens of the data")
