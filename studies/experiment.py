@@ -155,7 +155,7 @@ def write_sample() -> None:
     for number, (rows, seed, chosen) in enumerate(blocks, start=1):
         files = {"train": "runs/studies/sample.jsonl", "held_out": "runs/studies/sample-held-out.jsonl"}
         data = {**files, "max_length": SAMPLE.most, "limit": rows}
-        training = {"steps": rows // 8, "batch_size": 8, "seed": seed}
+        training = {"steps": rows // 8, "batch_size": 8, **_seeds(seed)}
         _write("sample", number, data, training, chosen)
 
 
@@ -175,7 +175,12 @@ def write_rising() -> None:
     (HERE / "rising").mkdir(exist_ok=True)
     for number, seed in enumerate(SEEDS, start=1):
         data = {"train": "runs/studies/words.jsonl", "held_out": HELD_OUT, "max_length": SETS["words"].most}
-        _write("rising", number, data, {"steps": 60, "batch_size": 8, "seed": seed}, RISING, every=10)
+        _write("rising", number, data, {"steps": 60, "batch_size": 8, **_seeds(seed)}, RISING, every=10)
+
+
+def _seeds(seed: int) -> dict[str, int]:
+    """Returns both seeds: weights that begin at the base or at a text differ by the rows and their order alone."""
+    return {"seed": seed, "data_seed": seed}
 
 
 def _write(
