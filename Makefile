@@ -2,7 +2,7 @@
 #   make quickstart   a small study of three methods on the embedded model, in minutes
 #   make test         the tests, with what they need besides
 #   make studies      trains the studies behind docs/findings.md, block by block: hours; goes on where it stopped
-#   make findings     their figures and pictures again, from the rows in studies/: a minute
+#   make findings     their figures and pictures again, from the rows in studies/: four minutes
 
 PYTHON ?= python3
 BIN := .venv/bin

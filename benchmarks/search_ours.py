@@ -2,8 +2,8 @@
 
     Scheduler (search/scheduler.py, as it is) --commands--> VirtualWorker --events: dev losses--> Scheduler
 
-The worker fills rows as engine/engine.py does (the slot served least comes first; a batch begins in the row after the
-one that ended it), takes the measured seconds for them, and tells the measured losses.
+The worker fills rows as engine/engine.py does (the slot served least comes first, one example a turn; a batch begins in
+the row after the one that ended it), takes the measured seconds for them, and tells the measured losses.
 """
 
 from __future__ import annotations

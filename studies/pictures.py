@@ -218,10 +218,12 @@ def rising(curves: pd.DataFrame) -> alt.TopLevelMixin:
     shown["value"] = shown["minus_base"].where(shown["event"] == "held_out", shown["loss"])
     shown["panel"] = shown["event"].map(names)
     order = sorted(shown["run"].unique())
+    scale = alt.Scale(domain=order, range=list(PALETTE[: len(order)]))
+    colour = alt.Color("run:N", title=None, scale=scale, legend=alt.Legend(labelLimit=0))
     chart = alt.Chart(_values(shown[["run", "seed", "step", "value", "panel"]])).mark_line(opacity=0.8).encode(
         x=alt.X("step:Q", title="optimizer step"),
         y=alt.Y("value:Q", title="nats a token", scale=alt.Scale(zero=False)),
-        color=alt.Color("run:N", title=None, scale=alt.Scale(domain=order, range=list(PALETTE[: len(order)]))),
+        color=colour,
         detail="seed:N",
         facet=alt.Facet("panel:N", title=None, columns=1, sort=list(names.values())),
     )  # fmt: skip

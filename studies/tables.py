@@ -30,7 +30,7 @@ ZH = {
     "covered": "区间覆盖率",
     "best rate, 20 steps": "最佳学习率（20 步）",
     "best rate, 120 steps": "最佳学习率（120 步）",
-    "within 5 % of it": "与最佳相差 5 % 以内",
+    "loss within 5 % of that": "损失与之相差 5 % 以内",
     "no better than the base from": "从此起不比基座好",
     "setting": "设置",
     "best rate there": "此处的最佳学习率",
@@ -107,6 +107,9 @@ def translated(cell: str) -> str:
     """Returns a cell in Chinese, where it has words."""
     for words, chinese in (("all weights at ", "全部权重，学习率 "), ("an attached prompt at ", "装上的提示，学习率 ")):
         cell = cell.replace(words, chinese)
+    data, _, method = cell.partition(", ")
+    if data in ZH and method in NAMES.values():
+        return f"{ZH[data]}，{ZH.get(method, method)}"
     return ZH.get(cell, cell).replace(" to ", " 到 ")
 
 
@@ -148,7 +151,7 @@ def coverage(summary: Summary) -> Rows:
 def rates(summary: Summary) -> Rows:
     """Yields best rates with their intervals, and where they still serve."""
     yield (
-        "data", "method", "best rate, 20 steps", "best rate, 120 steps", "within 5 % of it",
+        "data", "method", "best rate, 20 steps", "best rate, 120 steps", "loss within 5 % of that",
         "no better than the base from",
     )  # fmt: skip
     for data, method, found in each(summary):

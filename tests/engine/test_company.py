@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from company import NINE, ROW_TOKENS, alone, apart, drive, trial, values
 from peft_study.config import LoraConfig, PromptTuningConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
+from peft_study.engine.processes import ProcessGroup
 from peft_study.engine.trial import Trial
 from peft_study.methods import create
 from peft_study.model.load import Base
@@ -177,3 +179,16 @@ def test_short_examples_of_a_slot_stand_together() -> None:
     for served in ([20] * 8 + [0] * 4, [40] * 4 + [20] * 8, [40] * 12):
         engine.step()
         assert [tokens for _, tokens in engine.places.values()] == served
+
+
+def test_short_examples_stand_together_in_the_rows_of_all_processes() -> None:
+    """Items go to the row that has the fewest tokens, so a turn is as long as an eighth of all rows."""
+    base = tw.base("llama")
+    engine = Engine(base, row_tokens=160, processes=ProcessGroup(0, 2))
+    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=4)
+    for number in range(24):
+        adapter = create(LoraConfig(rank=2), base, None, number)
+        engine.admit(Trial(str(number), adapter, training, tw.examples([10] * 8)))
+    rows = engine._plan()
+    counts = [Counter(item.slot for _, _, item in row.entries) for row in rows]
+    assert [set(count.values()) for count in counts] == [{2}, {2}]

@@ -168,15 +168,19 @@ def test_worked_examples_have_an_answer_and_belong_to_a_task(tmp_path: Path) -> 
 
 def test_worked_examples_may_be_conversations(tmp_path: Path) -> None:
     """Training data has them."""
-    turns = [("system", "Be kind."), ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "(B) no")]
+    turns = [("system", "Be kind."), ("user", "q1"), ("assistant", "(B) no"), ("user", "q2"), ("assistant", "a2")]
     rows = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = written(tmp_path, [{"q": "x", "c": ["yes", "no"], "answer": "A"}], metric="choice", choices="c")
     (task,) = find_tasks(EvaluationConfig(tasks=(str(path),), examples={"mine": str(tmp_path / "train.jsonl")}))
     (example,) = task.worked_examples(1)
-    assert (example.turns, example.answered) == ((("user", "q2"),), "(B) no")
-    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": rows[0]["messages"][:-1]}) + "\n")
-    with pytest.raises(DataError, match="row 1: does not end with a question and its answer"):
+    assert (example.turns, example.answered) == ((("user", "q1"),), "(B) no")
+    for form in ({"q": "x", "c": ["yes", "no"], "answer": "B", **rows[0]}, {"instruction": "x", "output": " no "}):
+        (tmp_path / "train.jsonl").write_text(json.dumps(form) + "\nnot needed")
+        (example,) = task.worked_examples(1)
+        assert (example.turns[-1][1], example.answered) == ("x", "no"), "the task's own columns go first"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": rows[0]["messages"][2:]}) + "\n")
+    with pytest.raises(DataError, match="row 1: does not begin with a question and its answer"):
         task.worked_examples(1)
 
 

@@ -18,7 +18,8 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.row import RowRunner
 from peft_study.engine.trial import Trial
 from peft_study.evaluation.decoding import Decoder, DecodingRequest
-from peft_study.methods import create
+from peft_study.methods import create, low_rank
+from peft_study.methods.base import LowRank
 from peft_study.methods.reference import NoAdapter
 from peft_study.model import attention
 from peft_study.model.attention import Segment, SegmentLayout, segment_attention
@@ -264,3 +265,40 @@ def test_answers_on_cuda_are_those_of_the_cpu_in_float32(family: str) -> None:
         requests = [DecodingRequest(adapter, prompt, 16) for adapter in adapters for prompt in prompts]
         found.append({place: answer.tokens for place, answer in decoder.answers(requests)})
     assert found[0] == found[1]
+
+
+def adapted(serves: bool, poison: float | None, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Returns output and gradients of an adapted layer on three spans, grouped or one by one."""
+    monkeypatch.setattr(low_rank, "grouped_products_serve", lambda *_: serves)
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=draw).to("cuda", dtype)
+
+    x, weight = random(1, 200, 64, dtype=torch.bfloat16).requires_grad_(), random(96, 64, dtype=torch.bfloat16)
+    spans = []
+    for start, end, rank in ((0, 3, 5), (3, 70, 8), (70, 200, 7)):
+        pair = random(rank, 64).requires_grad_(), random(96, rank).requires_grad_()
+        spans.append(low_rank.SpanUpdate(start, end, LowRank(*pair, 0.5)))
+    if poison is not None:
+        with torch.no_grad():
+            spans[1].update.A.fill_(poison)
+    groups = low_rank.grouped(spans, x, lambda ends: torch.tensor(ends, dtype=torch.int32, device="cuda"))
+    assert len(groups) == (1 if serves else 3)
+    out = low_rank.linear(x, weight, None, groups)
+    leaves = [x, *(matrix for span in spans for matrix in (span.update.A, span.update.B))]
+    return [out.detach(), *torch.autograd.grad((out * random(*out.shape, dtype=out.dtype)).sum(), leaves)]
+
+
+def test_grouped_products_are_those_of_each_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not low_rank.grouped_products_serve(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("this card has no kernel of grouped products")
+    for one, together in zip(*(adapted(serves, None, monkeypatch) for serves in (False, True)), strict=True):
+        assert pr.relative(together, one) < 1e-2
+    well, sick = (adapted(True, poison, monkeypatch) for poison in (None, math.nan))
+    others = torch.ones(200, dtype=torch.bool, device="cuda")
+    others[3:70] = False
+    for a, b in zip(sick[:2], well[:2], strict=True):
+        assert torch.equal(a[0, others], b[0, others]), "a neighbour's NaN changed bits"
+    for number in (2, 3, 6, 7):
+        assert torch.equal(sick[number], well[number]), "a neighbour's NaN changed a gradient"

@@ -149,6 +149,8 @@ def test_grouped_products_are_those_of_each_span(way: str, monkeypatch: pytest.M
         found.append([y, *torch.autograd.grad((y * weight).sum(), leaves(x, given))])
     for one, together in zip(*found, strict=True):
         torch.testing.assert_close(together, one, rtol=1e-5, atol=1e-5)
+    for gradient in found[1][2:]:
+        assert gradient.untyped_storage().nbytes() == gradient.nbytes, "it keeps the gradients of its whole group"
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

@@ -97,8 +97,8 @@ DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
 """What is searched beside the learning rate, whose range is the method's own (config/methods.py).
 
 AdamW shrinks what trains by rate times decay a step, and the methods' rates lie far apart: the decays are those with
-which a step at the usual rate takes away nothing, 1/10,000 and 1/1,000. Full fine-tuning, whose decay pulls at the
-base's own weights, has the usual ones.
+which a step at the usual rate takes away nothing, some 1/10,000 and some 1/1,000. Full fine-tuning, whose decay pulls
+at the base's own weights, has the usual ones.
 """
 
 

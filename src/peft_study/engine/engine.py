@@ -244,7 +244,7 @@ class Engine:
         return StepEvent(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
 
     def _plan(self) -> list[_Row]:
-        """Fills a row for each process, always from the slot that has been served least.
+        """Fills a row for each process, from the slot that has been served least, one turn after another.
 
         It depends only on what is the same in all processes, so all make the same plan.
         """
@@ -253,14 +253,14 @@ class Engine:
         assert running, "every trial here is finished: evict it"
         queues = {slot: trial.pending(slot) for slot, trial in running.items()}
         packs = self.base.proof.packs
-        slot, turn = -1, 0
+        slot, turn, most = -1, 0, self.row_tokens * TURN * len(rows)
         while open_slots := [slot for slot, queue in queues.items() if queue]:
-            if slot not in open_slots or turn + queues[slot][0][1].row_length > self.row_tokens * TURN:
+            if slot not in open_slots or turn + queues[slot][0][1].row_length > most:
                 slot, turn = min(open_slots, key=lambda s: (self._served[s], s)), 0
             place, item = queues[slot][0]
             row = min(rows, key=lambda r: r.used)
             if not row.takes(item, self.row_tokens, packs=packs):
-                del queues[slot]  # its turn comes first in the next row
+                del queues[slot]  # it waits for the next row
                 continue
             queues[slot].popleft()
             row.entries.append((self._slots[slot], place, item))

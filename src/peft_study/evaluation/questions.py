@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from peft_study.data.conversation import Conversation
-from peft_study.data.formats import turns_of
+from peft_study.data.formats import detect_format, to_conversation
 from peft_study.data.readers import RawRow
 from peft_study.data.sources import open_sources
 from peft_study.data.stream import read_conversations
 from peft_study.errors import DataError
 from peft_study.evaluation.task_file import CHOICE, LOSS, TaskConfig
+
+_COLUMN = re.compile(r"\{(\w+)\}")
+"""A column that a text of a task names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +52,8 @@ class Question:
         return self.gold or None
 
 
-def read_questions(config: TaskConfig, path: Path, *, worked: bool = False) -> list[Question]:
+def read_questions(config: TaskConfig, path: Path) -> list[Question]:
     """Returns the rows of a file as questions; no two have one id.
-
-    Args:
-        config: of the task.
-        path: file of rows.
-        worked: they are worked examples, which may also be conversations (training data has them).
 
     Raises:
         DataError: when it holds none, or a row lacks a column that the task names.
@@ -62,9 +61,7 @@ def read_questions(config: TaskConfig, path: Path, *, worked: bool = False) -> l
     if config.metric == LOSS:
         found = [Question(row.id, (), "", conversation=row) for row in read_conversations([str(path)])]
     else:
-        sources = open_sources([str(path)])
-        rows = [row for source in sources for row in source.rows(lambda _share: None)]
-        found = [_turn(row) if worked and "messages" in row.values else _question(config, row) for row in rows]
+        found = [_question(config, row) for row in _rows(path)]
     if not found:
         raise DataError("holds no rows", where=str(path))
     counts = Counter(question.id for question in found)
@@ -79,12 +76,34 @@ def read_questions(config: TaskConfig, path: Path, *, worked: bool = False) -> l
     return found
 
 
-def _turn(row: RawRow) -> Question:
-    """Returns the last question of a conversation, with its answer."""
-    turns = turns_of(row.values["messages"], "messages", row.where)
-    if [turn.role for turn in turns[-2:]] != ["user", "assistant"]:
-        raise DataError("does not end with a question and its answer", where=row.where)
-    return Question(_text(row.values.get("id", row.row)), (("user", turns[-2].content),), turns[-1].content)
+def read_worked(config: TaskConfig, path: Path, count: int) -> list[Question]:
+    """Returns the first rows of a file that have an answer, at most `count`; conversations are as good as task rows.
+
+    Raises:
+        DataError: when a row before the last of them lacks a column that the task names, or is no conversation.
+    """
+    questions = (_worked(config, row) for row in _rows(path))
+    return list(islice((question for question in questions if question.answered is not None), count))
+
+
+def _rows(path: Path) -> Iterator[RawRow]:
+    for source in open_sources([str(path)]):
+        yield from source.rows(lambda _share: None)
+
+
+def _worked(config: TaskConfig, row: RawRow) -> Question:
+    """Returns a worked example: a row of the task, or of a conversation the first question with its answer."""
+    if row.broken is not None or all(name in row.values for name in _COLUMN.findall(config.prompt or "")):
+        return _question(config, row)
+    if detect_format(row.values) is None:
+        return _question(config, row)  # says which column is missing
+    found = to_conversation(row.values, row_id=str(row.row), default_source="", where=row.where)
+    roles = [turn.role for turn in found.messages]
+    place = roles.index("assistant")
+    if roles[:place].count("user") != 1:
+        raise DataError("does not begin with a question and its answer", where=row.where)
+    asked = found.messages[roles.index("user")].content
+    return Question(found.id, (("user", asked),), found.messages[place].content.strip())
 
 
 def _question(config: TaskConfig, row: RawRow) -> Question:
@@ -159,7 +178,7 @@ def _filled(text: str, values: Mapping[str, Any], row: RawRow, missing: str | No
             raise _no_column(match[1], row)
         return str(missing) if value is None else _shown(value)
 
-    return re.sub(r"\{(\w+)\}", column, text)
+    return _COLUMN.sub(column, text)
 
 
 def _shown(value: Any) -> str:

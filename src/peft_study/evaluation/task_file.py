@@ -33,7 +33,7 @@ class TaskConfig(Strict):
     about: str | None = Field(None, description="what it is")
     names: tuple[str, ...] = Field((), description="other names of the task: of data sets whose rows have this form")
     data: str | None = Field(None, description="file of rows, beside the task file; any form that `data convert` reads")
-    examples: str | None = Field(None, description="file of worked examples: rows of the same form, or conversations")
+    examples: str | None = Field(None, description="file of worked examples: rows of the same form, or training data")
     prompt: str | None = Field(None, description="what the user asks, from the row's columns; of text_loss the text")
     system: str | None = Field(None, description="what the system turn says")
     answer: str = Field("{answer}", description="the right answer, from the row's columns")

@@ -21,7 +21,7 @@ import yaml
 
 from peft_study.config import EvaluationConfig
 from peft_study.errors import ConfigError, DataError, first_line, nearest
-from peft_study.evaluation.questions import Question, read_questions
+from peft_study.evaluation.questions import Question, read_questions, read_worked
 from peft_study.evaluation.scoring import METRICS
 from peft_study.evaluation.task_file import TaskConfig, read_task_file
 
@@ -97,8 +97,7 @@ class EvaluationTask:
         """
         if self.examples is None:
             return []
-        known = read_questions(self.config, self.examples, worked=True)
-        found = [question for question in known if question.answered is not None][:count]
+        found = read_worked(self.config, self.examples, count)
         if len(found) < count:
             remedy = "give a file with more rows, or fewer --shots"
             raise DataError(f"has {len(found)} rows with an answer", where=str(self.examples), remedy=remedy)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_study.errors import out_of_memory
 from peft_study.methods.base import LowRank
 
 
@@ -104,22 +105,29 @@ def grouped_products_serve(device: torch.device, dtype: torch.dtype) -> bool:
 
     On CPU torch computes them one by one, and makes a copy of the result that the loop here does without.
     """
-    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    # elsewhere torch makes them one by one, and waits for the ends of the spans each time
+    if torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return False
     draw = torch.Generator().manual_seed(0)
-    x_LI, A_SIR = (torch.randn(*shape, generator=draw).to(device, dtype) for shape in ((24, 16), (3, 16, 8)))
+    x_LI, A_SRI = (torch.randn(*shape, generator=draw).to(device, dtype) for shape in ((24, 16), (3, 8, 16)))
     ends, starts = (3, 4, 24), (0, 3, 4)
     try:
         ends_S = torch.tensor(ends, dtype=torch.int32, device=device)
-        found_LR = F.grouped_mm(x_LI, A_SIR, offs=ends_S)
+        found_LR = F.grouped_mm(x_LI, A_SRI.mT, offs=ends_S)
+        found_LI = F.grouped_mm(found_LR, A_SRI, offs=ends_S)
         found_SRI = F.grouped_mm(found_LR.t(), x_LI, offs=ends_S)
-    except RuntimeError:  # a build without the kernel
-        return False
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        return False  # a build without the kernel
     spans = [slice(*span) for span in zip(starts, ends, strict=True)]
-    one_LR = torch.cat([x_LI[span] @ A_RI for span, A_RI in zip(spans, A_SIR, strict=True)])
+    one_LR = torch.cat([x_LI[span] @ A_RI.t() for span, A_RI in zip(spans, A_SRI, strict=True)])
+    one_LI = torch.cat([one_LR[span] @ A_RI for span, A_RI in zip(spans, A_SRI, strict=True)])
     one_SRI = torch.stack([one_LR[span].t() @ x_LI[span] for span in spans])
-    near = functools.partial(torch.allclose, rtol=2e-2, atol=0.5)
-    return near(found_LR, one_LR) and near(found_SRI, one_SRI)
+    pairs = ((found_LR, one_LR), (found_LI, one_LI), (found_SRI, one_SRI))
+    return all(torch.allclose(found, one, rtol=2e-2, atol=0.5) for found, one in pairs)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, groups: Sequence[Group]) -> Tensor:
@@ -164,7 +172,7 @@ class _Adapted(torch.autograd.Function):
         saved = []
         for group in groups:
             saved += (_add_span if group.ends_S is None else _add_group)(x_TI, y_TO, group)
-        ctx.groups, ctx.dtype = groups, y.dtype
+        ctx.groups = groups
         ctx.save_for_backward(x, weight_OI, *saved)
         return y
 
@@ -252,12 +260,13 @@ def _group_gradients(
     kind = group.spans[0].update.A.dtype
     d_A_SRI = F.grouped_mm(d_hidden_LR.t(), x_LI, offs=group.ends_S).to(kind)
     d_B_SOR = F.grouped_mm(d_y_LO.t(), hidden_LR, offs=group.ends_S).to(kind)
-    torch._foreach_mul_(list(d_B_SOR.unbind()), group.scales)
-    found: list[Tensor | None] = []
+    views, factors = list[Tensor](), list[float]()
     for span, d_A_RI, d_B_OR in zip(group.spans, d_A_SRI.unbind(), d_B_SOR.unbind(), strict=True):
         rank = span.update.A.shape[0]
-        found += [d_A_RI[:rank], d_B_OR[:, :rank]]
-    return found
+        views += [d_A_RI[:rank], d_B_OR[:, :rank]]
+        factors += [1.0, span.update.scale]
+    # out of place: a gradient that looks at the group's would keep it in memory as long as its trial's batch takes
+    return list(torch._foreach_mul(views, factors))
 
 
 def _wider(matrix: Tensor, rank: int, *, dim: int) -> Tensor:

@@ -1,8 +1,7 @@
 """Where the best learning rate of a method is expected before anything was tried, and how far off that may be.
 
 The rates and their moves are those of the methods (config/methods.py), which come from docs/findings.md, as the spread
-and the powers of the steps do: from other data sets than the benchmarks of the search. `search.prior: false` does
-without them.
+does. `search.prior: false` does without them.
 """
 
 from __future__ import annotations
