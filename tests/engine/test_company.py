@@ -14,7 +14,7 @@ from company import NINE, ROW_TOKENS, alone, apart, drive, trial, values
 from peft_study.config import LoraConfig, PromptTuningConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
-from peft_study.engine.processes import ProcessGroup
+from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.trial import Trial
 from peft_study.methods import create
 from peft_study.model.load import Base
@@ -136,14 +136,20 @@ def test_no_slot_starves_where_rows_hold_few_examples(batches: list[int]) -> Non
         assert own.step > 0 or batch * longest > min(served), f"{own.name} took no step"
 
 
+def crowd(trials: int, length: int, *, batch: int, row_tokens: int, processes: ProcessGroup = ALONE) -> Engine:
+    """Returns an engine with LoRA trials whose examples have one length."""
+    base = tw.base("llama")
+    engine = Engine(base, row_tokens=row_tokens, processes=processes)
+    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=batch)
+    for number in range(trials):
+        adapter = create(LoraConfig(rank=2), base, None, number)
+        engine.admit(Trial(str(number), adapter, training, tw.examples([length] * 8)))
+    return engine
+
+
 def test_equal_examples_are_served_within_one_of_each_other() -> None:
     """Where every item is as long as the next, no slot is ever more than one example ahead."""
-    base = tw.base("llama")
-    engine = Engine(base, row_tokens=60)
-    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=5)
-    for number in range(9):
-        adapter = create(LoraConfig(rank=2), base, None, number)
-        engine.admit(Trial(str(number), adapter, training, tw.examples([20] * 8)))
+    engine = crowd(9, 20, batch=5, row_tokens=60)
     for _ in range(40):
         engine.step()
         served = [tokens for _, tokens in engine.places.values()]
@@ -170,12 +176,7 @@ def test_a_late_trial_neither_catches_up_nor_waits() -> None:
 
 def test_short_examples_of_a_slot_stand_together() -> None:
     """Two of ten tokens are an eighth of the row: of twelve trials eight are in it, and the others in the next."""
-    base = tw.base("llama")
-    engine = Engine(base, row_tokens=160)
-    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=4)
-    for number in range(12):
-        adapter = create(LoraConfig(rank=2), base, None, number)
-        engine.admit(Trial(str(number), adapter, training, tw.examples([10] * 8)))
+    engine = crowd(12, 10, batch=4, row_tokens=160)
     for served in ([20] * 8 + [0] * 4, [40] * 4 + [20] * 8, [40] * 12):
         engine.step()
         assert [tokens for _, tokens in engine.places.values()] == served
@@ -183,12 +184,7 @@ def test_short_examples_of_a_slot_stand_together() -> None:
 
 def test_short_examples_stand_together_in_the_rows_of_all_processes() -> None:
     """Items go to the row that has the fewest tokens, so a turn is as long as an eighth of all rows."""
-    base = tw.base("llama")
-    engine = Engine(base, row_tokens=160, processes=ProcessGroup(0, 2))
-    training = TrainingConfig(learning_rate=1e-4, steps=1000, batch_size=4)
-    for number in range(24):
-        adapter = create(LoraConfig(rank=2), base, None, number)
-        engine.admit(Trial(str(number), adapter, training, tw.examples([10] * 8)))
+    engine = crowd(24, 10, batch=4, row_tokens=160, processes=ProcessGroup(0, 2))
     rows = engine._plan()
     counts = [Counter(item.slot for _, _, item in row.entries) for row in rows]
     assert [set(count.values()) for count in counts] == [{2}, {2}]

@@ -25,7 +25,7 @@ from peft_study.errors import ModelError, out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.methods.dropout import DropoutKey
 from peft_study.methods.hooks import LinearHooks, Span
-from peft_study.model.attention import Segment, SegmentLayout
+from peft_study.model.attention import Segment, SegmentLayout, one_after_another
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
 from peft_study.model.proof import forward_inputs
@@ -176,22 +176,19 @@ class RowRunner:
         """Returns what enters the first layer (T, E): the base's embeddings, and vectors where virtual tokens stand."""
         ids_T = np.concatenate([np.pad(item.example.tokens_L, (item.adapter.row_tokens, 0)) for item in items])
         text_TE = self.base.embed(torch.from_numpy(ids_T).long().to(self.base.device))
-        virtual = {item.slot: item.adapter.embeddings() for item in items if item.adapter.row_tokens}
-        if not virtual:
+        adapters = {item.slot: item.adapter for item in items if item.adapter.row_tokens}
+        if not adapters:
             return text_TE
-        firsts, count = {}, 0
-        for slot, vectors_PE in virtual.items():
-            assert vectors_PE is not None
-            firsts[slot] = range(count, count := count + len(vectors_PE))
+        own = one_after_another({slot: adapter.row_tokens for slot, adapter in adapters.items()})
         which, places, start = [], [], 0
         for item in items:
-            if item.slot in firsts:
-                which += [*firsts[item.slot]]
-                places += [*range(start, start + item.adapter.row_tokens)]
+            which += [*own.get(item.slot, ())]
+            places += [*range(start, start + item.adapter.row_tokens)]
             start += item.row_length
         which_V, places_V = torch.tensor([which, places], device=self.base.device)
+        vectors = [adapter.embeddings() for adapter in adapters.values()]
         # gathered before they are rounded: their gradients add up in float32
-        vectors_VE = torch.cat([x for x in virtual.values() if x is not None])[which_V].to(text_TE.dtype)
+        vectors_VE = torch.cat([x for x in vectors if x is not None])[which_V].to(text_TE.dtype)
         return text_TE.index_copy(0, places_V, vectors_VE)
 
     def _positions(self, items: Sequence[Item]) -> Tensor:

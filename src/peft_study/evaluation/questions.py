@@ -93,10 +93,9 @@ def _rows(path: Path) -> Iterator[RawRow]:
 
 def _worked(config: TaskConfig, row: RawRow) -> Question:
     """Returns a worked example: a row of the task, or of a conversation the first question with its answer."""
-    if row.broken is not None or all(name in row.values for name in _COLUMN.findall(config.prompt or "")):
+    of_task = all(name in row.values for name in _COLUMN.findall(config.prompt or ""))
+    if of_task or detect_format(row.values) is None:  # of neither form, or broken: says what is wrong
         return _question(config, row)
-    if detect_format(row.values) is None:
-        return _question(config, row)  # says which column is missing
     found = to_conversation(row.values, row_id=str(row.row), default_source="", where=row.where)
     roles = [turn.role for turn in found.messages]
     place = roles.index("assistant")
@@ -156,7 +155,7 @@ def _place(config: TaskConfig, values: Mapping[str, Any], gold: str, choices: Ma
     A number that is no text, as MMLU's rows have it on the hub, counts among the choices of a list, empty ones too; but
     where the choices are numbers themselves, it is one of them.
     """
-    column = re.fullmatch(r"\{(\w+)\}", config.answer)
+    column = _COLUMN.fullmatch(config.answer)
     number = values.get(column[1]) if column else None
     listed = values.get(config.choices) if isinstance(config.choices, str) else config.choices
     is_one = isinstance(listed, (list, tuple)) and any(type(c) is int and c == number for c in listed)

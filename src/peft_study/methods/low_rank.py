@@ -171,7 +171,8 @@ class _Adapted(torch.autograd.Function):
         x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
         saved = []
         for group in groups:
-            saved += (_add_span if group.ends_S is None else _add_group)(x_TI, y_TO, group)
+            add_to = _add_span if group.ends_S is None else _add_group
+            saved += add_to(x_TI[group.slice], y_TO[group.slice], group)
         ctx.groups = groups
         ctx.save_for_backward(x, weight_OI, *saved)
         return y
@@ -190,71 +191,71 @@ class _Adapted(torch.autograd.Function):
             back = _span_gradients if group.ends_S is None else _group_gradients
             first = 5 + len(d_pairs)
             own = wanted[first : first + 2 * len(group.spans)]
-            d_pairs += back(x_TI, d_y_TO, d_x_TI, group, saved[3 * number : 3 * number + 3], own)
+            d_x_LI = None if d_x_TI is None else d_x_TI[group.slice]
+            kept = saved[3 * number : 3 * number + 3]
+            d_pairs += back(x_TI[group.slice], d_y_TO[group.slice], d_x_LI, group, kept, own)
         d_x = None if d_x_TI is None else d_x_TI.view_as(x)
         return d_x, d_y if wanted[1] else None, None, None, None, *d_pairs
 
 
-def _add_span(x_TI: Tensor, y_TO: Tensor, group: Group) -> list[Tensor]:
+def _add_span(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor]:
     (span,) = group.spans
-    A_RI, B_OR = span.update.A.to(y_TO.dtype), span.update.B.to(y_TO.dtype)
-    hidden_LR = _inputs(x_TI, span, y_TO.dtype) @ A_RI.t()
-    y_TO[group.slice].addmm_(hidden_LR, B_OR.t(), alpha=span.update.scale)
+    A_RI, B_OR = span.update.A.to(y_LO.dtype), span.update.B.to(y_LO.dtype)
+    hidden_LR = _inputs(x_LI, span, y_LO.dtype) @ A_RI.t()
+    y_LO.addmm_(hidden_LR, B_OR.t(), alpha=span.update.scale)
     return [A_RI, B_OR, hidden_LR]
 
 
 def _span_gradients(
-    x_TI: Tensor,
-    d_y_TO: Tensor,
-    d_x_TI: Tensor | None,
+    x_LI: Tensor,
+    d_y_LO: Tensor,
+    d_x_LI: Tensor | None,
     group: Group,
     saved: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     (span,), (A_RI, B_OR, hidden_LR) = group.spans, saved
-    d_y_LO = d_y_TO[group.slice]
     d_hidden_LR = (d_y_LO @ B_OR).mul_(span.update.scale)
     d_A_RI = d_B_OR = None
     if wanted[0]:
-        d_A_RI = (d_hidden_LR.t() @ _inputs(x_TI, span, B_OR.dtype)).to(span.update.A.dtype)
+        d_A_RI = (d_hidden_LR.t() @ _inputs(x_LI, span, B_OR.dtype)).to(span.update.A.dtype)
     if wanted[1]:
         d_B_RO = (hidden_LR.t() @ d_y_LO).to(span.update.B.dtype)
         d_B_OR = d_B_RO.mul_(span.update.scale).t().contiguous()
-    if d_x_TI is not None:
-        span_LI = d_x_TI[group.slice]
+    if d_x_LI is not None:
         if span.mask_LI is not None:
-            span_LI.add_((d_hidden_LR @ A_RI).mul_(span.mask_LI))
-        elif span_LI.dtype == A_RI.dtype:
-            span_LI.addmm_(d_hidden_LR, A_RI)
+            d_x_LI.add_((d_hidden_LR @ A_RI).mul_(span.mask_LI))
+        elif d_x_LI.dtype == A_RI.dtype:
+            d_x_LI.addmm_(d_hidden_LR, A_RI)
         else:
-            span_LI.add_(d_hidden_LR @ A_RI)
+            d_x_LI.add_(d_hidden_LR @ A_RI)
     return [d_A_RI, d_B_OR]
 
 
-def _add_group(x_TI: Tensor, y_TO: Tensor, group: Group) -> list[Tensor]:
+def _add_group(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor]:
     updates = [span.update for span in group.spans]
     rank = group.spans[0].stacked_rank
-    A_SRI = torch.stack([_wider(update.A, rank, dim=0) for update in updates]).to(y_TO.dtype)
+    A_SRI = torch.stack([_wider(update.A, rank, dim=0) for update in updates]).to(y_LO.dtype)
     scaled = torch._foreach_mul([_wider(update.B, rank, dim=1) for update in updates], group.scales)
-    B_SOR = torch.stack(list(scaled)).to(y_TO.dtype)
-    hidden_LR = F.grouped_mm(x_TI[group.slice].to(y_TO.dtype), A_SRI.mT, offs=group.ends_S)
-    y_TO[group.slice].add_(F.grouped_mm(hidden_LR, B_SOR.mT, offs=group.ends_S))
+    B_SOR = torch.stack(list(scaled)).to(y_LO.dtype)
+    hidden_LR = F.grouped_mm(x_LI.to(y_LO.dtype), A_SRI.mT, offs=group.ends_S)
+    y_LO.add_(F.grouped_mm(hidden_LR, B_SOR.mT, offs=group.ends_S))
     return [A_SRI, B_SOR, hidden_LR]
 
 
 def _group_gradients(
-    x_TI: Tensor,
-    d_y_TO: Tensor,
-    d_x_TI: Tensor | None,
+    x_LI: Tensor,
+    d_y_LO: Tensor,
+    d_x_LI: Tensor | None,
     group: Group,
     saved: Sequence[Tensor],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     A_SRI, B_SOR, hidden_LR = saved
-    d_y_LO, x_LI = d_y_TO[group.slice].contiguous(), x_TI[group.slice].to(B_SOR.dtype)
+    d_y_LO, x_LI = d_y_LO.contiguous(), x_LI.to(B_SOR.dtype)
     d_hidden_LR = F.grouped_mm(d_y_LO, B_SOR, offs=group.ends_S)
-    if d_x_TI is not None:
-        d_x_TI[group.slice].add_(F.grouped_mm(d_hidden_LR, A_SRI, offs=group.ends_S))
+    if d_x_LI is not None:
+        d_x_LI.add_(F.grouped_mm(d_hidden_LR, A_SRI, offs=group.ends_S))
     if not any(wanted):
         return [None] * len(wanted)
     kind = group.spans[0].update.A.dtype
@@ -277,7 +278,6 @@ def _wider(matrix: Tensor, rank: int, *, dim: int) -> Tensor:
     return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
-def _inputs(x_TI: Tensor, span: SpanUpdate, dtype: torch.dtype) -> Tensor:
-    """Returns the span's inputs (L, I) as the update sees them; a mask is applied again rather than kept applied."""
-    x_LI = x_TI[span.start : span.end]
+def _inputs(x_LI: Tensor, span: SpanUpdate, dtype: torch.dtype) -> Tensor:
+    """Returns the inputs of a span (L, I) as the update sees them; a mask is applied again rather than kept applied."""
     return (x_LI if span.mask_LI is None else x_LI * span.mask_LI).to(dtype)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -82,12 +83,10 @@ class SegmentLayout:
 
     def _places_of_keys(self) -> Tensor:
         """Returns for each key of the row its place among all prefixes, one after another, and then the row's own."""
-        firsts, count = {}, 0
-        for slot, stack in self.prefixes.items():
-            firsts[slot] = range(count, count := count + stack.shape[3])
-        places: list[int] = []
+        own = one_after_another({slot: stack.shape[3] for slot, stack in self.prefixes.items()})
+        count, places = sum(map(len, own.values())), list[int]()
         for segment in self.segments:
-            places += [*firsts.get(segment.slot, ()), *range(count + segment.start, count + segment.end)]
+            places += [*own.get(segment.slot, ()), *range(count + segment.start, count + segment.end)]
         return torch.tensor(places)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
@@ -104,6 +103,12 @@ class SegmentLayout:
             ends = [torch.tensor(x).cumsum(0, dtype=torch.int32).to(device) for x in (queries, keys)]
             self._bounds = (ends[0], ends[1], max(queries), max(keys))
         return self._bounds
+
+
+def one_after_another(lengths: Mapping[int, int]) -> dict[int, range]:
+    """Returns for each slot the places of what it has so many of, where all stand one after another."""
+    ends = accumulate(lengths.values())
+    return {slot: range(end - length, end) for (slot, length), end in zip(lengths.items(), ends, strict=True)}
 
 
 def register() -> None:
