@@ -37,6 +37,7 @@ tests=${PIPESTATUS[0]}
 
 # 42 examples are 8,100 tokens on average; a row may be longer than that, so that no batch is cut in two
 part 80 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool "$POOL"
+part 60 fit --models "$MODEL"    # the memory that was expected, beside what was measured
 part 120 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens "$STEP" \
     --length 128 --row-tokens "$ROW" --solo-rows "$ROW" --rounds 2
 part 70 many_trials --model "$MODEL" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"

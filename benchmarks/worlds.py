@@ -1,7 +1,8 @@
 """The models and examples that benchmarks run on.
 
     smollm2-135m-instruct   the embedded model and ../shared/data/tulu-like-mix, tokenised by our own cache
-    llama-1b, llama-8b      Llama 3's shapes, random weights made on the device
+    llama-1b, -3b, -8b      Llama 3's shapes, random weights made on the device
+    qwen-0.5b, gemma-270m   a Llama of other shapes: those of Qwen2.5-0.5B and Gemma-3-270M
     tiny                    two layers, random: tests that a benchmark works, its speeds mean nothing
 
 Speed does not depend on what tokens say. Where the real data or its tokenizer is not there, tokens are random and the
@@ -30,7 +31,7 @@ from peft_study.model.precision import Placement, choose
 MAX_LENGTH = 1024
 TINY_LENGTH = 48
 LENGTHS = Path(__file__).with_name("real_lengths.json")
-MODELS = (EMBEDDED, "llama-1b", "llama-8b", "tiny")
+MODELS = (EMBEDDED, "gemma-270m", "qwen-0.5b", "llama-1b", "llama-3b", "llama-8b", "tiny")
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=16, alpha=32),
@@ -50,6 +51,16 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "tie_word_embeddings": True,
     },
+    "llama-3b": {  # Llama-3.2-3B: 3.21 billion parameters
+        "vocab_size": 128_256,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
+    },
     "llama-8b": {  # Llama-3.1-8B: 8.0 billion parameters
         "vocab_size": 128_256,
         "hidden_size": 4096,
@@ -59,6 +70,26 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
         "tie_word_embeddings": False,
+    },
+    "qwen-0.5b": {  # Qwen2.5-0.5B's: 494 million parameters, of them 136 of the embeddings
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "gemma-270m": {  # Gemma-3-270M's: 268 million parameters, of them 168 of the embeddings
+        "vocab_size": 262_144,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
     },
     "tiny": {
         "vocab_size": 320,
@@ -168,10 +199,11 @@ def write_lengths(examples: Sequence[Example]) -> None:
     LENGTHS.write_text(json.dumps(rows, separators=(",", ":")).replace("],[", "],\n[") + "\n")
 
 
-def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, LlamaConfig
+def shape_of(name: str) -> Any:
+    """Returns the configuration of a model with random weights."""
+    from transformers import LlamaConfig
 
-    config = LlamaConfig(
+    return LlamaConfig(
         **_SHAPES[name],
         max_position_embeddings=16_384,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
@@ -179,9 +211,14 @@ def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
+
+
+def _random_model(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(shape_of(name), dtype=dtype)
     if name == "tiny":  # at the usual size its answers would hardly depend on what it reads
         with torch.no_grad():
             for parameter in model.parameters():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft_study.study.callbacks import Callback
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.training.finetune import Finished
+    from peft_study.training.fit import Fit
     from peft_study.training.session import Say
 
 
@@ -198,6 +199,18 @@ class Study:
                 return estimate(self._config, display.say, in_memory=memory)
         except UserError as error:
             raise self._file.pointed(error) from None
+
+    def memory(self) -> Fit | None:
+        """Returns the memory that the study is expected to take, from the model's configuration; nothing is loaded.
+
+        None for a model in memory, and for one whose operations cannot be counted without its weights.
+
+        Raises:
+            ModelError: when there is no configuration of the model.
+        """
+        from peft_study.study.dry_run import study_memory
+
+        return None if self._inputs.in_memory is not None else study_memory(self._config, both=True)
 
     def _write_inputs(self, *, overwrite: bool) -> None:
         """Writes rows in memory into the output folder, which no other run may hold."""

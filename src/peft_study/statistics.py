@@ -335,6 +335,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def size_text(size: float) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= least:
+            return f"{size / least:.3g} {unit}" if size < 999.5 * least else f"{size / least:,.0f} {unit}"
+    return f"{size:,.0f} B"
+
+
 def short(value: object) -> str:
     """Returns a setting's value in words: a number with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fit
 import growth
 import many_trials
 import one_trial
@@ -271,3 +272,17 @@ def test_every_part_of_the_gpu_command_starts(tmp_path: Path) -> None:
     assert "ended with" not in ran.stdout, ran.stdout + ran.stderr
     for name in ("one_trial", "many_trials", "growth"):
         assert rows(tmp_path, name)
+
+
+def test_the_memory_that_is_expected_stands_beside_what_is_measured(tmp_path: Path) -> None:
+    fit.main(["--models", "tiny", "--methods", "lora", "full", "--device", "cpu", "--out", str(tmp_path)])
+    found = rows(tmp_path, "fit")
+    assert [row["method"] for row in found] == ["lora", "full"]
+    for row in found:
+        assert 0 < row["beside_expected"] < row["whole_expected"]
+        assert 0.5 < row["whole_share"] < 1.5
+
+
+@pytest.mark.slow
+def test_the_table_of_cards_is_that_of_the_docs() -> None:
+    assert fit.card_table() in (ROOT / "docs" / "gpu.md").read_text()

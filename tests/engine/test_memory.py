@@ -149,6 +149,35 @@ def test_rows_that_are_known_not_to_fit_are_cut_before_they_are_tried() -> None:
     assert engine.row_tokens == settled
 
 
+def test_layers_are_computed_again_where_rows_do_not_fit_without() -> None:
+    """With gradient_checkpointing: auto, and only there; not where a row has to be cut a little."""
+    engine = Engine(tw.base(), row_tokens=1000)
+    needs = memory.Room(engine, free=10**9).row(LoraConfig(rank=2), 1000)
+    little, much = (memory.Room(engine, free=int(needs * share), recomputes=True) for share in (0.6, 0.2))
+    with pytest.warns(UserWarning, match="are cut to"):
+        little.cut_rows([LoraConfig(rank=2)])
+    assert not engine.recomputes
+    assert engine.row_tokens < 1000
+    engine.row_tokens = 1000
+    with pytest.warns(UserWarning, match="layers are computed again"):
+        much.cut_rows([LoraConfig(rank=2)])
+    assert engine.recomputes
+    never = Engine(tw.base(), row_tokens=1000)
+    with pytest.warns(UserWarning, match="are cut to"):
+        memory.Room(never, free=int(needs * 0.2)).cut_rows([LoraConfig(rank=2)])
+    assert not never.recomputes
+
+
+def test_a_setting_that_fits_with_layers_computed_again_is_not_refused() -> None:
+    engine = Engine(tw.base())
+    free = round(memory.Room(engine, free=10**9).need(LoraConfig(rank=2), 4000) * 0.8)
+    with pytest.raises(ModelError, match="a row of 4,000 tokens"):
+        memory.Room(engine, free=free).refuse(LoraConfig(rank=2), 4000)
+    with pytest.warns(UserWarning, match="layers are computed again"):
+        memory.Room(engine, free=free, recomputes=True).refuse(LoraConfig(rank=2), 4000)
+    assert engine.recomputes
+
+
 def test_workers_on_one_memory_share_what_is_left_beside_a_base_of_each() -> None:
     engine = Engine(tw.base())
     own = memory.resident("VmRSS")
@@ -176,9 +205,9 @@ def test_free_memory_is_the_systems_and_a_containers_limit_counts(tmp_path: Path
 def test_the_peak_of_a_block_is_seen() -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system does not let the high-water mark be reset")
-    with memory._peak(torch.device("cpu")) as before:
+    with memory.peak_above(torch.device("cpu")) as before:
         torch.ones(1000)
-    with memory._peak(torch.device("cpu")) as peak:
+    with memory.peak_above(torch.device("cpu")) as peak:
         torch.ones(50_000_000)  # 200 MB, freed at once
     assert before[0] < 50_000_000
     assert 150_000_000 < peak[0] < 300_000_000

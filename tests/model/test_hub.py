@@ -41,7 +41,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Returns the address of a hub on this machine, which the libraries then ask."""
     import huggingface_hub
 
-    from peft_study.model.load import _hub_options
+    from peft_study.model.load import hub_options
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -53,10 +53,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    _hub_options.cache_clear()
+    hub_options.cache_clear()
     yield address
     server.shutdown()
-    _hub_options.cache_clear()
+    hub_options.cache_clear()
 
 
 def refused(cli: CommandLine, model: str) -> str:

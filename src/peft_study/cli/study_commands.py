@@ -41,6 +41,7 @@ def init(
     """Write a commented study file for a model and data, with every setting in it."""
     import shlex
 
+    from peft_study.api import Study
     from peft_study.display.terminal import echo, progress, quiet_libraries
     from peft_study.storage.files import refuse_existing, refuse_unwritable
     from peft_study.study.template import look, write_study_file
@@ -54,6 +55,9 @@ def init(
     echo(f"a study of {', '.join(data)} ({start.rows}) -> {output}")
     if start.why_bos:
         echo(f"add_bos: true, since {start.why_bos}")
+    memory = Study.from_yaml(output).memory()
+    for line in () if memory is None else memory.lines():
+        echo(line)
     echo(f"look through it, then: peft-study run {shlex.quote(str(output))}")
 
 

@@ -77,7 +77,9 @@ class FinetuneArguments:
     reduce_loss: str = _arg(
         "mean", "mean: over the supervised tokens of the batch; sum: divided by the accumulation", ("mean", "sum")
     )
-    gradient_checkpointing: bool = _arg(False, "recompute layers in the backward pass; with every method")
+    gradient_checkpointing: bool = _arg(
+        False, "recompute layers in the backward pass; with every method, and without it where rows do not fit"
+    )
     max_train_steps: int | None = _arg(None, "optimizer steps; overrides the epochs")
     seed: int = _arg(42, "seed of initialisation, dropout, data order and held-out rows")
     fused_optimizer: bool = _arg(True, NO_EFFECT + "chosen by the device")

@@ -328,7 +328,7 @@ def _training(command: Command, rate: float | None) -> dict[str, Any]:
         "reduce_loss": arguments.reduce_loss,
         # each process divides its sum by the accumulation steps, then the gradients are averaged over processes
         "sum_divisor": arguments.gradient_accumulation_steps * launch.processes,
-        "gradient_checkpointing": arguments.gradient_checkpointing,
+        "gradient_checkpointing": arguments.gradient_checkpointing or "auto",
         "seed": arguments.seed,
         "data_seed": arguments.seed,
         "row_tokens": extra.row_tokens,

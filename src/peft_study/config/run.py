@@ -97,7 +97,9 @@ class TrainingConfig(Strict):
     clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm of a trial; None: off")
     reduce_loss: Literal["mean", "sum"] = Field("mean", description="over the supervised tokens of the whole batch")
     sum_divisor: int = Field(1, ge=1, description="with sum: what the sum is divided by (accumulation steps)")
-    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass to save memory")
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        "auto", description="recompute layers in the backward pass to save memory; auto: where rows do not fit without"
+    )
     seed: int = Field(0, ge=0, description="initialisation and dropout")
     data_seed: int = Field(0, ge=0, description="order of the examples, and which rows are held out")
     row_tokens: int | None = Field(None, ge=1, description="tokens packed into one row; None: measured default")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peft_study.search.trials import StudyState, TrialRecord
     from peft_study.study.dry_run import StudyEstimate
     from peft_study.study.run import FinishedStudy
+    from peft_study.training.fit import Fit
     from peft_study.workers.worker import Facts, Pace, Report
 
 SPEED_SECONDS = 60.0
@@ -222,7 +223,8 @@ def next_steps(study: FinishedStudy, best: TrainedAdapter | None) -> list[tuple[
 def show_estimate(found: StudyEstimate) -> None:
     """Prints the estimate of a study."""
     output = console()
-    names = ["method", "range\ntest", "trials", "steps", "million\ntokens", "minutes", "MB/slot"]
+    names = ["method", "range\ntest", "trials", "steps", "million\ntokens", "minutes"]
+    names += [] if found.memory is not None else ["MB/slot"]
     rows = table(names, left=["method"], title="What it would take (nothing was written)")
     rows.padding = 0
     for column in rows.columns:
@@ -235,7 +237,7 @@ def show_estimate(found: StudyEstimate) -> None:
             str(m.steps),
             f"{m.expected_tokens / 1e6:.3g} - {m.tokens / 1e6:.3g}",
             f"{m.expected_seconds / 60:.3g} - {m.seconds / 60:.3g}",
-            f"{m.slot_bytes / 2**20:,.0f}",
+            *([] if found.memory is not None else [f"{m.slot_bytes / 2**20:,.0f}"]),
         )
     output.print(rows)
     least, most = (sum(getattr(m, n) for m in found.methods) / 60 for n in ("expected_seconds", "seconds"))
@@ -247,8 +249,22 @@ def show_estimate(found: StudyEstimate) -> None:
         "from measured steps of each method alone; the first number is with all the pruning its rule allows, "
         "and held-out losses come on top. Side by side in full rows trials take less.",
     ]
+    if found.memory is not None:
+        output.print(_memory_table(found.memory))
     for line in (*lines, *found.notes):
         write(output, line)
+
+
+def _memory_table(memory: Fit) -> Table:
+    """Returns the memory that each method is expected to take, in MB."""
+    kinds = ", ".join(f"{size / 2**20:,.0f} in {precision}" for precision, size in memory.weights.items())
+    title = f"Memory expected (MB, rows of {memory.row_tokens:,} tokens)\nThe base: {kinds}"
+    rows = table(["method", "a trial", "a row", "together", "a row, layers\nrecomputed"], left=["method"], title=title)
+    for name, found in memory.plain.items():
+        row, again = (kind[name].row(memory.row_tokens) for kind in (memory.plain, memory.recomputed))
+        whole = memory.weights[memory.precision] + found.trial + row
+        rows.add_row(name, *(f"{size / 2**20:,.0f}" for size in (found.trial, row, whole, again)))
+    return rows
 
 
 def search_table(results: Results) -> Table:

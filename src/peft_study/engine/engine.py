@@ -94,8 +94,12 @@ class Engine:
         self.processes = processes
         self._slots: dict[int, Trial] = {}
         self._served: dict[int, int] = {}
-        self.recomputes = gradient_checkpointing
-        _recompute_layers(base, gradient_checkpointing)
+        self.recompute(gradient_checkpointing)
+
+    def recompute(self, wanted: bool) -> None:
+        """Turns recomputation of layers in the backward pass on or off; no number depends on it."""
+        self.recomputes = wanted
+        _recompute_layers(self.base, wanted)
 
     @property
     def trials(self) -> tuple[Trial, ...]:

@@ -29,6 +29,7 @@ from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
 from peft_study.methods.registry import create, size, smallest
 from peft_study.model.cpu.allocator import give_back_freed_memory
+from peft_study.model.load import Base
 from peft_study.storage.environment import resident
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -36,6 +37,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 _BYTES_A_PARAMETER = 16
 """A float32 value with its gradient and AdamW's two moments."""
+
+_CUT = 1 / 4
+"""Share of a row below which layers are computed again rather than rows cut further: a third more time is then less."""
 
 _TRIED_TOKENS = 64
 """Tokens of the row that shows what the backward pass keeps of each."""
@@ -58,6 +62,16 @@ class MemoryProbe:
     fits: int | None
 
 
+def trial_bytes(method: MethodConfig, base: Base) -> int:
+    """Returns the bytes that a trial of this setting keeps while it is in a slot.
+
+    Raises:
+        ModelError: when the method does not fit the model.
+    """
+    found = size(method, base)
+    return _BYTES_A_PARAMETER * found.trained + found.kept
+
+
 class Room:
     """The memory that the trials of an engine can have, and what settings take of it.
 
@@ -65,10 +79,12 @@ class Room:
         engine: without trials; its base is loaded.
         free: bytes, where another worker of the same kind has measured them.
         sharing: workers that share the memory of this machine's CPU; each loads the base and has a share of the rest.
+        recomputes: whether the engine may turn to computing layers again where settings or rows do not fit without.
     """
 
-    def __init__(self, engine: Engine, *, free: int | None = None, sharing: int = 1) -> None:
+    def __init__(self, engine: Engine, *, free: int | None = None, sharing: int = 1, recomputes: bool = False) -> None:
         self._engine = engine
+        self._may_recompute = recomputes
         self._a_token: dict[str, float] = {}
         self.free = available(engine.base.device) if free is None else free
         """Bytes beside the base; None where the system does not say."""
@@ -78,8 +94,7 @@ class Room:
 
     def slot(self, method: MethodConfig) -> int:
         """Returns the bytes that a trial of this setting keeps while it is in a slot."""
-        found = size(method, self._engine.base)
-        return _BYTES_A_PARAMETER * found.trained + found.kept
+        return trial_bytes(method, self._engine.base)
 
     def row(self, method: MethodConfig, tokens: int) -> int:
         """Returns the bytes that a row of so many tokens, virtual ones included, holds for its backward pass at least.
@@ -106,6 +121,8 @@ class Room:
         if self.free is None or not found.trained:
             return
         need = self.need(method, longest)
+        if need > self.free * (1 - MARGIN) and self._turns_to_recomputing():
+            need = self.need(method, longest)
         remedy = found.remedy
         if (row := need - self.slot(method)) > 0:
             of_it = f"{row / 2**30:,.1f} GB of it for a row of {longest + found.row_tokens:,} tokens"
@@ -135,7 +152,9 @@ class Room:
         if self.free is None or not trained:
             return
         before = self._engine.row_tokens
-        most = min((self.free * (1 - MARGIN) - self.slot(m)) / (self.row(m, 1000) / 1000) for m in trained)
+        most = self._most_tokens(trained)
+        if most < before * _CUT and self._turns_to_recomputing():
+            most = self._most_tokens(trained)
         if most < before:
             self._engine.row_tokens = max(1, int(most))
             warnings.warn(
@@ -143,6 +162,24 @@ class Room:
                 f"beside the base: they are cut to {self._engine.row_tokens:,} tokens",
                 stacklevel=2,
             )
+
+    def _most_tokens(self, trained: Sequence[MethodConfig]) -> float:
+        """Returns the tokens of the longest row that fits beside one trial of any of these settings."""
+        assert self.free is not None
+        return min((self.free * (1 - MARGIN) - self.slot(m)) / (self.row(m, 1000) / 1000) for m in trained)
+
+    def _turns_to_recomputing(self) -> bool:
+        """Lets the engine compute layers again, if it may and does not yet; returns whether it has turned to it."""
+        if not self._may_recompute or self._engine.recomputes:
+            return False
+        self._engine.recompute(True)
+        self._a_token.clear()
+        warnings.warn(
+            "rows do not fit into the memory: layers are computed again in the backward pass, which takes about a "
+            "third more time (gradient_checkpointing: auto)",
+            stacklevel=3,
+        )
+        return True
 
     def _held_a_token(self, adapter: Adapter) -> float:
         """Returns the bytes that a short row's forward pass keeps for the backward pass, a token of it."""
@@ -196,7 +233,7 @@ def _row_peak(engine: Engine, adapter: Adapter, examples: Examples) -> int:
     forever = (Item(0, adapter, examples[number % len(examples)]) for number in count())
     items = next(fill_rows(forever, engine.row_tokens, packs=engine.base.proof.packs))
     device = engine.base.device
-    with _peak(device) as peak, said_whose(items, device), engine.runner.row(items) as result:
+    with peak_above(device) as peak, said_whose(items, device), engine.runner.row(items) as result:
         if result.total.requires_grad:
             result.total.backward()
     return peak[0]
@@ -221,7 +258,7 @@ def available(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
+def peak_above(device: torch.device) -> Iterator[list[int]]:
     """Yields a list that holds, after the block, the bytes by which the block's peak was above its beginning."""
     found = [0]
     if device.type == "cuda":

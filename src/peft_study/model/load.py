@@ -110,7 +110,7 @@ def resolve_model(name: str) -> str:
     # a hub id has one slash at most
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError("no such model folder", where=name, remedy=_meant(name))
-    _hub_options(name)
+    hub_options(name)
     return name
 
 
@@ -123,7 +123,7 @@ def _meant(name: str) -> str:
 
 
 @functools.cache
-def _hub_options(path: str) -> dict[str, bool]:
+def hub_options(path: str) -> dict[str, bool]:
     """Returns options for `from_pretrained`: without the hub, look for a hub id in the cache alone.
 
     Otherwise a mistyped folder on a machine without network is retried for the better part of a minute.
@@ -183,7 +183,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
     path = resolve_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **_hub_options(path)
+            path, revision=revision, trust_remote_code=trust_remote_code, **hub_options(path)
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"no tokenizer could be loaded ({first_line(error)})"
@@ -269,7 +269,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
     remedy = "give a folder that holds config.json and *.safetensors, or a hub id when online"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **_hub_options(path), **options
+            path, use_safetensors=True, output_loading_info=True, **hub_options(path), **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = f"no causal language model could be loaded ({first_line(error)})"

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from peft_study.report.cost_findings import size_text
 from peft_study.report.page_values import Shown, Strip, setting, shown, strips
 from peft_study.report.page_words import Words
 from peft_study.report.results import Finalist, Results, Row
 from peft_study.report.view import StudyView
 from peft_study.report.wording import title
 from peft_study.search.trials import best_first, value_of
-from peft_study.statistics import Estimate, seeds_difference
+from peft_study.statistics import Estimate, seeds_difference, size_text
 
 Pairs = tuple[tuple[str, str], ...]
 

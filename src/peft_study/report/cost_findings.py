@@ -10,6 +10,7 @@ from peft_study.report.evidence import Finding, best_finals, full_budget, names
 from peft_study.report.results import Results
 from peft_study.report.wording import Text, joined, listed, same, say, title
 from peft_study.search.trials import StudyState
+from peft_study.statistics import size_text
 
 MEASURES = {"trainable": False, "adapter_bytes": False, "peak_bytes": False, "tokens_per_second": True}
 """Costs that quality is set against: name -> more is better."""
@@ -50,14 +51,6 @@ def _facts(state: StudyState, results: Results, method: str) -> dict[str, Any]:
         return state.setting(method, final.number).facts
     ended = [trial for trial in state.of(method, "search") if trial.facts.get("trainable") is not None]
     return full[0].facts if full else ended[0].facts if ended else {}
-
-
-def size_text(size: float) -> str:
-    """Returns a number of bytes in the unit that suits it."""
-    for unit, least in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= least:
-            return f"{size / least:.3g} {unit}" if size < 1000 * least else f"{size / least:,.0f} {unit}"
-    return f"{size:,.0f} B"
 
 
 def pareto(config: StudyConfig, state: StudyState, results: Results, costs: Mapping[str, Any]) -> list[Finding]:

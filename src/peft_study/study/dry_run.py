@@ -16,6 +16,7 @@ from peft_study.search.space_check import check_spaces, diagnose_spaces, largest
 from peft_study.search.trials import StudyState
 from peft_study.training.checkup import lines
 from peft_study.training.cost import TIMED_STEPS, seconds_a_token
+from peft_study.training.fit import Fit, expected_memory
 from peft_study.training.fitting import check_methods
 from peft_study.training.session import Say, Session, open_session, timed
 
@@ -59,6 +60,7 @@ class StudyEstimate:
         train_rows, dev_rows, test_rows: of the data, and
         batch_size: how many of them a step takes.
         notes: lines the user should see.
+        memory: expected before anything is loaded; None where it could not be.
     """
 
     methods: tuple[MethodEstimate, ...]
@@ -68,6 +70,7 @@ class StudyEstimate:
     test_rows: int
     batch_size: int
     notes: tuple[str, ...]
+    memory: Fit | None = None
 
 
 def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None = None) -> StudyEstimate:
@@ -83,6 +86,9 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
     """
     config = config.filled()
     check_tasks(config)
+    memory = None if in_memory is not None else study_memory(config, both=True)
+    if memory is not None:
+        memory.tell(say)
     session = open_session(config.model, config.data, config.training, say, test=True, in_memory=in_memory)
     for note in check_spaces(session, config):
         say(note)
@@ -99,7 +105,20 @@ def estimate(config: StudyConfig, say: Say, *, in_memory: ModelInMemory | None =
     counts = len(session.train), len(session.held_out), len(session.test)
     _, diagnosis = diagnose_spaces(session, config)
     notes = [*session.notes, *lines(diagnosis), *filter(None, [StudyState().unequal(config)])]
-    return StudyEstimate(tuple(found), session.room.free, *counts, config.training.batch_size, tuple(notes))
+    return StudyEstimate(tuple(found), session.room.free, *counts, config.training.batch_size, tuple(notes), memory)
+
+
+def study_memory(config: StudyConfig, *, both: bool = False) -> Fit | None:
+    """Returns the memory that a study is expected to take; nothing is loaded.
+
+    Args:
+        config: of the study.
+        both: with and without layers computed again in the backward pass.
+    """
+    methods = {name: settings.method for name, settings in largest(config.filled()).items()}
+    return expected_memory(
+        config.model, config.training, methods, config.data.max_length, both=both, sharing=config.workers
+    )
 
 
 def _timed(session: Session, settings: Sequence[MethodConfig], seed: int) -> MethodConfig | None:

@@ -33,6 +33,7 @@ from peft_study.storage.study_dir import StudyFolder
 from peft_study.study.callbacks import Callback, Callbacks
 from peft_study.study.clock import StudyClock
 from peft_study.study.closing import forget, keep_answers, keep_costs, keep_evaluation
+from peft_study.study.dry_run import study_memory
 from peft_study.study.recommend import Recommended, Scale, write_recommended
 from peft_study.training import checkup
 from peft_study.training.interrupt import StopRequest
@@ -105,6 +106,10 @@ def run_study(
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
     check_tasks(config)
+    if in_memory is None and config.ray is None and (folder.run.status() or ("", ""))[0] != "finished":
+        memory = study_memory(config)
+        if memory is not None:
+            memory.tell(watcher.say)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
     with (
         folder.run.locked(),

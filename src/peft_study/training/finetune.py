@@ -19,6 +19,7 @@ from peft_study.statistics import Estimate, difference, mean_loss
 from peft_study.storage.environment import environment
 from peft_study.storage.run_dir import RunFolder, identity
 from peft_study.training.checkup import CheckedWatcher, Checkup
+from peft_study.training.fit import expected_memory
 from peft_study.training.fitting import check_methods
 from peft_study.training.interrupt import StopRequest
 from peft_study.training.loop import Commands, Ended, Slots
@@ -128,6 +129,12 @@ def train(
     _begun(folder, config, overwrite=overwrite)
     with _locked(folder, processes):
         begun = _begun(folder, config, overwrite=overwrite)
+        if in_memory is None and processes.writes:
+            memory = expected_memory(
+                config.model, config.training, {str(config.method.method): config.method}, config.data.max_length
+            )
+            if memory is not None:
+                memory.tell(watcher.say)
         session = open_session(
             config.model, config.data, config.training, watcher.say, processes=processes, in_memory=in_memory
         )

@@ -132,12 +132,12 @@ def open_session(
     if processes.writes:
         processes.wait()
     recompute = training.gradient_checkpointing
-    engine = Engine(base, row_tokens=training.row_tokens, gradient_checkpointing=recompute, processes=processes)
+    engine = Engine(base, row_tokens=training.row_tokens, gradient_checkpointing=recompute is True, processes=processes)
     parts = [part for part in (rows.train, rows.held_out, rows.test) if part is not None]
     return Session(
         base,
         engine,
-        _room(engine, processes),
+        _room(engine, processes, recomputes=recompute == "auto"),
         _longest(base, parts),
         encoder,
         data.add_bos,
@@ -212,9 +212,9 @@ def _read(data: DataConfig, encoder: ChatEncoder, seed: int, say: Say, *, test: 
         return make_split(data, encoder, seed, test=test, on_progress=on_progress)
 
 
-def _room(engine: Engine, processes: ProcessGroup) -> Room:
+def _room(engine: Engine, processes: ProcessGroup, *, recomputes: bool) -> Room:
     """Returns the memory for trials; processes that train together have equal shares, and all use the same figure."""
-    room = Room(engine, sharing=processes.count)
+    room = Room(engine, sharing=processes.count, recomputes=recomputes)
     (free,) = processes.of_first([-1.0 if room.free is None else float(room.free)])
     room.free = None if free < 0 else int(free)
     return room

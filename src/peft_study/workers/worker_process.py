@@ -96,7 +96,9 @@ class WorkerProcess:
         self._config = config = StudyConfig.model_validate_json(settings)
         session = open_session(config.model, config.data, config.training, unheard, test=True)
         # the first worker measures the free memory before the others load
-        room = Room(session.engine, free=None if first is None else first.free, sharing=sharing)
+        may_recompute = config.training.gradient_checkpointing == "auto"
+        free = None if first is None else first.free
+        room = Room(session.engine, free=free, sharing=sharing, recomputes=may_recompute)
         self._session = session = replace(session, room=room)
         found = None
         if first is None:

@@ -36,15 +36,20 @@ class _RmsNorm(torch.autograd.Function):
         return scaled.mul_(inverse).addcmul_(wide, share).to(x.dtype), None, None
 
 
-def install(model: nn.Module) -> int:
+def install(model: nn.Module, *, compare: bool = True) -> int:
     """Gives every norm of the model that passes the comparison the forward above; returns how many did.
 
     On other devices than CPU, and while its weight is trained, a norm runs as it was.
+
+    Args:
+        model: the causal language model.
+        compare: False for a model without weights, on which nothing can be compared: its norms' names are believed.
     """
     count = 0
     for module in model.modules():
         epsilon = _epsilon(module)
-        if epsilon is not None and _is_same(module, epsilon):
+        same = _is_same if compare else _is_called_so
+        if epsilon is not None and same(module, epsilon):
             module.forward = partial(_forward, module, epsilon, module.forward)
             count += 1
     return count
@@ -69,6 +74,10 @@ def _epsilon(module: nn.Module) -> float | None:
         return None
     found = [getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon")]
     return next((value for value in found if isinstance(value, float)), None)
+
+
+def _is_called_so(module: Any, _epsilon: float) -> bool:
+    return "RMSNorm" in type(module).__name__
 
 
 def _is_same(module: Any, epsilon: float) -> bool:
