@@ -2,6 +2,7 @@
 
     python benchmarks/fit.py
     python benchmarks/fit.py --models smollm2-135m-instruct --recompute
+    python benchmarks/fit.py --models smollm2-135m-instruct --quantization nf4
     python benchmarks/fit.py --cards                    # the table of docs/gpu.md; nothing is measured
 
 A method a row, each in a process of its own, which loads the base, makes a trial and takes two optimizer steps in rows
@@ -15,6 +16,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,13 @@ PARTS = "beside", "whole"
 SETTINGS = {**METHODS, "full": FullConfig()}
 
 
-def measure(model: str, method: str, placement: Placement, *, recompute: bool) -> dict[str, Any]:
+def measure(
+    model: str, method: str, placement: Placement, quantization: str | None, *, recompute: bool
+) -> dict[str, Any]:
     """Returns what a setting takes, expected and measured, in bytes; for a process of its own."""
     on_card = placement.device.type == "cuda"
     start = 0 if on_card else resident("VmRSS") or 0
-    base = World(model, placement).base()
+    base = World(model, placement).base(quantization)
     setting = SETTINGS[method]
     engine = Engine(base, row_tokens=ROW, gradient_checkpointing=recompute)
     with peak_above(base.device) as peak:
@@ -56,15 +60,19 @@ def measure(model: str, method: str, placement: Placement, *, recompute: bool) -
         trial = Trial("measured", adapter, training, examples)
         engine.admit(trial)
         while not trial.finished:
+            started = time.perf_counter()
             engine.step()
+        seconds = time.perf_counter() - started
     whole = torch.cuda.max_memory_allocated() if on_card else resident("VmHWM") or 0
     found = count(outline_of(base), {method: setting}, recompute=recompute)
+    precision = quantization or base.placement.dtype_name
     expected = found.methods[method].row(ROW) + found.methods[method].trial
     return {
-        "precision": base.placement.dtype_name,
+        "precision": precision,
+        "tokens_per_second": round(sum(map(len, examples)) / seconds),
         "beside_expected": expected,
         "beside_measured": peak[0],
-        "whole_expected": start + found.weights[base.placement.dtype_name] + expected,
+        "whole_expected": start + found.weights[precision] + expected,
         "whole_measured": whole,
     }
 
@@ -101,6 +109,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=list(SETTINGS))
     parser.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
+    parser.add_argument("--quantization", choices=["nf4", "int8"], help="of the base; needs bitsandbytes")
     parser.add_argument("--cards", action="store_true", help="print the table of docs/gpu.md")
     parser.add_argument("--recompute", action="store_true", help="layers are computed again in the backward pass")
     parser.add_argument("--one", action="store_true", help="measure in this process, and print the row")
@@ -111,13 +120,14 @@ def main(words: list[str] | None = None) -> None:
     if options.one:
         (model,), (method,) = options.models, options.methods
         placement = choose(options.device, options.dtype)
-        print(json.dumps(measure(model, method, placement, recompute=options.recompute)))
+        print(json.dumps(measure(model, method, placement, options.quantization, recompute=options.recompute)))
         return
     rows = Rows(options)
     for model in options.models:
         for method in options.methods:
             command = [sys.executable, Path(__file__), "--one", "--models", model, "--methods", method]
             command += ["--device", options.device, "--dtype", options.dtype]
+            command += [] if options.quantization is None else ["--quantization", options.quantization]
             command += ["--recompute"] if options.recompute else []
             ran = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(ran.stdout.splitlines()[-1])

@@ -12,6 +12,7 @@ lengths and supervised spans are the real ones, kept in real_lengths.json.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from peft_study.config import LoraConfig, MethodConfig, PrefixTuningConfig, Prom
 from peft_study.data.conversation import Example
 from peft_study.methods import Adapter, create
 from peft_study.model.embedded import EMBEDDED
-from peft_study.model.load import Base, load_model, load_tokenizer, resolve_model, wrap
+from peft_study.model.load import Base, load_model, load_tokenizer, place_model, resolve_model, wrap
 from peft_study.model.precision import Placement, choose
 
 MAX_LENGTH = 1024
@@ -123,9 +124,15 @@ class World:
             return load_model(resolve_model(EMBEDDED), EMBEDDED, dtype=dtype).to(self.placement.device)
         return _random_model(self.name, self.placement.device, dtype)
 
-    def base(self) -> Base:
-        """Returns the model as our engine's base."""
-        return wrap(self.model(), None, self.placement, path=f"{self.name} of the benchmarks")
+    def base(self, quantization: str | None = None) -> Base:
+        """Returns the model as our engine's base, in nf4 or int8 if asked for."""
+        path = f"{self.name} of the benchmarks"
+        if quantization is None:
+            return wrap(self.model(), None, self.placement, path=path)
+        with tempfile.TemporaryDirectory() as folder:
+            self.model().save_pretrained(folder)
+            model = place_model(folder, self.name, self.placement, quantization=quantization)
+        return wrap(model, None, self.placement, path=path, quantization=quantization)
 
     def tokenizer(self) -> Any:
         """Returns the model's tokenizer, or one of bytes."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from peft_study.display.evaluation import _judged
+from peft_study.evaluation.scores import scores_of
 from peft_study.evaluation.scoring import METRICS, last_number
 
 
@@ -103,3 +105,19 @@ def test_numbers_are_judged_as_lm_eval_judges_gsm8k(output: str, gold: str) -> N
         ignore_punctuation=False,
     )
     assert judged("number", output, gold) is bool(theirs["exact_match"])
+
+
+def test_one_answer_given_every_time_is_told_where_there_are_few() -> None:
+    golds = ["true"] * 13 + ["false"] * 7
+    rows = [
+        {"system": "base", "id": str(n), "score": n % 2 == 0, "gold": gold, "source": "a", "normalised": None}
+        for n, gold in enumerate(golds)
+    ]
+    (score,) = scores_of("boolq", rows, has_answers=True)
+    assert score.constant == 13 / 20
+    assert "one answer every time: 65.0 %" in _judged([score])
+    for all_the_same_or_all_different in (["true"] * 20, [str(n) for n in range(20)]):
+        other = [{**row, "gold": gold} for row, gold in zip(rows, all_the_same_or_all_different, strict=True)]
+        (score,) = scores_of("sums", other, has_answers=True)
+        assert score.constant is None
+        assert "every time" not in _judged([score])

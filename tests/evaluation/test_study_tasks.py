@@ -37,7 +37,7 @@ def changed(path: Path, **sections: Any) -> Path:
 
 
 def test_base_and_finals_are_asked_at_the_end(file: Path, cli: CommandLine, tmp_path: Path) -> None:
-    cli("run", file).ok()
+    assert "of 9 answers, 95 % intervals" in cli("run", file).ok().out
     study = open_study(tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "evaluation" / "picks.parquet").to_pylist()
     assert {row["system"] for row in table} == {"base", *(final.name for final in study.finals)}

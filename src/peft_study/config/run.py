@@ -24,7 +24,9 @@ class ModelConfig(Strict):
     revision: str | None = Field(None, description="git revision on the hub")
     device: Device = Field("auto", description="auto takes cuda, then mps, then cpu")
     dtype: Dtype = Field("auto", description="of the frozen base; adapters are always float32")
-    quantization: Literal["nf4"] | None = Field(None, description="4-bit base through bitsandbytes")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="base of 4 or 8 bits a weight, through bitsandbytes"
+    )
     trust_remote_code: bool = Field(False, description="run code that ships with the model")
 
 

@@ -63,6 +63,9 @@ def _judged(scores: Sequence[Score]) -> str:
     numbers = f"{min(judged)}" if len(judged) == 1 else f"{min(judged)} to {max(judged)}"
     unjudged = max(score.unjudged for score in scores)
     more = f"; {unjudged} could not be judged" if unjudged else ""
+    constant = next((score.constant for score in scores if score.constant is not None), None)
+    if constant is not None:
+        more += f"; one answer every time: {100 * constant:.1f} %"
     return f"of {numbers} answers, 95 % intervals{more};\nwithin a #, no system differs significantly from the best"
 
 

@@ -116,6 +116,8 @@ class StudyDisplay(LiveDisplay):
 
     def conclude(self, study: FinishedStudy, best: TrainedAdapter | None) -> None:
         """Prints the tables, what they say, and what to do next; `best` is the winner."""
+        from peft_study.display.evaluation import print_evaluation
+        from peft_study.evaluation.scores import EVALUATION, read_scores
         from peft_study.report.findings import texts
 
         self.loudness = max(self.loudness, NORMAL)  # these are the results
@@ -124,6 +126,8 @@ class StudyDisplay(LiveDisplay):
             self.say(f"- {sentence}")
         if study.results.finalists:
             self.console.print(finals_table(study.results))
+        if (scores := read_scores(study.folder / EVALUATION)) is not None:
+            print_evaluation(scores)
         self.say(
             f"a row a trial: {study.folder / 'results.csv'}; all findings: {study.folder / 'findings.json'}; adapters, "
             f"metrics and record: {study.folder}"

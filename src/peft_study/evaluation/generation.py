@@ -48,7 +48,7 @@ class BaseOrigin(NamedTuple):
 class AdapterBase(NamedTuple):
     """The base of an adapter, loaded as it was trained on: `model`, `tokenizer`, and the `path` it came from.
 
-    `quantization` is nf4 where the weights are 4-bit codes, else None.
+    `quantization` is nf4 or int8 where the weights are codes, else None.
     """
 
     model: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -35,6 +36,8 @@ BASE = "base"
 SCORES = "scores.json"
 EVALUATION = "evaluation"
 """Folder of the tasks' answers in that of a study."""
+_FEW_ANSWERS = 10
+"""Different right answers of a task, up to which one of them given every time may look like knowledge."""
 MOST_SOURCES = 12
 """Sources of a loss that have a line of their own; of more, only all together are shown."""
 
@@ -54,6 +57,8 @@ class Score:
         minus_base: the base's value subtracted, on the rows that both have; None for the base.
         p_value: of "equal to the base": McNemar's for accuracies, else of the paired bootstrap; None for the base.
         group: 1 for the best, and for those that cannot be told from the best of the group; None where not compared.
+        constant: share that would be right if the answer that is right most often were given every time; None where
+            there are more than a few answers.
     """
 
     task: str
@@ -68,6 +73,7 @@ class Score:
     minus_base: Estimate | None = None
     p_value: float | None = None
     group: int | None = None
+    constant: float | None = None
 
     @property
     def to_minimise(self) -> float:
@@ -259,9 +265,15 @@ def _compared(task: str, source: str | None, rows: Sequence[Row], by: _Compared)
                 minus_base=None if against is None else against[0],
                 p_value=None if against is None else against[1],
                 group=groups.get(name),
+                constant=_constant(own) if by.metric == "accuracy" else None,
             )
         )
     return found
+
+
+def _constant(rows: Sequence[Row]) -> float | None:
+    golds = Counter(str(row["gold"]) for row in rows)
+    return max(golds.values()) / len(rows) if 1 < len(golds) <= _FEW_ANSWERS else None
 
 
 def _against(first: Mapping[str, Row], second: Mapping[str, Row], by: _Compared) -> tuple[Estimate, float] | None:

@@ -107,7 +107,8 @@ def borrow(given: ModelInMemory) -> Base:
     """Makes a Base of a model in memory, on its device and in its precision; see `lent`."""
     parameter = next(given.model.parameters())
     path = str(given.model.name_or_path or "")
-    quantization = "nf4" if getattr(given.model, "is_loaded_in_4bit", False) else None
+    loaded_in = {"nf4": "is_loaded_in_4bit", "int8": "is_loaded_in_8bit"}
+    quantization = next((name for name, flag in loaded_in.items() if getattr(given.model, flag, False)), None)
     base = wrap(
         given.model,
         given.tokenizer,

@@ -34,7 +34,7 @@ class Base:
         name, revision, tokenizer_name: as given by the user, to find them again on another machine.
         digest: sha256 of its weight files.
         origin: where a converted model came from, else None.
-        quantization: nf4 where the weights were quantised when they were loaded, else None.
+        quantization: nf4 or int8 where the weights were quantised when they were loaded, else None.
         layers, heads, kv_heads, head_dim, hidden: shape of the decoder.
         positions: size of its table of positions; None: it computes them.
         context: positions that it was made for, by its configuration; None: not given there.
@@ -225,7 +225,7 @@ def load_base(
         tokenizer: what `load_tokenizer` returned; None: the model's own is loaded.
         revision: git revision on the hub.
         placement: device and precision.
-        quantization: nf4 for a 4-bit base.
+        quantization: nf4 for a 4-bit base, int8 for an 8-bit one.
         trust_remote_code: run code that ships with the model.
 
     Raises:
@@ -248,8 +248,8 @@ def place_model(path: str, name: str, placement: Placement, *, quantization: str
         ModelError: as `load_model`, and where bitsandbytes is needed but not installed.
     """
     options["dtype"] = placement.dtype
-    if quantization == "nf4":  # a quantised model is put in place while it is loaded
-        return load_model(path, name, **options, **_nf4(placement))
+    if quantization is not None:  # a quantised model is put in place while it is loaded
+        return load_model(path, name, **options, **quantised_options(quantization, placement))
     return load_model(path, name, **options).to(placement.device)
 
 
@@ -322,19 +322,29 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
     )
 
 
-def _nf4(placement: Placement) -> dict[str, Any]:
-    """Returns the loading options of a 4-bit NormalFloat base; raises ModelError without bitsandbytes."""
+def quantised_options(quantization: str, placement: Placement) -> dict[str, Any]:
+    """Returns the loading options of a base in nf4 or int8.
+
+    int8 has no columns of outliers in higher precision, which LLM.int8 (arXiv:2208.07339) takes from the whole row: a
+    token's numbers would then depend on what stands beside it.
+
+    Raises:
+        ModelError: without bitsandbytes.
+    """
     from transformers import BitsAndBytesConfig
 
     try:
         import bitsandbytes  # noqa: F401  (only whether it is there)
     except ImportError as error:
-        what = "a 4-bit base (NF4) needs bitsandbytes, which is not installed"
+        what = f"a base in {quantization} needs bitsandbytes, which is not installed"
         raise ModelError(what, remedy="run: pip install 'peft-study[quantized]'") from error
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=placement.dtype,
-    )
-    return {"quantization_config": quantization, "device_map": {"": placement.device}}
+    if quantization == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=placement.dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": placement.device}}

@@ -73,6 +73,9 @@ def _table(
     note = t(f"task_{first.metric}_note", rows=max(score.judged for score in scores)) + " " + t("task_groups")
     if unjudged:
         note += " " + t("task_unjudged", rows=unjudged)
+    constant = next((score.constant for score in scores if score.constant is not None), None)
+    if constant is not None:
+        note += " " + t("task_constant", share=f"{100 * constant:.1f}")
     title = first.task if first.source is None else f"{first.task}: {first.source}"
     return TaskTable(title, note, (*heads, *([t("by_length")] if by_length else [])), tuple(rows), examples)
 

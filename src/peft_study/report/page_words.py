@@ -29,6 +29,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "test against the base.",
         "{rows} 道题的正确率，附精确 95 % 区间（Clopper–Pearson）；p 为与基座模型比较的 McNemar 检验。",
     ),
+    "task_constant": (
+        "The answer that is right most often, given every time, would be right in {share} %.",
+        "若每次都给出最常见的正确答案，正确率为 {share} %。",
+    ),
     "task_mean_note": (
         "Mean score of {rows} answers, with 95 % intervals; differences are paired by question.",
         "{rows} 个回答的平均得分，附 95 % 区间；差值按题目配对。",
@@ -130,7 +134,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "trainable": ("trainable parameters", "可训练参数"),
     "adapter_bytes": ("adapter size", "适配器大小"),
     "peak_bytes": ("peak memory", "峰值内存"),
-    "tokens_per_second": ("tokens a second", "token/秒"),
+    "tokens_per_second": ("Tokens a second", "每秒 token 数"),
     "data_tokens": ("tokens trained on", "训练 token 数"),
     "use": ("Use it", "使用"),
     "longer": ("Train it longer", "加长训练"),

@@ -133,7 +133,7 @@ def _check(adapter: Path, output: Path) -> None:
 def _write(adapter: Path, output: Path, base: str | None, precision: torch.dtype, say: Say) -> None:
     loaded = load_adapter_base(adapter, base, Placement(torch.device("cpu"), torch.float32))
     if loaded.quantization:
-        say(f"the base was 4-bit ({loaded.quantization}) in training: it is dequantised before the update is added")
+        say(f"the base was quantised ({loaded.quantization}) in training: it is dequantised before the update is added")
         loaded = loaded._replace(model=loaded.model.dequantize())
     merged = put_on(adapter, loaded).merge_and_unload().to(precision)
     kept = encoding(adapter)

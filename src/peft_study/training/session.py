@@ -178,7 +178,7 @@ def _load(model: ModelConfig, tokenizer: Any, say: Say, notes: list[str]) -> Bas
     """Loads the base; adds a note where its precision may surprise."""
     placement = choose(model.device, model.dtype)
     notes += [placement.note] if placement.note else []
-    precision = f"4-bit ({model.quantization}), computing in " if model.quantization else ""
+    precision = f"{model.quantization}, computing in " if model.quantization else ""
     with timed(say, f"loading {model.name} on {placement.device} in {precision}{placement.dtype_name}"):
         base = load_base(
             model.name,
