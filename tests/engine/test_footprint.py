@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_weights_and_trials_are_those_of_a_base_that_is_loaded(family: str) -> N
 def live_bytes(base: Base, method: MethodConfig, *, recompute: bool) -> int:
     """Returns the bytes that live at the peak of a real row of two examples, by the same count."""
     engine, adapter = Engine(base, gradient_checkpointing=recompute), create(method, base, None, 0)
-    return footprint._peak(engine, adapter, 512)
+    return footprint._peak(engine, adapter, 2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -68,7 +69,9 @@ def test_a_row_without_weights_holds_what_a_row_with_weights_does(
     base, method = base_of_layers(5), METHODS[name]
     found = count(outline_of(base), {name: method}, recompute=recompute).methods[name]
     kept = footprint.size(method, base).kept
-    assert found.row(512) == pytest.approx(live_bytes(base, method, recompute=recompute) - kept, rel=0.03)
+    assert found.row(2 * (256 + found.virtual)) == pytest.approx(
+        live_bytes(base, method, recompute=recompute) - kept, rel=0.03
+    )
 
 
 def test_layers_computed_again_hold_less() -> None:
@@ -106,6 +109,18 @@ def test_lists_by_layer_are_cut_and_the_configuration_stays() -> None:
         assert one.layers == 1
         assert one.model.config.layer_types == ["sliding_attention"]
     assert base.model.config == before
+
+
+def test_settings_beyond_all_bounds_are_counted_at_once() -> None:
+    methods: dict[str, MethodConfig] = {
+        "lora": LoraConfig(rank=10**8),
+        "prefix": PrefixTuningConfig(tokens=10**8),
+        "prompt": PromptTuningConfig(tokens=10**8),
+    }
+    started = time.process_time()
+    found = count(outline_of(base_of_layers(2)), methods, recompute=False).methods
+    assert time.process_time() - started < 20
+    assert all(footprint.trial > 10**9 for footprint in found.values())
 
 
 def test_a_footprint_is_linear_in_tokens() -> None:

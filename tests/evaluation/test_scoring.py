@@ -115,7 +115,7 @@ def test_one_answer_given_every_time_is_told_where_there_are_few() -> None:
     ]
     (score,) = scores_of("boolq", rows, has_answers=True)
     assert score.constant == 13 / 20
-    assert "one answer every time: 65.0 %" in _judged([score])
+    assert "the most frequent answer every time: 65.0 %" in _judged([score])
     for all_the_same_or_all_different in (["true"] * 20, [str(n) for n in range(20)]):
         other = [{**row, "gold": gold} for row, gold in zip(rows, all_the_same_or_all_different, strict=True)]
         (score,) = scores_of("sums", other, has_answers=True)

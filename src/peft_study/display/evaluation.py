@@ -65,7 +65,7 @@ def _judged(scores: Sequence[Score]) -> str:
     more = f"; {unjudged} could not be judged" if unjudged else ""
     constant = next((score.constant for score in scores if score.constant is not None), None)
     if constant is not None:
-        more += f"; one answer every time: {100 * constant:.1f} %"
+        more += f"; the most frequent answer every time: {100 * constant:.1f} %"
     return f"of {numbers} answers, 95 % intervals{more};\nwithin a #, no system differs significantly from the best"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peft_study.config import MethodConfig, PromptTuningConfig
+from peft_study.config import MethodConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.memory import trial_bytes
@@ -37,10 +37,12 @@ from peft_study.model.weightless import Outline
 from peft_study.storage.cache_dir import cache_root
 from peft_study.storage.files import atomic_writer, made_folder
 
-_SHORT, _LONG = 512, 1024
-"""Tokens of the rows: enough for a whole chunk of logits (model/head.py)."""
 _EXAMPLE = 256
-"""Tokens of each example in them."""
+"""Tokens of each example in a row, without virtual ones."""
+_SHORT, _LONG = 2, 4
+"""Examples of the rows: enough for a whole chunk of logits (model/head.py)."""
+_MOST_VIRTUAL = 512
+"""Virtual tokens in a row that is counted: those of a setting with millions would take minutes to place."""
 _SHARE, _CONSTANT = 1.08, 110 * 2**20
 """Of a CPU: what the allocator wastes, and buffers of matrix products, which no operation shows; fitted to measured
 peaks of three models (benchmarks/fit.py)."""
@@ -120,8 +122,9 @@ def _counted(outline: Outline, methods: Mapping[str, MethodConfig], *, recompute
     for name, (trial, (short, long)) in few.items():
         trial_of_two, (deep,) = more[name]
         constant = long - (long - short) / (_LONG - _SHORT) * _LONG
-        a_token = (whole(long, deep) - constant) / _LONG
-        virtual = getattr(methods[name], "tokens", 0) if methods[name].method == "prompt_tuning" else 0
+        a_token = (whole(long, deep) - constant) / _tokens(methods[name], _LONG)
+        method = methods[name]
+        virtual = method.tokens if isinstance(method, PromptTuningConfig) else 0
         trial = round(whole(trial, trial_of_two))
         found[name] = Footprint(trial, virtual, constant * share + further, a_token * share)
     return Footprints({p: round(whole(one, weights_of_two[p])) for p, one in weights.items()}, found)
@@ -130,7 +133,7 @@ def _counted(outline: Outline, methods: Mapping[str, MethodConfig], *, recompute
 def _with_layers(
     outline: Outline, layers: int, methods: Mapping[str, MethodConfig], lengths: Sequence[int], *, recompute: bool
 ) -> tuple[dict[str, int], dict[str, tuple[int, list[int]]]]:
-    """Returns the bytes of the weights by precision, and of each setting: its trial, and its rows of these lengths."""
+    """Returns the bytes of the weights by precision, and of each setting: of a trial, and of rows of examples."""
     with outline.base(layers) as base:
         weights = {name: _weights(base, a_number) for name, a_number in {outline.precision: None, **QUANTISED}.items()}
         engine = Engine(base, gradient_checkpointing=recompute)
@@ -157,16 +160,26 @@ def _peaks(engine: Engine, method: MethodConfig, lengths: Sequence[int]) -> list
     kept = 0 if adapter.exclusive else size(method, engine.base).kept
     adapter.attach()
     try:
-        return [_peak(engine, adapter, tokens) - kept for tokens in lengths]
+        return [_peak(engine, adapter, examples) - kept for examples in lengths]
     finally:
         adapter.detach()
 
 
 def _as_counted(method: MethodConfig) -> MethodConfig:
     """Returns the setting without what makes no difference to a row: how a prefix begins, and what makes its table."""
-    if method.method == "prefix_tuning":
-        return method.model_copy(update={"init": "zero", "projection": False})
+    if isinstance(method, PrefixTuningConfig):
+        return method.model_copy(
+            update={"tokens": min(method.tokens, _MOST_VIRTUAL), "init": "zero", "projection": False}
+        )
+    if isinstance(method, PromptTuningConfig):
+        return method.model_copy(update={"tokens": min(method.tokens, _MOST_VIRTUAL)})
     return method
+
+
+def _tokens(method: MethodConfig, examples: int) -> int:
+    """Returns the tokens of a row of so many examples."""
+    method = _as_counted(method)
+    return examples * (_EXAMPLE + (method.tokens if isinstance(method, PromptTuningConfig) else 0))
 
 
 def _adapter(method: MethodConfig, base: Base) -> Adapter:
@@ -175,9 +188,9 @@ def _adapter(method: MethodConfig, base: Base) -> Adapter:
     return create(method, base, None, 0)
 
 
-def _peak(engine: Engine, adapter: Adapter, tokens: int) -> int:
-    text = np.zeros(_EXAMPLE - adapter.row_tokens, dtype=np.int32)
-    items = [Item(0, adapter, Example(text, np.arange(len(text)) > 0))] * (tokens // _EXAMPLE)
+def _peak(engine: Engine, adapter: Adapter, examples: int) -> int:
+    text = np.zeros(_EXAMPLE, dtype=np.int32)
+    items = [Item(0, adapter, Example(text, np.arange(len(text)) > 0))] * examples
     trained = list(adapter.parameters().values())
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

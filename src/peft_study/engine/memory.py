@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -121,7 +121,8 @@ class Room:
         if self.free is None or not found.trained:
             return
         need = self.need(method, longest)
-        if need > self.free * (1 - MARGIN) and self._turns_to_recomputing():
+        most = self.free * (1 - MARGIN)
+        if need > most and self._recomputes_if(lambda: self.need(method, longest) <= most):
             need = self.need(method, longest)
         remedy = found.remedy
         if (row := need - self.slot(method)) > 0:
@@ -153,7 +154,7 @@ class Room:
             return
         before = self._engine.row_tokens
         most = self._most_tokens(trained)
-        if most < before * _CUT and self._turns_to_recomputing():
+        if most < before * _CUT and self._recomputes_if(lambda: self._most_tokens(trained) > most):
             most = self._most_tokens(trained)
         if most < before:
             self._engine.row_tokens = max(1, int(most))
@@ -168,18 +169,21 @@ class Room:
         assert self.free is not None
         return min((self.free * (1 - MARGIN) - self.slot(m)) / (self.row(m, 1000) / 1000) for m in trained)
 
-    def _turns_to_recomputing(self) -> bool:
-        """Lets the engine compute layers again, if it may and does not yet; returns whether it has turned to it."""
+    def _recomputes_if(self, fits: Callable[[], bool]) -> bool:
+        """Lets the engine compute layers again, if it may, does not yet, and that makes it fit; returns whether."""
         if not self._may_recompute or self._engine.recomputes:
             return False
-        self._engine.recompute(True)
-        self._a_token.clear()
-        warnings.warn(
-            "rows do not fit into the memory: layers are computed again in the backward pass, which takes about a "
-            "third more time (gradient_checkpointing: auto)",
-            stacklevel=3,
-        )
-        return True
+        for recompute in (True, False):
+            self._engine.recompute(recompute)
+            self._a_token.clear()
+            if recompute and fits():
+                warnings.warn(
+                    "rows do not fit into the memory: layers are computed again in the backward pass, which takes "
+                    "about a third more time (gradient_checkpointing: auto)",
+                    stacklevel=3,
+                )
+                return True
+        return False
 
     def _held_a_token(self, adapter: Adapter) -> float:
         """Returns the bytes that a short row's forward pass keeps for the backward pass, a token of it."""

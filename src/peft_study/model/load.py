@@ -144,12 +144,12 @@ def hub_options(path: str) -> dict[str, bool]:
             what = (
                 f"no such model: no folder here, none in the hub's cache, and none from the hub ({first_line(error)})"
             )
-            raise _hub_refusal(error, path) or ModelError(what, where=path, remedy=_meant(path)) from error
+            raise hub_refusal(error, path) or ModelError(what, where=path, remedy=_meant(path)) from error
         return {"local_files_only": True}
     return {}
 
 
-def _hub_refusal(error: BaseException | None, name: str) -> ModelError | None:
+def hub_refusal(error: BaseException | None, name: str) -> ModelError | None:
     """Returns what to do where the hub wants a token, for a gated or private model; None for any other error."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -187,7 +187,7 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = f"no tokenizer could be loaded ({first_line(error)})"
-        raise _hub_refusal(error, name) or ModelError(what, where=name, remedy=_TOKENIZER_REMEDY) from error
+        raise hub_refusal(error, name) or ModelError(what, where=name, remedy=_TOKENIZER_REMEDY) from error
     return check_tokenizer(tokenizer, name)
 
 
@@ -273,7 +273,7 @@ def load_model(path: str, name: str, **options: Any) -> Any:
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = f"no causal language model could be loaded ({first_line(error)})"
-        raise _hub_refusal(error, name) or ModelError(what, where=name, remedy=remedy) from error
+        raise hub_refusal(error, name) or ModelError(what, where=name, remedy=remedy) from error
     # transformers would fill them with random numbers and only log it
     missing = sorted(report["missing_keys"])
     if missing:

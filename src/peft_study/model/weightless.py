@@ -19,7 +19,7 @@ from peft_study.errors import ModelError, first_line
 from peft_study.model import attention
 from peft_study.model.cpu import norm
 from peft_study.model.head import head_transform
-from peft_study.model.load import Base, hub_options, resolve_model
+from peft_study.model.load import Base, hub_options, hub_refusal, resolve_model
 from peft_study.model.precision import Placement
 from peft_study.model.proof import Proof
 
@@ -76,7 +76,7 @@ def outline(
     except (OSError, ValueError, KeyError, ImportError) as error:
         what = f"no configuration of a model could be read ({first_line(error)})"
         remedy = "give a folder that holds config.json, or a hub id"
-        raise ModelError(what, where=name, remedy=remedy) from error
+        raise hub_refusal(error, name) or ModelError(what, where=name, remedy=remedy) from error
     return outline_of_shape(config, placement, trust_remote_code=trust_remote_code)
 
 

@@ -92,7 +92,7 @@ class Fit:
         return "take a smaller base" if length is None else f"set data.max_length: {length}"
 
     def tell(self, say: Say) -> None:
-        """Says what the user should know, and refuses what cannot be: a base and a trial that take more than there is.
+        """Says what the user should know, and refuses what cannot be: a base that takes more than there is.
 
         Raises:
             ModelError: with the figures, and the one change that makes it fit.
@@ -100,13 +100,9 @@ class Fit:
         for line in self.lines():
             say(line)
         weights = self.weights[self.precision]
-        trial, method = max(((found.trial, method) for method, found in self.plain.items()), default=(0, ""))
-        if self.free is not None and weights + trial > self.free:
-            what = (
-                f"does not fit into the memory: the base takes {size_text(weights)} in {self.precision} and a trial of "
-                f"{method} {size_text(trial)}; {size_text(self.free)} are free"
-            )
-            raise ModelError(what, remedy=self.change())
+        if self.free is not None and weights > self.free:
+            what = f"the base takes {size_text(weights)} in {self.precision}, {size_text(self.free)} are free"
+            raise ModelError(f"does not fit into the memory: {what}", remedy=self.change())
 
     @property
     def _room(self) -> float:
@@ -152,7 +148,10 @@ def expected_memory(
     base = outline(model.name, placement, revision=model.revision, trust_remote_code=model.trust_remote_code)
     trained = {name: method for name, method in methods.items() if method.method != "none"}
     row_tokens = training.row_tokens or DEFAULT_ROW_TOKENS[placement.device.type]
-    free = available(placement.device)
+    try:
+        free = available(placement.device)
+    except (RuntimeError, AssertionError):  # a card that cannot be used: loading says why
+        free = None
     if free is not None and placement.device.type == "cpu":
         free //= sharing
     try:
