@@ -106,7 +106,8 @@ def run_study(
     folder = StudyFolder(config.output)
     folder.check(config, overwrite=overwrite, go_on=go_on)
     check_tasks(config)
-    if in_memory is None and config.ray is None and (folder.run.status() or ("", ""))[0] != "finished":
+    only_read = not overwrite and (folder.run.status() or ("", ""))[0] == "finished"
+    if in_memory is None and config.ray is None and not only_read:
         memory = study_memory(config)
         if memory is not None:
             memory.tell(watcher.say)

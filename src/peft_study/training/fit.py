@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft_study.config import MethodConfig, ModelConfig, TrainingConfig
 from peft_study.doctor.rules.costs import MARGIN
@@ -139,7 +139,8 @@ def expected_memory(
         sharing: workers that share the memory of this machine's CPU.
 
     Returns:
-        None for a model whose operations cannot be counted without its weights, as those of a mixture of experts.
+        None for a model whose operations cannot be counted without its weights, as those of a mixture of experts; and,
+        unless `both` is asked for, for one that is so small that the count would take longer than it is worth.
 
     Raises:
         ModelError: when there is no configuration of a model.
@@ -155,6 +156,9 @@ def expected_memory(
     if free is not None and placement.device.type == "cpu":
         free //= sharing
     try:
+        largest = _at_most(base.config.get_text_config(), max(row_tokens, max_length or 0))
+        if not both and free is not None and largest < free / 10:
+            return None
         plain, recomputed = count(base, trained, recompute=False), dict[str, Footprint]()
         found = Fit(
             plain.weights,
@@ -172,3 +176,11 @@ def expected_memory(
         logging.getLogger(__name__).info("no memory is expected for %s: %s", model.name, error)
         return None
     return found
+
+
+def _at_most(text: Any, tokens: int) -> float:
+    """Returns bytes that no base of this configuration and no row of so many tokens come near, in float32."""
+    hidden, layers = text.hidden_size, text.num_hidden_layers
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    weights = 2 * text.vocab_size * hidden + layers * hidden * (4 * hidden + 3 * inner)
+    return 4.0 * (weights + tokens * layers * 64 * (hidden + inner))
