@@ -47,13 +47,13 @@ def test_what_fits_is_one_line_with_its_parts() -> None:
         (2000, False, r"set training.gradient_checkpointing: auto \(then 1.27 GiB\)"),
         (2000, "auto", None),
         (1300, "auto", r"set model.quantization: nf4 \(then 700 MiB\)"),
-        (1365, True, "set data.max_length: 232"),
+        (1365, True, "set data.max_length: 256"),
         (100, True, "take a smaller base"),
     ],
 )
 def test_the_one_change_that_makes_it_fit(free: int, recompute: bool | str, said: str | None) -> None:
     found = dataclasses.replace(FIT, free=free * MB, recompute=recompute)
-    if said == "set data.max_length: 232":  # where a quantised base is no smaller
+    if said == "set data.max_length: 256":  # where a quantised base is no smaller
         found = dataclasses.replace(found, weights=dict.fromkeys(FIT.weights, 1000 * MB))
     line, *more = found.lines()
     assert ("computed again" in line) == (recompute is not False)

@@ -86,10 +86,13 @@ class Fit:
         ):
             if fit.fits:
                 return f"{words} (then {size_text(fit._most(fit._used))})"
-        shorter = range(self.max_length - _SHORTEST, _SHORTEST - 1, -_SHORTEST)
-        lengths = (n for n in shorter if dataclasses.replace(self, max_length=n).fits)
-        length = next(lengths, None)
-        return "take a smaller base" if length is None else f"set data.max_length: {length}"
+        used = dataclasses.replace(self, recompute="auto")._used
+        left = {name: self._room - self.weights[self.precision] - found.trial for name, found in used.items()}
+        tokens = (
+            (left[name] - found.constant) / max(found.a_token, 1.0) - found.virtual for name, found in used.items()
+        )
+        length = int(min(tokens, default=0) // _SHORTEST) * _SHORTEST
+        return "take a smaller base" if length < _SHORTEST else f"set data.max_length: {length}"
 
     def tell(self, say: Say) -> None:
         """Says what the user should know, and refuses what cannot be: a base that takes more than there is.
