@@ -107,15 +107,13 @@ def run_study(
     folder.check(config, overwrite=overwrite, go_on=go_on)
     check_tasks(config)
     only_read = not overwrite and (folder.run.status() or ("", ""))[0] == "finished"
+    chosen = choose_backend(config, folder, watcher.say, overwrite=overwrite, in_memory=in_memory)
     if in_memory is None and config.ray is None and not only_read:
         memory = study_memory(config)
         if memory is not None:
             memory.tell(watcher.say)
     # locked first: a folder in use, or one that cannot be written, is refused before model and data are loaded
-    with (
-        folder.run.locked(),
-        choose_backend(config, folder, watcher.say, overwrite=overwrite, in_memory=in_memory) as backend,
-    ):
+    with folder.run.locked(), chosen as backend:
         changes = folder.check(config, overwrite=overwrite, go_on=go_on)
         if not overwrite:
             refuse_other_inputs(backend.facts.record, folder.run)
