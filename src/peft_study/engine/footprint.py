@@ -9,6 +9,7 @@ of two lengths, and the bytes that live at a time are counted:
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import weakref
@@ -195,9 +196,16 @@ def _peak(engine: Engine, adapter: Adapter, examples: int) -> int:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     there = [*engine.base.model.parameters(), *engine.base.model.buffers(), *trained, *(p.grad for p in trained)]
-    with _Live(there) as live, engine.runner.row(items) as result:
-        if result.total.requires_grad:
-            result.total.backward()
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()  # else the peak depends on when garbage that refers to itself is collected
+    try:
+        with _Live(there) as live, engine.runner.row(items) as result:
+            if result.total.requires_grad:
+                result.total.backward()
+    finally:
+        if collects:
+            gc.enable()
     return live.peak
 
 
