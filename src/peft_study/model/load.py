@@ -288,12 +288,8 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
     model.requires_grad_(False)
     # bitsandbytes repacks 4-bit weights on CPU in eval mode for a kernel without gradient; dropouts are off below
     model.train(quantization is not None)
-    for module in model.modules():
-        # the base is evaluated as it is: its own dropout would be noise that depends on neighbours in the row
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1  # absent in models without attention
     norm.install(model)
     if placement.device.type == "cpu":
         keep_freed_memory()
@@ -310,16 +306,31 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         placement=placement,
         transform=transform,
         proof=proof,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        hidden=config.hidden_size,
+        **shape(config),
         name=path,
         positions=learned_positions(model, segmented=proof.segmented),
         context=getattr(config, "max_position_embeddings", None),
         attention=loaded_with,
     )
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Turns a base's own dropout off: it would be noise that depends on neighbours in the row."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def shape(text: Any) -> dict[str, Any]:
+    """Returns the shape of a decoder as a Base has it, from the configuration of its text model."""
+    heads = getattr(text, "num_attention_heads", None) or 1  # absent in models without attention
+    return {
+        "layers": text.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "hidden": text.hidden_size,
+    }
 
 
 def quantised_options(quantization: str, placement: Placement) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_study.errors import ModelError, first_line
 from peft_study.model import attention
 from peft_study.model.cpu import norm
 from peft_study.model.head import head_transform
-from peft_study.model.load import Base, hub_options, hub_refusal, resolve_model
+from peft_study.model.load import Base, hub_options, hub_refusal, resolve_model, shape, without_dropout
 from peft_study.model.precision import Placement
 from peft_study.model.proof import Proof
 
@@ -125,10 +124,7 @@ def _of_layers(config: Any, layers: int) -> Any:
 def _based(of: Outline, model: Any) -> Base:
     """Returns the base of a model without weights."""
     text = model.config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None) or 1
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    without_dropout(model)
     if of.placement.device.type == "cpu":
         norm.install(model, compare=False)
     return Base(
@@ -142,11 +138,7 @@ def _based(of: Outline, model: Any) -> Base:
         placement=Placement(model.device, of.placement.dtype),
         transform=head_transform(text),
         proof=replace(of.proof, attending_layers=min(of.proof.attending_layers, text.num_hidden_layers)),
-        layers=text.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        hidden=text.hidden_size,
+        **shape(text),
         positions=None,
         context=None,
         attention=attention.NAME,
