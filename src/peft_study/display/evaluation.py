@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from peft_study.display.terminal import console, table
+from peft_study.evaluation.scores import most_frequent
 from peft_study.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -63,8 +64,7 @@ def _judged(scores: Sequence[Score]) -> str:
     numbers = f"{min(judged)}" if len(judged) == 1 else f"{min(judged)} to {max(judged)}"
     unjudged = max(score.unjudged for score in scores)
     more = f"; {unjudged} could not be judged" if unjudged else ""
-    constant = next((score.constant for score in scores if score.constant is not None), None)
-    if constant is not None:
+    if (constant := most_frequent(scores)) is not None:
         more += f"; the most frequent answer every time: {100 * constant:.1f} %"
     return f"of {numbers} answers, 95 % intervals{more};\nwithin a #, no system differs significantly from the best"
 

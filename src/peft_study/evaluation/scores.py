@@ -157,6 +157,11 @@ class EvaluationResult:
         return pandas.read_parquet(path)
 
 
+def most_frequent(scores: Sequence[Score]) -> float | None:
+    """Returns what the most frequent answer, given every time, would reach on a task; None where it is not known."""
+    return next((score.constant for score in scores if score.constant is not None), None)
+
+
 def table_of(task: str) -> str:
     """Returns the file of a task's answers in the folder of its evaluation."""
     return f"{task.replace(':', '-').replace('/', '-')}.parquet"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_study.evaluation.answer_files import Row
-from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, read_scores, table_of
+from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, most_frequent, read_scores, table_of
 from peft_study.report.page_sections import ShownAnswer, ShownExample
 from peft_study.report.page_values import shortened
 from peft_study.report.page_words import Words
@@ -73,8 +73,7 @@ def _table(
     note = t(f"task_{first.metric}_note", rows=max(score.judged for score in scores)) + " " + t("task_groups")
     if unjudged:
         note += " " + t("task_unjudged", rows=unjudged)
-    constant = next((score.constant for score in scores if score.constant is not None), None)
-    if constant is not None:
+    if (constant := most_frequent(scores)) is not None:
         note += " " + t("task_constant", share=f"{100 * constant:.1f}")
     title = first.task if first.source is None else f"{first.task}: {first.source}"
     return TaskTable(title, note, (*heads, *([t("by_length")] if by_length else [])), tuple(rows), examples)
