@@ -13,7 +13,7 @@ import yaml
 from pyarrow import parquet
 
 from command_line import CommandLine
-from peft_study.engine.row import Item, RowResult, RowRunner
+from peft_study.engine.row import Item, RowPlan, RowResult, RowRunner
 from peft_study.engine.trial import Trial
 from peft_study.workers.worker import Worker
 
@@ -70,13 +70,13 @@ def test_a_held_out_example_that_does_not_fit_beside_a_prompt_ends_that_trial(
     whole_row = RowRunner.row
     trained = False
 
-    def limited(runner: RowRunner, items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def limited(runner: RowRunner, items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         nonlocal trained
         own = [item for item in items if item.adapter.row_tokens == 17]
         trained = trained or any(item.dropout is not None for item in own)
         if own and own[0].dropout is None and trained >= after:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole_row(runner, items)
+        return whole_row(runner, items, *plan)
 
     monkeypatch.setattr(RowRunner, "row", limited)
     said = cli("run", study, "--slots", slots).ok()
@@ -91,10 +91,10 @@ def test_a_test_example_that_does_not_fit_leaves_a_finalist_without_a_test_loss(
 ) -> None:
     whole_row, whole_test, opened = RowRunner.row, Worker.test, []
 
-    def limited(runner: RowRunner, items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def limited(runner: RowRunner, items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         if opened and any(item.adapter.row_tokens for item in items):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole_row(runner, items)
+        return whole_row(runner, items, *plan)
 
     def test(worker: Worker, trained: Any) -> Any:
         opened.append(True)
@@ -113,10 +113,10 @@ def test_a_finetune_whose_held_out_example_does_not_fit_is_one_line(
 ) -> None:
     whole_row = RowRunner.row
 
-    def limited(runner: RowRunner, items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def limited(runner: RowRunner, items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         if any(item.adapter.row_tokens > 1 for item in items):  # a row of one is tried for the estimate
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you")
-        return whole_row(runner, items)
+        return whole_row(runner, items, *plan)
 
     monkeypatch.setattr(RowRunner, "row", limited)
     ran = cli(*flags, "--use_prompt_tuning")

@@ -185,6 +185,6 @@ def test_short_examples_of_a_slot_stand_together() -> None:
 def test_short_examples_stand_together_in_the_rows_of_all_processes() -> None:
     """Items go to the row that has the fewest tokens, so a turn is as long as an eighth of all rows."""
     engine = crowd(24, 10, batch=4, row_tokens=160, processes=ProcessGroup(0, 2))
-    rows = engine._plan()
+    rows = engine._taken().rows
     counts = [Counter(item.slot for _, _, item in row.entries) for row in rows]
     assert [set(count.values()) for count in counts] == [{2}, {2}]

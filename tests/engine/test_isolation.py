@@ -17,7 +17,7 @@ import tiny_world as tw
 from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainingConfig
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import Item, RowRunner, fill_rows
+from peft_study.engine.row import Item, RowPlan, RowRunner, fill_rows
 from peft_study.engine.trial import Trial
 from peft_study.methods import Adapter, create
 from peft_study.methods.dropout import DropoutKey
@@ -235,13 +235,8 @@ def test_a_prefix_takes_its_places_in_a_sliding_window() -> None:
     for scale in (1.0, 2.0):
         with torch.no_grad():
             adapter.parameters()["table"].mul_(scale)
-            layout = RowRunner(base)._layout([Item(0, adapter, example)])
-            base.model.get_decoder()(
-                inputs_embeds=base.embed(torch.from_numpy(example.tokens_L).long())[None],
-                position_ids=torch.arange(5, 45)[None],
-                segments=layout,
-                use_cache=False,
-            )
+            with RowRunner(base).placed([Item(0, adapter, example)]) as (inputs, _, _):
+                base.model.get_decoder()(**inputs)
     one, other = first_layer
     noticed = (one != other).any(dim=1).tolist()
     # the query at text position i stands at key 5 + i and sees keys 5 + i - 15 ... 5 + i: the prefix while i <= 14
@@ -258,8 +253,8 @@ def test_positions_restart_and_a_prefix_shifts_them() -> None:
         Item(1, prefix, examples[2]),
         Item(2, prompt, examples[3]),
     ]
-    positions = RowRunner(base)._positions(items).tolist()
-    assert positions == [0, 1, 2, 3, 0, 1, 2, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    positions_T = RowPlan.of(items, base.device).numbers(base.device).positions_T
+    assert positions_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), budget=st.integers(1, 100))

@@ -19,7 +19,7 @@ from command_line import CommandLine
 from company import apart, trial, values
 from peft_study.config import LoraConfig, TrainingConfig
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import DoesNotFit, Item, RowResult, RowRunner
+from peft_study.engine.row import DoesNotFit, Item, RowPlan, RowResult, RowRunner
 from peft_study.engine.trial import StepReport, Trial
 from peft_study.errors import ModelError
 from peft_study.methods import create
@@ -277,11 +277,11 @@ def test_a_whole_run_goes_on_where_no_row_of_the_wanted_length_fits(
     monkeypatch.setenv("PEFT_STUDY_CACHE", str(tmp_path / "cache"))  # else the base's losses are known already
     whole_row, refused = RowRunner.row, []
 
-    def limited(runner: RowRunner, items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def limited(runner: RowRunner, items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         if len(items) > 1 and sum(item.row_length for item in items) > 150:
             refused.append(len(items))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return whole_row(runner, items)
+        return whole_row(runner, items, *plan)
 
     monkeypatch.setattr(RowRunner, "row", limited)
     cli(*words, tmp_path / "cut").ok()

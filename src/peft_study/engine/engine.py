@@ -12,12 +12,13 @@ that leaves, of its own or because its numbers are no longer finite, takes nothi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
+from peft_study.engine.filling import Filled, RowEntries, Waiting, fill
 from peft_study.engine.guards import refuse_unexpected
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.processes import ALONE, ProcessGroup
@@ -25,7 +26,6 @@ from peft_study.engine.row import DoesNotFit, Item, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, clip_gradients, gradient_norms
 from peft_study.errors import ConfigError, ModelError, out_of_memory
 from peft_study.methods.base import Adapter
-from peft_study.methods.low_rank import stacked_rank
 from peft_study.model.load import Base
 from peft_study.statistics import Losses
 
@@ -33,10 +33,6 @@ Result = TypeVar("Result")
 
 DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 """Tokens a row where nothing is said; on CPU longer rows are no faster and hold more activations."""
-
-
-TURN = 1 / 8
-"""Share of a row that a slot fills before the next one's turn: LoRA's products on fewer tokens are slow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +49,6 @@ class StepEvent:
     report: StepReport | None
     diverged: str | None = None
     failed: ModelError | None = None
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row being filled: (trial, place in its batch, item), in the order taken."""
-
-    entries: list[tuple[Trial, int, Item]] = field(default_factory=list)
-    used: int = 0
-
-    def takes(self, item: Item, budget: int, *, packs: bool) -> bool:
-        """True where the item fits; an item longer than the budget has a row of its own."""
-        return not self.entries or (packs and self.used + item.row_length <= budget)
 
 
 class Engine:
@@ -94,6 +78,7 @@ class Engine:
         self.processes = processes
         self._slots: dict[int, Trial] = {}
         self._served: dict[int, int] = {}
+        self._ahead: Filled | None = None
         self.recompute(gradient_checkpointing)
 
     def recompute(self, wanted: bool) -> None:
@@ -172,8 +157,9 @@ class Engine:
             DoesNotFit: when a single example does not fit into the memory; its trial is still in its slot.
         """
         assert self._slots, "no trial was admitted"
-        rows = self._plan()
-        losses = self._run(rows)
+        filled = self._taken()
+        rows = filled.rows
+        losses = self._run(filled)
         if losses is None:
             self._halve(rows)
             return []
@@ -247,44 +233,46 @@ class Engine:
         remedy = "train fewer parameters, or fewer trials side by side (slots)"
         return StepEvent(trial, None, failed=ModelError(f"{what}memory of {self.base.device}", remedy=remedy))
 
-    def _plan(self) -> list[_Row]:
-        """Fills a row for each process, from the slot that has been served least, one turn after another.
+    def _taken(self) -> Filled:
+        """Returns the rows to be run now, whose items are taken from their queues: those filled ahead, if still right.
 
-        It depends only on what is the same in all processes, so all make the same plan.
+        An engine that got or lost a trial meanwhile, or whose rows became smaller, fills them again.
         """
-        rows = [_Row() for _ in range(self.processes.count)]
-        running = {slot: trial for slot, trial in sorted(self._slots.items()) if not trial.finished}
-        assert running, "every trial here is finished: evict it"
-        queues = {slot: trial.pending(slot) for slot, trial in running.items()}
-        packs = self.base.proof.packs
-        slot, turn, most = -1, 0, self.row_tokens * TURN * len(rows)
-        while open_slots := [slot for slot, queue in queues.items() if queue]:
-            if slot not in open_slots or turn + queues[slot][0][1].row_length > most:
-                slot, turn = min(open_slots, key=lambda s: (self._served[s], s)), 0
-            place, item = queues[slot][0]
-            row = min(rows, key=lambda r: r.used)
-            if not row.takes(item, self.row_tokens, packs=packs):
-                del queues[slot]  # it waits for the next row
-                continue
-            queues[slot].popleft()
-            row.entries.append((self._slots[slot], place, item))
-            row.used += item.row_length
-            self._served[slot] += item.row_length
-            turn += item.row_length
-        for row in rows:  # the items of a slot stand together, and slots of like rank
-            row.entries.sort(key=lambda entry: (stacked_rank(entry[2].adapter.rank), entry[2].slot))
-        return rows
+        queues = {slot: trial.pending(slot) for slot, trial in self._running().items()}
+        assert queues, "every trial here is finished: evict it"
+        waiting, filled = self._waiting(queues), self._ahead
+        if filled is None or filled.waiting != waiting:
+            filled = fill(waiting, self._slots, self.base, self.processes)
+        for row in filled.rows:
+            for _, _, item in row.entries:
+                queues[item.slot].popleft()
+        self._served.update(filled.served)
+        self._ahead = None
+        return filled
 
-    def _run(self, rows: Sequence[_Row]) -> list[float] | None:
-        """Runs this process's row; returns the loss of every item of all rows, None where one was out of memory."""
+    def _running(self) -> dict[int, Trial]:
+        return {slot: trial for slot, trial in sorted(self._slots.items()) if not trial.finished}
+
+    def _waiting(self, queues: Mapping[int, Collection[tuple[int, Item]]]) -> Waiting:
+        served = {slot: self._served[slot] for slot in queues}
+        return Waiting({slot: tuple(queue) for slot, queue in queues.items()}, served, self.row_tokens)
+
+    def _run(self, filled: Filled) -> list[float] | None:
+        """Runs this process's row, and fills the next ones while the device computes.
+
+        Returns:
+            The loss of every item of all rows; None where one was out of memory.
+        """
+        rows = filled.rows
         own = rows[self.processes.rank].entries
         item_losses: list[float] = []
         full = False
         try:
             if own:
-                with self.runner.row([item for _, _, item in own]) as result:
+                with self.runner.row([item for _, _, item in own], filled.plan) as result:
                     if result.total.requires_grad:
                         result.total.backward()
+                self._fill_ahead()
                 item_losses = result.item_losses
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -297,7 +285,12 @@ class Engine:
         *losses, failures = self.processes.total([*padded, float(full)])
         return None if failures else losses
 
-    def _halve(self, rows: Sequence[_Row]) -> None:
+    def _fill_ahead(self) -> None:
+        queues = {slot: trial.pending_next(slot) for slot, trial in self._running().items()}
+        waiting = self._waiting({slot: queue for slot, queue in queues.items() if queue})
+        self._ahead = fill(waiting, self._slots, self.base, self.processes) if waiting.queues else None
+
+    def _halve(self, rows: Sequence[RowEntries]) -> None:
         """Makes rows smaller after one did not fit, and restarts the batches that were in them."""
         if max(len(row.entries) for row in rows) == 1:
             raise DoesNotFit(max(rows, key=lambda row: row.used).entries[0][2], self.base.device)

@@ -72,7 +72,7 @@ class _Batch:
     items: deque[tuple[int, Item]]
     supervised: int
     tokens: int
-    started: float
+    started: float = 0.0
     sums: dict[int, float] = field(default_factory=dict)
 
 
@@ -125,6 +125,7 @@ class Trial:
         self.good_steps = 0
         self._scales_loss = scales_loss
         self._batch: _Batch | None = None
+        self._next: _Batch | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.parameters = adapter.parameters()
         if self.parameters:
@@ -159,9 +160,9 @@ class Trial:
         """Restores step, schedule, loss scale and batch; the caller restores the tensors."""
         self.step, self.tokens = progress.step, progress.tokens
         self.loss_scale, self.good_steps = progress.loss_scale, progress.good_steps
-        self._batch = None
+        self._batch = self._next = None
         if progress.sums:
-            self._batch = self._begin(slot)
+            self._batch = self._begin(slot, self.step)
             items = dict(self._batch.items)
             self._batch.items = deque((place, items[place]) for place in progress.waiting)
             self._batch.sums = dict(progress.sums)
@@ -175,26 +176,36 @@ class Trial:
 
     def restart_batch(self) -> None:
         """Drops the losses and gradients of the current batch: it is computed again, from the same examples."""
-        self._batch = None
+        self._batch = self._next = None
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
 
     def pending(self, slot: int) -> deque[tuple[int, Item]]:
         """Returns the items of the current batch that no row has taken yet; starts the next batch where needed."""
         if self._batch is None:
-            self._batch = self._begin(slot)
+            self._batch, self._next = self._next or self._begin(slot, self.step), None
+            self._batch.started = time.perf_counter()
         return self._batch.items
 
-    def _begin(self, slot: int) -> _Batch:
-        indices = self.order.batch(self.step)
+    def pending_next(self, slot: int) -> deque[tuple[int, Item]]:
+        """Returns what `pending` will when the row that now runs has ended, unless float16 repeats the step."""
+        rest = self.pending(slot)
+        if rest or self.step + 1 == self.total_steps:
+            return rest
+        if self._next is None:
+            self._next = self._begin(slot, self.step + 1)
+        return self._next.items
+
+    def _begin(self, slot: int, step: int) -> _Batch:
+        indices = self.order.batch(step)
         chosen = [self.examples[i] for i in indices]
         supervised = int(sum(example.supervised_L.sum() for example in chosen))
         divisor = max(supervised, 1) if self.training.reduce_loss == "mean" else self.training.sum_divisor
         items = deque[tuple[int, Item]]()
         for place, (index, example) in enumerate(zip(indices, chosen, strict=True)):
-            dropout = DropoutKey(self.training.seed, self.step, index, self.adapter.row_tokens + len(example))
+            dropout = DropoutKey(self.training.seed, step, index, self.adapter.row_tokens + len(example))
             items.append((place, Item(slot, self.adapter, example, self.loss_scale / divisor, dropout)))
-        return _Batch(indices, items, supervised, sum(len(e) for e in chosen), time.perf_counter())
+        return _Batch(indices, items, supervised, sum(len(e) for e in chosen))
 
     def record(self, place: int, loss_sum: float) -> None:
         """Notes the summed loss of the batch's example number `place`.
@@ -269,6 +280,7 @@ class Trial:
             if self.loss_scale <= 1.0:
                 raise Diverged(f"the gradient became {norm} at step {self.step + 1}")
             self.loss_scale, self.good_steps = max(self.loss_scale / 2, 1.0), 0
+            self._next = None  # the same batch again, by another scale
             return norm, True
         self.optimizer.step()
         self.scheduler.step()
@@ -277,6 +289,7 @@ class Trial:
         self.good_steps += 1
         if self._scales_loss and self.good_steps % 1000 == 0:
             self.loss_scale *= 2
+            self._next = None
         return norm, False
 
     def _warn_of_idle(self) -> None:

@@ -147,7 +147,7 @@ class Decoder:
         cache = KeyValueCache.empty(shape, base.dtype, base.device)
         first, done = [], 0
         for row in fill_rows(items, self._row_tokens, packs=True):
-            with said_whose(row, base.device), self._runner.placed(row) as (inputs, layout):
+            with said_whose(row, base.device), self._runner.placed(row) as (inputs, layout, _):
                 layout.captured = []
                 last_S = torch.tensor([segment.end - 1 for segment in layout.segments], device=base.device)
                 first.append(self._runner.logits(inputs, last_S).argmax(-1))

@@ -12,7 +12,7 @@ from lm_eval.api.model import TemplateLM
 
 from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
-from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose, supervised
+from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.errors import ConfigError
 from peft_study.evaluation.answering import decoder, end_tokens, room_after
 from peft_study.evaluation.decoding import DecodingRequest
@@ -125,13 +125,12 @@ def likelihoods(runner: RowRunner, system: System, examples: Sequence[Example]) 
     items = [Item(0, system.adapter, examples[place]) for place in order]
     found: list[tuple[float, bool]] = []
     for row in fill_rows(items, DEFAULT_ROW_TOKENS[base.device.type], packs=True):
-        with said_whose(row, base.device), runner.placed(row) as (inputs, layout):
-            places_S, targets_S, _, owners_S = (x.to(base.device) for x in supervised(row, layout))
-            logits_SV = runner.logits(inputs, places_S).float()
-            losses_S = F.cross_entropy(logits_SV, targets_S, reduction="none").double()
-            greedy_S = logits_SV.argmax(-1) == targets_S
+        with said_whose(row, base.device), runner.placed(row) as (inputs, _, numbers):
+            logits_SV = runner.logits(inputs, numbers.places_S).float()
+            losses_S = F.cross_entropy(logits_SV, numbers.targets_S, reduction="none").double()
+            greedy_S = logits_SV.argmax(-1) == numbers.targets_S
         for number in range(len(row)):
-            own_S = owners_S == number
+            own_S = numbers.owners_S == number
             found.append((float(losses_S[own_S].sum()), bool(greedy_S[own_S].all())))
     by_place = dict(zip(order, found, strict=True))
     return [by_place[place] for place in range(len(examples))]

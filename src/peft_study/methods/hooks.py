@@ -86,9 +86,10 @@ class LinearHooks:
         return low_rank.grouped(found, x, partial(self._ends_of, x.device))
 
     def _ends_of(self, device: torch.device, ends: tuple[int, ...]) -> Tensor:
-        """Returns where spans end, copied to the device once a row: every layer asks."""
+        """Returns where spans end, copied to the device once a row, without waiting: every layer asks."""
         if ends not in self._ends:
-            self._ends[ends] = torch.tensor(ends, dtype=torch.int32, device=device)
+            host = torch.tensor(ends, dtype=torch.int32, pin_memory=device.type == "cuda")
+            self._ends[ends] = host.to(device, non_blocking=True)
         return self._ends[ends]
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,8 @@ from torch.nn.attention.varlen import varlen_attn
 from peft_study.model.cache import KeyValueCache
 from peft_study.model.cpu import causal
 from peft_study.model.scores import weights
+
+Ids = npt.NDArray[np.int64]
 
 NAME = "peft_study_segments"
 """Name under which the function is registered."""
@@ -50,14 +54,16 @@ class SegmentLayout:
         segments: in row order, together covering the row.
         prefixes: slot -> (layers, 2, G, P, D) keys and values that the slot's segments see before their own.
         captured: where not None, every layer appends the (keys, values) it computed, each (G, T, D).
+        index: what `kernel_index` returns, on the row's device; None: made when a layer first asks.
     """
 
     segments: tuple[Segment, ...]
     prefixes: dict[int, Tensor] = field(default_factory=dict)
     captured: list[tuple[Tensor, Tensor]] | None = None
+    index: tuple[Tensor, Tensor, Tensor] | None = None
     _by_layer: dict[int, tuple[Tensor, ...]] = field(init=False)
     _bounds: tuple[Tensor, Tensor, int, int] | None = None
-    _keys: tuple[Tensor, tuple[Tensor, ...]] | None = None
+    _stacks: tuple[Tensor, ...] | None = None
 
     def __post_init__(self) -> None:
         # cut once: autograd would make a whole stack of zeros for the gradient of each layer's part
@@ -75,34 +81,55 @@ class SegmentLayout:
         own = key_GTD.transpose(0, 1), value_GTD.transpose(0, 1)
         if not self.prefixes:
             return own
-        if self._keys is None:
-            self._keys = self._places_of_keys().to(key_GTD.device), _by_layer_and_kind(list(self.prefixes.values()))
-        places_K, stacks = self._keys
-        key_KGD, value_KGD = (torch.cat([stacks[2 * layer + n], x])[places_K] for n, x in enumerate(own))
+        if self._stacks is None:
+            self._stacks = _by_layer_and_kind(list(self.prefixes.values()))
+        places_K, _, _ = self._index_on(key_GTD.device)
+        key_KGD, value_KGD = (torch.cat([self._stacks[2 * layer + n], x])[places_K] for n, x in enumerate(own))
         return key_KGD, value_KGD
-
-    def _places_of_keys(self) -> Tensor:
-        """Returns for each key of the row its place among all prefixes, one after another, and then the row's own."""
-        own = one_after_another({slot: stack.shape[3] for slot, stack in self.prefixes.items()})
-        count, places = sum(map(len, own.values())), list[int]()
-        for segment in self.segments:
-            places += [*own.get(segment.slot, ()), *range(count + segment.start, count + segment.end)]
-        return torch.tensor(places)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor, int, int]:
         """Returns where queries and keys of each segment begin and end (N + 1,), int32, and the longest of each.
 
-        Made once for a row: every layer asks, and each copy to a device would wait.
+        Made once for a row: every layer asks.
         """
         if self._bounds is None:
-            queries, keys = [0], [0]
-            for segment in self.segments:
-                prefix = self.prefixes.get(segment.slot)
-                queries.append(len(segment))
-                keys.append(len(segment) + (0 if prefix is None else prefix.shape[3]))
-            ends = [torch.tensor(x).cumsum(0, dtype=torch.int32).to(device) for x in (queries, keys)]
-            self._bounds = (ends[0], ends[1], max(queries), max(keys))
+            _, queries, keys = (x.to(torch.int32) for x in self._index_on(device))
+            own = self._prefix_tokens
+            longest = max(len(s) for s in self.segments), max(len(s) + own.get(s.slot, 0) for s in self.segments)
+            self._bounds = (queries, keys, *longest)
         return self._bounds
+
+    @property
+    def _prefix_tokens(self) -> dict[int, int]:
+        return {slot: stack.shape[3] for slot, stack in self.prefixes.items()}
+
+    def _index_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if self.index is None:
+            places_K, *ends = (torch.from_numpy(x).to(device) for x in kernel_index(self.segments, self._prefix_tokens))
+            self.index = places_K, ends[0], ends[1]
+        return self.index
+
+
+def kernel_index(segments: Sequence[Segment], prefix_tokens: Mapping[int, int]) -> tuple[Ids, Ids, Ids]:
+    """Returns what the kernel of variable lengths is told of a row, int64.
+
+    Args:
+        segments: in row order.
+        prefix_tokens: slot -> length of its prefix, of those that have one, in the order of their keys.
+
+    Returns:
+        Of each key (K,) its place among all prefixes, one after another, and then the row's own; where the queries
+        (N + 1,) and the keys (N + 1,) of each segment begin and end.
+    """
+    prefixes = one_after_another(prefix_tokens)
+    count = sum(prefix_tokens.values())
+    pieces, queries, keys = [], [0], [0]
+    for segment in segments:
+        prefix = prefixes.get(segment.slot, range(0))
+        pieces += [np.arange(prefix.start, prefix.stop), np.arange(count + segment.start, count + segment.end)]
+        queries.append(len(segment))
+        keys.append(len(prefix) + len(segment))
+    return np.concatenate(pieces), np.cumsum(queries), np.cumsum(keys)
 
 
 def one_after_another(lengths: Mapping[int, int]) -> dict[int, range]:
