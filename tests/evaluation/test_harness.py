@@ -70,8 +70,7 @@ def evaluated(cli: CommandLine, harness: Path, adapters: list[Path], name: str, 
     out = harness / f"out-{name}"
     named = f"lm_eval:{harness / f'{name}.yaml'}"
     cli("evaluate", *adapters, "--tasks", named, "-o", out, "--dtype", "float32", *more).ok()
-    rows: list[dict[str, Any]] = pq.read_table(out / f"lm_eval-{name}.parquet").to_pylist()
-    return rows
+    return [row for path in sorted(out.glob("lm_eval-*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def theirs(harness: Path, base: Path, adapter: Path | None, name: str) -> list[dict[str, Any]]:
@@ -123,6 +122,17 @@ def numbers(text: str) -> list[float]:
     found = ast.literal_eval(text)
     flat = [part for each in found for part in (each if isinstance(each, tuple) else (each,))]
     return [float(part) for part in flat]
+
+
+def test_a_group_gives_every_system_what_its_tasks_give_alone(
+    adapters: list[Path], harness: Path, cli: CommandLine
+) -> None:
+    (harness / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["picks", "writes"]}))
+    together = evaluated(cli, harness, adapters, "both")
+    alone = [row for name in ("picks", "writes") for row in evaluated(cli, harness, adapters, name)]
+    outputs = [sorted((row["system"], row["prompt"], row["output"]) for row in rows) for rows in (together, alone)]
+    assert len({system for system, _, _ in outputs[0]}) > 2
+    assert outputs[0] == outputs[1]
 
 
 def test_choices_of_our_tasks_are_those_of_lm_eval(adapters: list[Path], harness: Path, cli: CommandLine) -> None:

@@ -91,12 +91,11 @@ class HarnessTask:
         if not runner.base.proof.packs:
             raise ModelError("tasks of lm-eval need a model that packs rows", where=runner.base.path)
         began = time.perf_counter()
-        with _refusals(self.name), _quiet():
-            self._manager.load([self.name])
+        tasks = self._loaded
         with _quiet():
             found = lm_eval.simple_evaluate(
                 PackedLanguageModel(runner, system),
-                tasks=[self.name],
+                tasks=tasks,
                 limit=self._limit,
                 bootstrap_iters=0,
                 system_instruction=system.instruction,
@@ -108,6 +107,14 @@ class HarnessTask:
         seconds = (time.perf_counter() - began) / max(1, sum(map(len, samples.values())))
         rows = [row for task, each in samples.items() for row in _rows(task, each, system.name, seconds)]
         return [{**row, "of": len(rows)} for row in rows]
+
+    @functools.cached_property
+    def _loaded(self) -> list[Any]:
+        """The task, or the group, with its data: read once for all systems."""
+        with _refusals(self.name), _quiet():
+            found = self._manager.load([self.name])
+        group = found["groups"].get(self.name)
+        return list(found["tasks"].values()) if group is None else [group]
 
 
 def _task_manager() -> type[TaskManager]:
