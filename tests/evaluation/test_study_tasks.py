@@ -13,8 +13,12 @@ import yaml
 
 from command_line import CommandLine, study_file
 from peft_study import open_study
+from peft_study.evaluation.scores import Score
+from peft_study.report import page_tasks
+from peft_study.report.page_words import Words
 from peft_study.report.pages import page_of
 from peft_study.report.view import view_of
+from peft_study.statistics import Estimate
 
 CHOICES = [
     {"id": f"c{n}", "q": f"{n}+1", "c": [str(n), str(n + 1), "a word"], "answer": "ABC"[n % 3]} for n in range(9)
@@ -155,3 +159,9 @@ def mean_of(right: dict[str, list[bool]]) -> dict[str, float]:
 def loss_of(study: Any, name: str) -> float:
     (final,) = [final for final in study.finals if final.name == name]
     return float(final.dev.value)
+
+
+@pytest.mark.parametrize(("task", "unit"), [("lm_eval:wikitext", "nats a word or byte"), ("losses", "nats a token")])
+def test_a_loss_is_said_over_what_it_is_counted(task: str, unit: str) -> None:
+    score = Score(task, "base", None, "loss", Estimate(2.5, 2.0, 3.0), right=3, judged=3, unjudged=0)
+    assert unit in page_tasks._table([score], {}, Words("en"), ()).note

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.scores import BASE, EVALUATION, AnswerCost, Score, most_frequent, read_scores, table_of
+from peft_study.evaluation.tasks import LM_EVAL
 from peft_study.report.page_sections import ShownAnswer, ShownExample
 from peft_study.report.page_values import shortened
 from peft_study.report.page_words import Words
@@ -70,7 +71,8 @@ def _table(
             cells.append("" if score.normalised is None else f"{100 * score.normalised.value:.1f} %")
         rows.append((places.get(score.system), tuple(cells)))
     unjudged = max(score.unjudged for score in scores)
-    note = t(f"task_{first.metric}_note", rows=max(score.judged for score in scores)) + " " + t("task_groups")
+    kind = "perplexity" if not share and first.task.startswith(LM_EVAL) else first.metric
+    note = t(f"task_{kind}_note", rows=max(score.judged for score in scores)) + " " + t("task_groups")
     if unjudged:
         note += " " + t("task_unjudged", rows=unjudged)
     if (constant := most_frequent(scores)) is not None:

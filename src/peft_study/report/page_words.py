@@ -41,6 +41,10 @@ _TEXTS: dict[str, tuple[str, str]] = {
         "Mean loss of {rows} rows in nats a token, less is better; differences are paired by row.",
         "{rows} 个样本上的平均损失（nats/token），越小越好；差值按样本配对。",
     ),
+    "task_perplexity_note": (
+        "Mean loss of {rows} texts in nats a word or byte, as lm-eval counts, less is better; differences are paired.",
+        "{rows} 篇文本上的平均损失（nats/词或字节，按 lm-eval 的计数），越小越好；差值按文本配对。",
+    ),
     "task_groups": (
         "Within a group, no system differs significantly from the best (Holm, 5 %).",
         "同组系统与组内最优者无显著差异（Holm 校正，5 %）。",
