@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
 from typing import Any
@@ -216,9 +217,17 @@ def transfer() -> dict[str, Any]:
             "searched_rate": searched["settings"]["learning_rate"],
             "defaults": defaults["test"]["value"],
             "defaults_rate": defaults["settings"]["learning_rate"],
-            "difference": defaults["test_minus_winner"],
+            "difference": _minus(defaults["test_minus_winner"], searched["test_minus_winner"]),
         }
     return found
+
+
+def _minus(first: Mapping[str, float] | None, second: Mapping[str, float] | None) -> dict[str, float]:
+    """Returns the first minus the second, one of which is the winner, from which nothing is subtracted."""
+    if first is not None:
+        return dict(first)
+    assert second is not None
+    return {"value": -second["value"], "low": -second["high"], "high": -second["low"]}
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -89,6 +91,20 @@ def test_a_step_that_float16_repeats_fills_its_row_again(filled: list[Filled]) -
     assert again.report.examples == event.report.examples
     first, repeated = ({item.weight for row in filled[number].rows for _, _, item in row.entries} for number in (0, 2))
     assert {2 * weight for weight in repeated} == first
+
+
+def test_a_trial_that_left_is_kept_by_nobody() -> None:
+    """The rows filled ahead hold the trials whose examples they have."""
+    base = tw.base("llama")
+    engine = Engine(base, row_tokens=ROW_TOKENS)
+    own = trial(base, "lora")
+    engine.admit(own)
+    engine.step()
+    engine.evict(own)
+    left = weakref.ref(own)
+    del own
+    gc.collect()
+    assert left() is None
 
 
 class _Copies(TorchDispatchMode):

@@ -18,7 +18,10 @@ from peft_study.engine import footprint
 from peft_study.engine.engine import Engine
 from peft_study.engine.footprint import Footprint, count
 from peft_study.engine.memory import trial_bytes
+from peft_study.engine.row import Item, RowRunner
 from peft_study.methods import create
+from peft_study.methods.reference import NoAdapter
+from peft_study.model.cpu import causal
 from peft_study.model.load import Base, wrap
 from peft_study.model.precision import Placement
 from peft_study.model.weightless import Outline, outline_of
@@ -91,9 +94,29 @@ def test_what_was_counted_is_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     changed["methods"]["lora"]["trial"] = 7
     kept.write_text(json.dumps(changed))
     assert count(outline, {"lora": LoraConfig()}, recompute=False).methods["lora"].trial == 7
-    kept.write_text("{half")
-    assert count(outline, {"lora": LoraConfig()}, recompute=False) == first
+    for damaged in ("{half", "{}", '{"weights": {}, "methods": {"lora": {"of": 1}}}'):
+        kept.write_text(damaged)
+        assert count(outline, {"lora": LoraConfig()}, recompute=False) == first
     assert count(outline, {"lora": LoraConfig(rank=1)}, recompute=False).methods["lora"] != first.methods["lora"]
+
+
+def test_what_was_counted_leaves_nothing_for_rows_that_have_numbers() -> None:
+    """Masks are kept from row to row: one without numbers would mask nothing."""
+
+    def loss(base: Base) -> list[float]:
+        with (
+            torch.no_grad(),
+            RowRunner(base).row([Item(0, NoAdapter(), example) for example in tw.examples([256])]) as row,
+        ):
+            return row.item_losses
+
+    base = base_of_layers(2)
+    causal._bias.cache_clear()
+    expected = loss(base)
+    causal._bias.cache_clear()
+    methods: dict[str, MethodConfig] = {"lora": LoraConfig(rank=3), "prefix": PrefixTuningConfig(tokens=7, init="zero")}
+    assert len(count(outline_of(base), methods, recompute=False).methods) == 2
+    assert loss(base) == expected
 
 
 def test_a_method_that_does_not_fit_the_model_is_left_out() -> None:

@@ -198,8 +198,18 @@ def test_free_memory_is_the_systems_and_a_containers_limit_counts(tmp_path: Path
     (tmp_path / "memory.current").write_text("1000000\n")
     with patch.object(memory, "CGROUP", tmp_path):
         assert memory.available(torch.device("cpu")) == 2_000_000
+        (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 200000\n")
+        assert memory.available(torch.device("cpu")) == 2_300_000, "files that are read again when they are needed"
         (tmp_path / "memory.max").write_text("max\n")
         assert memory.available(torch.device("cpu")) == pytest.approx(free, rel=0.2)
+
+
+def test_what_a_row_takes_does_not_depend_on_what_was_asked_before() -> None:
+    one, all_layers = LoraConfig(rank=2, target_modules=("q_proj",)), LoraConfig(rank=2)
+    alone = memory.Room(Engine(tw.base()), free=10**9).row(one, 1000)
+    room = memory.Room(Engine(tw.base()), free=10**9)
+    assert room.row(all_layers, 1000) > alone
+    assert room.row(one, 1000) == alone
 
 
 def test_the_peak_of_a_block_is_seen() -> None:

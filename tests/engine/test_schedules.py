@@ -136,3 +136,14 @@ def test_gradients_that_stay_infinite_at_scale_one_are_a_divergence() -> None:
     assert event.report is None
     assert engine.trials == ()
     assert all(torch.equal(before[name], p) for name, p in trial.parameters.items()), "it stepped all the same"
+
+
+def test_a_batch_that_goes_on_after_a_restart_began_when_it_was_restored() -> None:
+    trial = trial_of("constant")
+    engine = Engine(tw.base("llama"), row_tokens=11)
+    engine.admit(trial)
+    assert engine.step() == [], "a row holds one of the two examples"
+    trial.restore(trial.progress(), slot=0)
+    (event,) = engine.step()
+    assert event.report is not None
+    assert event.report.seconds < 60

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,26 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) ->
     found = ours("llama", [NoAdapter()], base)
     assert [answer.tokens for answer in found] == [answer.tokens for answer in usual]
     assert tried == [6, 3, 1, 2, 3, 1, 2]
+
+
+def test_a_batch_that_does_not_fit_is_let_go_before_its_halves_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, held = Decoder._begin, list[weakref.ref[Held]]()
+
+    def limited(decoder: Decoder, requests: Sequence[DecodingRequest]) -> Any:
+        assert not any(other() for other in held)
+        own = Held()
+        held.append(weakref.ref(own))
+        if len(requests) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return begin(decoder, requests)
+
+    monkeypatch.setattr(Decoder, "_begin", limited)
+    assert len(ours("llama", [NoAdapter()], tw.base("llama"))) == 6
+    assert len(held) > 6
+
+
+class Held:
+    """Stands for the tensors of a batch."""
 
 
 def test_each_answer_has_its_own_limit() -> None:

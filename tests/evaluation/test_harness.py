@@ -27,7 +27,7 @@ ROWS = [
         "c": [str(n), str(n + 1), " a word"],
         "answer": "B",
         "gold": 1,
-        "text": f"Text {n}. " * 3,
+        "text": f"Text {n}. " * (3 if n else 400),  # the first is longer than the model's 256 positions
     }
     for n in range(5)
 ]
@@ -45,6 +45,13 @@ TASKS: dict[str, dict[str, Any]] = {
         "doc_to_text": "{{q}}",
         "doc_to_target": "{{answer}}",
         "generation_kwargs": {"until": ["e", "\n\n"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "stops": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": "ab", "max_new_tokens": 200},
         "metric_list": [{"metric": "exact_match"}],
     },
     "reads": {
@@ -105,7 +112,7 @@ def test_answers_are_those_of_lm_evals_own_model(
         expected = theirs(harness, tiny_model_folder, adapter, name)
         assert [row["id"] for row in own] == [str(sample["doc_id"]) for sample in expected]
         for row, sample in zip(own, expected, strict=True):
-            if name == "writes":
+            if name in ("writes", "stops"):
                 assert row["output"] == str(sample["filtered_resps"])
             else:
                 assert numbers(row["output"]) == pytest.approx(numbers(str(sample["filtered_resps"])), rel=1e-4)
@@ -175,6 +182,10 @@ def test_what_is_missing_is_one_line(adapters: list[Path], harness: Path, cli: C
     assert "no such task file" in error(str(harness / "other.yaml"))
     (harness / "no.yaml").write_text("a: 1\n")
     assert "no task file of lm-eval" in error(str(harness / "no.yaml"))
+    (harness / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["picks", "writes"]}))
+    group, task = (f"lm_eval:{harness / name}.yaml" for name in ("both", "picks"))
+    again = cli("evaluate", adapters[0], "--tasks", group, "--tasks", task, "-o", out).error()
+    assert "picks is asked twice" in again
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(harness / "gone.jsonl")}}}
     (harness / "gone.yaml").write_text(yaml.safe_dump({"task": "gone", **data, "test_split": "test", **TASKS["picks"]}))
     assert "the data of lm-eval's task gone could not be loaded" in error(str(harness / "gone.yaml"))

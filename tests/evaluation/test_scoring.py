@@ -121,3 +121,14 @@ def test_one_answer_given_every_time_is_told_where_there_are_few() -> None:
         (score,) = scores_of("sums", other, has_answers=True)
         assert score.constant is None
         assert "every time" not in _judged([score])
+
+
+def test_a_system_that_had_no_room_for_any_answer_leaves_the_groups_of_the_others() -> None:
+    def rows(system: str, score: bool | None) -> list[dict[str, object]]:
+        return [
+            {"system": system, "id": str(n), "score": score, "gold": str(n), "source": "a", "normalised": None}
+            for n in range(40)
+        ]
+
+    found = scores_of("t", [*rows("base", False), *rows("lora", True), *rows("prompt", None)], has_answers=True)
+    assert {score.system: score.group for score in found} == {"lora": 1, "base": 2, "prompt": None}

@@ -95,6 +95,8 @@ def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     changed(file, evaluation={"tasks": []})
     assert "evaluation.tasks" in cli("run", file).error()
+    changed(file, evaluation=None, finals={"task": "lm_eval:mmlu"})
+    assert "a task of lm-eval may have several scores" in cli("run", file).error()
 
 
 def test_tasks_that_changed_leave_a_finished_study_finished(file: Path, cli: CommandLine, tmp_path: Path) -> None:

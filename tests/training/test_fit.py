@@ -48,13 +48,15 @@ def test_what_fits_is_one_line_with_its_parts() -> None:
         (2000, "auto", None),
         (1300, "auto", r"set model.quantization: nf4 \(then 700 MiB\)"),
         (1365, True, "set data.max_length: 256"),
+        (1700, False, "set data.max_length: 320"),
         (100, True, "take a smaller base"),
     ],
 )
 def test_the_one_change_that_makes_it_fit(free: int, recompute: bool | str, said: str | None) -> None:
     found = dataclasses.replace(FIT, free=free * MB, recompute=recompute)
-    if said == "set data.max_length: 256":  # where a quantised base is no smaller
-        found = dataclasses.replace(found, weights=dict.fromkeys(FIT.weights, 1000 * MB))
+    if said is not None and "max_length" in said:  # where neither a quantised base nor computing again saves anything
+        weights = dict.fromkeys(FIT.weights, 1000 * MB)
+        found = dataclasses.replace(found, weights=weights, recomputed={"lora": AGAIN if recompute else PLAIN})
     line, *more = found.lines()
     assert ("computed again" in line) == (recompute is not False)
     if said is None:
@@ -63,6 +65,18 @@ def test_the_one_change_that_makes_it_fit(free: int, recompute: bool | str, said
         with pytest.raises(ModelError, match=said):
             raise ModelError(*more)
         assert more[0].startswith("WARNING: lora does not fit with examples of 1,000 tokens: ")
+
+
+def test_a_method_that_trains_the_base_is_offered_no_quantised_one() -> None:
+    found = dataclasses.replace(FIT, free=1300 * MB, recompute="auto")
+    assert "nf4" in found.change()
+    assert "nf4" not in dataclasses.replace(found, quantizable=False).change()
+
+
+def test_rows_that_will_be_cut_are_said_to_be() -> None:
+    found = dataclasses.replace(FIT, max_length=100)
+    assert "rows are cut" not in found.lines()[0]
+    assert "(rows are cut)" in dataclasses.replace(found, free=1500 * MB).lines()[0]
 
 
 def test_what_cannot_be_is_refused_before_anything_is_loaded(

@@ -11,6 +11,9 @@ import torch
 import yaml
 
 from command_line import CommandLine, dev_losses
+from peft_study.config import DataConfig, ModelConfig, TrainingConfig
+from peft_study.training import slot_count
+from peft_study.training.session import open_session, unheard
 
 
 @pytest.fixture
@@ -43,6 +46,24 @@ def test_auto_fills_a_row_and_says_what_would_fit(cli: CommandLine, study: Path,
     assert found["threads"] == torch.get_num_threads()
     assert found["measured"]["fits"] > 5
     assert f"{found['slots']} trials side by side in rows of 128 tokens (the memory would hold " in ran.out
+
+
+def test_layers_that_were_computed_again_are_so_after_a_restart_and_in_every_worker(
+    tiny_model_folder: Path, tiny_data: Path
+) -> None:
+    """The length of a row is only right with them."""
+    session = open_session(
+        ModelConfig(name=str(tiny_model_folder), device="cpu", dtype="float32"),
+        DataConfig(train=str(tiny_data), held_out=8, workers=1),
+        TrainingConfig(row_tokens=128),
+        unheard,
+    )
+    assert not session.engine.recomputes
+    session.engine.recompute(True)
+    settled = slot_count.found(session, [], trials=1, wanted=1)
+    session.engine.recompute(False)
+    slot_count.use(session, settled)
+    assert session.engine.recomputes
 
 
 def test_a_long_row_is_not_filled_but_every_method_gets_a_slot(cli: CommandLine, study: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -22,14 +21,12 @@ from peft_study.engine.filling import Filled, RowEntries, Waiting, fill
 from peft_study.engine.guards import refuse_unexpected
 from peft_study.engine.heldout import example_losses
 from peft_study.engine.processes import ALONE, ProcessGroup
-from peft_study.engine.row import DoesNotFit, Item, RowRunner
+from peft_study.engine.row import DoesNotFit, Item, Result, RowRunner
 from peft_study.engine.trial import Diverged, Examples, StepReport, Trial, clip_gradients, gradient_norms
 from peft_study.errors import ConfigError, ModelError, out_of_memory
 from peft_study.methods.base import Adapter
 from peft_study.model.load import Base
 from peft_study.statistics import Losses
-
-Result = TypeVar("Result")
 
 DEFAULT_ROW_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 8192}
 """Tokens a row where nothing is said; on CPU longer rows are no faster and hold more activations."""
@@ -145,6 +142,7 @@ class Engine:
         if slot is None:
             raise ConfigError("is not in the engine", where=trial.name)
         del self._slots[slot], self._served[slot]
+        self._ahead = None  # it holds the trial
         trial.restart_batch()
         trial.adapter.detach()
 

@@ -102,7 +102,7 @@ def count(base: Outline, methods: Mapping[str, MethodConfig], *, recompute: bool
     parts = [shape, str(base.placement), asked, recompute, _VERSIONS]
     digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
     path = cache_root() / "footprints" / f"{digest[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text())
         return Footprints(kept["weights"], {name: Footprint(**values) for name, values in kept["methods"].items()})
     found = _counted(base, methods, recompute=recompute)

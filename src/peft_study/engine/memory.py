@@ -85,7 +85,7 @@ class Room:
     def __init__(self, engine: Engine, *, free: int | None = None, sharing: int = 1, recomputes: bool = False) -> None:
         self._engine = engine
         self._may_recompute = recomputes
-        self._a_token: dict[str, float] = {}
+        self._a_token: dict[str, float] = {}  # by setting, as JSON
         self.free = available(engine.base.device) if free is None else free
         """Bytes beside the base; None where the system does not say."""
         if free is None and self.free is not None and engine.base.device.type == "cpu" and sharing > 1:
@@ -103,9 +103,10 @@ class Room:
             ModelError: when the method does not fit the model.
         """
         small = smallest(method)
-        if small.method not in self._a_token:
-            self._a_token[small.method] = self._held_a_token(create(small, self._engine.base, None, 0))
-        return math.ceil(self._a_token[small.method] * tokens)
+        key = small.model_dump_json()
+        if key not in self._a_token:
+            self._a_token[key] = self._held_a_token(create(small, self._engine.base, None, 0))
+        return math.ceil(self._a_token[key] * tokens)
 
     def refuse(self, method: MethodConfig, longest: int) -> None:
         """Refuses a setting where the memory is known not to hold it with one example in a row.
@@ -257,8 +258,18 @@ def available(device: torch.device) -> int | None:
         return None
     free = int(lines["MemAvailable"].split()[0]) * 1024
     with contextlib.suppress(OSError, ValueError):  # "max": no limit
-        free = min(free, int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text()))
+        left = int((CGROUP / "memory.max").read_text()) - int((CGROUP / "memory.current").read_text())
+        free = min(free, left + _file_cache())
     return free
+
+
+def _file_cache() -> int:
+    """Returns the bytes of files that a container's use counts and that the system gives back when they are needed."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 @contextlib.contextmanager

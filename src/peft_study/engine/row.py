@@ -10,11 +10,11 @@ Shape legend: T tokens of the row, S supervised tokens, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,8 @@ from peft_study.model.attention import Ids, Segment, SegmentLayout, kernel_index
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
 from peft_study.model.proof import forward_inputs
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,6 +144,21 @@ def said_whose(items: Sequence[Item], device: torch.device) -> Iterator[None]:
         if len(items) > 1 or not out_of_memory(error):
             raise
         raise DoesNotFit(items[0], device) from None
+
+
+def retried(work: Callable[[int], Result], row_tokens: int) -> Result:
+    """Returns what `work` does with rows of so many tokens, halved as often as one is out of memory.
+
+    Raises:
+        DoesNotFit: what `work` raises for a row of a single example.
+    """
+    while True:
+        try:
+            return work(row_tokens)
+        except (RuntimeError, MemoryError) as error:
+            if row_tokens == 1 or not out_of_memory(error):
+                raise
+        row_tokens //= 2  # outside the handler, whose traceback holds the row's tensors
 
 
 @dataclass(slots=True)

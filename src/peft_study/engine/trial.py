@@ -72,7 +72,7 @@ class _Batch:
     items: deque[tuple[int, Item]]
     supervised: int
     tokens: int
-    started: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
     sums: dict[int, float] = field(default_factory=dict)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.heldout import example_losses
-from peft_study.engine.row import RowRunner
+from peft_study.engine.row import RowRunner, retried
 from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.decoding import Continuation, Decoder, DecodingRequest
 from peft_study.evaluation.generation import Answerer, exported
@@ -155,7 +155,11 @@ def _losses(runner: RowRunner, system: System, examples: Sequence[Example]) -> I
     """Yields the loss of each example; nothing is supervised in an empty text, and nothing is lost."""
     row_tokens = DEFAULT_ROW_TOKENS[runner.base.device.type]
     full = [place for place, example in enumerate(examples) if example.supervised_L.any()]
-    (sums,) = example_losses(runner, [system.adapter], examples, full, row_tokens) if full else ((),)
+    (sums,) = (
+        retried(lambda tokens: example_losses(runner, [system.adapter], examples, full, tokens), row_tokens)
+        if full
+        else ((),)
+    )
     found = dict(zip(full, map(float, sums), strict=True))
     return iter([found.get(place, 0.0) for place in range(len(examples))])
 

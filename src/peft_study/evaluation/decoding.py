@@ -95,15 +95,18 @@ class Decoder:
     def _batch_answers(self, places: list[int], requests: list[DecodingRequest]) -> Iterator[tuple[int, Continuation]]:
         """Yields the answers of a batch, and of its halves where it does not fit: its whole cache is made at once."""
         started = time.perf_counter()
+        begun = None
         try:
-            cache, next_B = self._begin(requests)
+            begun = self._begin(requests)
         except (RuntimeError, MemoryError, DoesNotFit) as error:
             if len(requests) == 1 or not (isinstance(error, DoesNotFit) or out_of_memory(error)):
                 raise
+        if begun is None:  # outside the handler, whose traceback holds the batch's tensors
             half = len(requests) // 2
             for part in (slice(None, half), slice(half, None)):
                 yield from self._batch_answers(places[part], requests[part])
             return
+        cache, next_B = begun
         answers: list[list[int]] = [[] for _ in requests]
         live = list(range(len(requests)))  # requests, in the order of the cache
         over: set[int] = set()

@@ -18,11 +18,11 @@ from typing import Any
 from peft_study.config import EvaluationConfig, StudyConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, OutputError
+from peft_study.errors import ConfigError, ModelError, OutputError
 from peft_study.evaluation.answer_costs import TOKENS, measure_cost
 from peft_study.evaluation.answer_files import Row, append_answers, keep_complete, read_answers
 from peft_study.evaluation.answering import Query, answers, judged, room_after
-from peft_study.evaluation.harness import HarnessTask
+from peft_study.evaluation.harness import HarnessTask, refuse_overlap
 from peft_study.evaluation.questions import Question
 from peft_study.evaluation.scores import (
     BASE,
@@ -104,6 +104,9 @@ def check_tasks(study: StudyConfig) -> None:
         ConfigError, DataError: as `Evaluation`.
     """
     choosing = None if study.finals.task is None else EvaluationConfig(tasks=(study.finals.task,))
+    if choosing is not None and choosing.tasks[0].startswith(LM_EVAL):
+        what = "a task of lm-eval may have several scores, so it cannot choose a winner"
+        raise ConfigError(what, where="finals.task", remedy="give a task of this program, or a task file")
     for config in filter(None, (study.evaluation, choosing)):
         for task in find_tasks(config):
             questions = task.questions(config.limit)
@@ -111,7 +114,7 @@ def check_tasks(study: StudyConfig) -> None:
             if config is choosing and task.config.has_answers and not any(q.answered for q in questions):
                 what = f"no row of task {task.name} has a right answer, so it cannot choose a winner"
                 raise ConfigError(what, where="finals.task", remedy="give rows with answers")
-        _harness_tasks(config)
+        refuse_overlap(_harness_tasks(config))
 
 
 def _harness_tasks(config: EvaluationConfig) -> list[HarnessTask]:
@@ -168,6 +171,11 @@ class Evaluation:
             OutputError: when the answers cannot be written.
         """
         runner = RowRunner(base)
+        waiting = {harness.name: self._unasked(harness, systems) for harness in self._harness}
+        if any(waiting.values()):  # before anything is answered: lm-eval may miss data that has to be loaded elsewhere
+            if not base.proof.packs:
+                raise ModelError("tasks of lm-eval need a model that packs rows", where=base.path)
+            refuse_overlap(self._harness)
         self._keep(base, systems)
         for task in self.tasks:
             due = self._due(task, systems)
@@ -176,13 +184,14 @@ class Evaluation:
                 self.folder / f"{task.name}.jsonl", _with_progress(answers(runner, task, due), line, len(due), say)
             )
         for harness in self._harness:
-            path = self.folder / f"{_HARNESS}{harness.name}.jsonl"
-            known = keep_complete(path)
-            for system in systems:
-                if harness.takes(system) and system.name not in known:
-                    say(f"lm-eval's {harness.name}: {system.name}")
-                    append_answers(path, harness.rows(runner, system))
+            for system in waiting[harness.name]:
+                say(f"lm-eval's {harness.name}: {system.name}")
+                append_answers(self.folder / f"{_HARNESS}{harness.name}.jsonl", harness.rows(runner, system))
         self._measure_costs(runner, systems, say)
+
+    def _unasked(self, harness: HarnessTask, systems: Sequence[System]) -> list[System]:
+        known = keep_complete(self.folder / f"{_HARNESS}{harness.name}.jsonl")
+        return [system for system in systems if harness.takes(system) and system.name not in known]
 
     def _measure_costs(self, runner: RowRunner, systems: Sequence[System], say: Say) -> None:
         """Measures what an answer to a prompt of middle length costs each system, unless that was done before."""

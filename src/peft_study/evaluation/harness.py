@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, DataError, ModelError, first_line
+from peft_study.errors import ConfigError, DataError, first_line
 from peft_study.evaluation.answer_files import Row
 from peft_study.evaluation.systems import System
 from peft_study.evaluation.tasks import LM_EVAL
@@ -57,7 +58,8 @@ class HarnessTask:
             self._file = read_text(path)
             self._manager = _task_manager()(include_path=str(path.parent.resolve()), include_defaults=False)
             entries = self._manager.task_index.items()
-            name = next((key for key, entry in entries if entry.yaml_path == path.resolve()), "")
+            files = {Path(entry.yaml_path).resolve(): key for key, entry in entries if entry.yaml_path}
+            name = files.get(path.resolve(), "")
             if not name:
                 raise ConfigError("is no task file of lm-eval", where=str(path), remedy="it names a task: `task: NAME`")
         else:
@@ -77,25 +79,31 @@ class HarnessTask:
         """Returns whether a system takes part: lm-eval has its own worked examples, and system turns only in chats."""
         return not system.shots and (system.instruction is None or self._chat)
 
+    @property
+    def leaves(self) -> list[str]:
+        """Names of the tasks that it consists of; their data is loaded.
+
+        Raises:
+            DataError: when it is not on this machine and cannot be loaded.
+        """
+        return list(self._loaded["tasks"])
+
     def rows(self, runner: RowRunner, system: System) -> list[Row]:
         """Returns a row a question: prompt, output, gold and score; of a task with several filters a row for each.
 
         Raises:
             DataError: when the task's data is not on this machine and cannot be loaded.
-            ModelError: where rows hold one sequence.
         """
         import lm_eval
 
         from peft_study.evaluation.language_model import PackedLanguageModel
 
-        if not runner.base.proof.packs:
-            raise ModelError("tasks of lm-eval need a model that packs rows", where=runner.base.path)
         began = time.perf_counter()
-        tasks = self._loaded
+        group = self._loaded["groups"].get(self.name)
         with _quiet():
             found = lm_eval.simple_evaluate(
                 PackedLanguageModel(runner, system),
-                tasks=tasks,
+                tasks=list(self._loaded["tasks"].values()) if group is None else [group],
                 limit=self._limit,
                 bootstrap_iters=0,
                 system_instruction=system.instruction,
@@ -109,12 +117,22 @@ class HarnessTask:
         return [{**row, "of": len(rows)} for row in rows]
 
     @functools.cached_property
-    def _loaded(self) -> list[Any]:
-        """The task, or the group, with its data: read once for all systems."""
+    def _loaded(self) -> Any:
+        """Its tasks and groups by name, with their data: read once for all systems."""
         with _refusals(self.name), _quiet():
-            found = self._manager.load([self.name])
-        group = found["groups"].get(self.name)
-        return list(found["tasks"].values()) if group is None else [group]
+            return self._manager.load([self.name])
+
+
+def refuse_overlap(tasks: Sequence[HarnessTask]) -> None:
+    """Refuses two tasks of lm-eval that have one in common; loads their data.
+
+    Raises:
+        ConfigError: with the name.
+        DataError: when data is not on this machine and cannot be loaded.
+    """
+    names = Counter(name for task in tasks for name in task.leaves)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise ConfigError(f"lm-eval's task {twice} is asked twice", where="tasks", remedy="name it once")
 
 
 def _task_manager() -> type[TaskManager]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from peft_study.data.conversation import Example, Message
 from peft_study.engine.engine import DEFAULT_ROW_TOKENS
-from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
+from peft_study.engine.row import Item, RowRunner, fill_rows, retried, said_whose
 from peft_study.errors import ConfigError
 from peft_study.evaluation.answering import decoder, end_tokens, room_after
 from peft_study.evaluation.decoding import DecodingRequest
@@ -60,17 +63,30 @@ class PackedLanguageModel(TemplateLM):
         turns = [Message(turn["role"], turn["content"]) for turn in chat_history]  # type: ignore[arg-type]
         return self._system.encoder.render(turns, add_generation_prompt=add_generation_prompt)
 
+    @property
+    def _room(self) -> int:
+        """Tokens that a text may have: one more than the model was made for, as the last is only predicted."""
+        base = self._runner.base
+        return min(room_after(base, self._system, 0), (base.context or sys.maxsize - 1) + 1)
+
     def _loglikelihood_tokens(self, requests: Any, **_more: Any) -> list[tuple[float, bool]]:
-        room = room_after(self._runner.base, self._system, 0)
-        examples = [_example(before, after, room) for _, before, after in requests]
+        examples = [_example(before, after, self._room) for _, before, after in requests]
         return [(-loss, greedy) for loss, greedy in likelihoods(self._runner, self._system, examples)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of whole texts."""
-        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
-        room = room_after(self._runner.base, self._system, 0)
-        examples = [_example([self.prefix_token_id], text, room) for text in texts]
-        return [-loss for loss, _ in likelihoods(self._runner, self._system, examples)]
+        """Returns the log-likelihood of whole texts; a long one is cut into windows, as lm-eval's own class does it."""
+        windows: list[Example] = []
+        owners: list[int] = []
+        for owner, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(tokens, self.prefix_token_id, self._room - 1, context_len=1):
+                before, after = make_disjoint_window(window)
+                windows.append(_example(before, after, self._room))
+                owners.append(owner)
+        found = [0.0] * len(requests)
+        for owner, (loss, _) in zip(owners, likelihoods(self._runner, self._system, windows), strict=True):
+            found[owner] -= loss
+        return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Returns greedy answers, each up to the first of the texts that end it.
@@ -78,28 +94,30 @@ class PackedLanguageModel(TemplateLM):
         Raises:
             ConfigError: when a task wants sampled answers.
         """
-        wanted = []
+        wanted, ends = list[DecodingRequest](), list[list[str]]()
         for request in requests:
-            context, how = request.args
-            if how.get("do_sample"):
+            context, given = request.args
+            how = normalize_gen_kwargs(given, default_max_gen_toks=256)
+            if how["do_sample"]:
                 raise ConfigError("lm-eval's task samples its answers; only greedy answers are made here")
-            prompt, most = self.tok_encode(context), how.get("max_gen_toks", 256)
-            prompt = prompt[-max(1, room_after(self._runner.base, self._system, most)) :]
-            wanted.append(DecodingRequest(self._system.adapter, prompt, most, self._stop(how)))
+            prompt = self.tok_encode(context) or [self.prefix_token_id]
+            room = self._room - 1
+            most = min(how["max_gen_toks"], room - 1)
+            ends.append([end for end in how["until"] if end])
+            wanted.append(DecodingRequest(self._system.adapter, prompt[most - room :], most, self._stop(ends[-1])))
         found = dict(decoder(self._runner, end_tokens(self._runner.base)).answers(wanted))
         return [
-            _until(self.tokenizer.decode(found[place].tokens, skip_special_tokens=True), request.args[1])
-            for place, request in enumerate(requests)
+            _until(self.tokenizer.decode(found[place].tokens, skip_special_tokens=True), own)
+            for place, own in enumerate(ends)
         ]
 
-    def _stop(self, how: dict[str, Any]) -> Any:
-        until = how.get("until") or []
-        return lambda tokens: any(text in self.tokenizer.decode(tokens) for text in until)
+    def _stop(self, ends: Sequence[str]) -> Callable[[Sequence[int]], bool]:
+        return lambda tokens: any(end in self.tokenizer.decode(tokens) for end in ends)
 
 
-def _until(text: str, how: dict[str, Any]) -> str:
+def _until(text: str, ends: Sequence[str]) -> str:
     """Returns an answer up to the first text that ends it."""
-    for end in how.get("until") or []:
+    for end in ends:
         text = text.split(end)[0]
     return text
 
@@ -120,17 +138,24 @@ def likelihoods(runner: RowRunner, system: System, examples: Sequence[Example]) 
     Raises:
         DoesNotFit: where an example does not fit into the memory.
     """
-    base = runner.base
     order = sorted(range(len(examples)), key=lambda place: -len(examples[place]))
     items = [Item(0, system.adapter, examples[place]) for place in order]
+    row_tokens = DEFAULT_ROW_TOKENS[runner.base.device.type]
+    found = retried(lambda tokens: _measured(runner, items, tokens), row_tokens)
+    by_place = dict(zip(order, found, strict=True))
+    return [by_place[place] for place in range(len(examples))]
+
+
+def _measured(runner: RowRunner, items: Sequence[Item], row_tokens: int) -> list[tuple[float, bool]]:
     found: list[tuple[float, bool]] = []
-    for row in fill_rows(items, DEFAULT_ROW_TOKENS[base.device.type], packs=True):
+    base = runner.base
+    for row in fill_rows(items, row_tokens, packs=True):
         with said_whose(row, base.device), runner.placed(row) as (inputs, _, numbers):
             logits_SV = runner.logits(inputs, numbers.places_S).float()
             losses_S = F.cross_entropy(logits_SV, numbers.targets_S, reduction="none").double()
             greedy_S = logits_SV.argmax(-1) == numbers.targets_S
-        for number in range(len(row)):
-            own_S = numbers.owners_S == number
-            found.append((float(losses_S[own_S].sum()), bool(greedy_S[own_S].all())))
-    by_place = dict(zip(order, found, strict=True))
-    return [by_place[place] for place in range(len(examples))]
+        none_N = torch.zeros(len(row), dtype=torch.float64, device=losses_S.device)
+        sums = none_N.index_add(0, numbers.owners_S, losses_S).tolist()
+        wrong = none_N.index_add(0, numbers.owners_S, (~greedy_S).double()).tolist()
+        found += [(loss, not missed) for loss, missed in zip(sums, wrong, strict=True)]
+    return found

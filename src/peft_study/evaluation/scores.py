@@ -287,7 +287,11 @@ def _against(first: Mapping[str, Row], second: Mapping[str, Row], by: _Compared)
 
 
 def _groups(kept: Mapping[str, Mapping[str, Row]], by: _Compared) -> dict[str, int]:
-    """Returns the group of each system, on the rows that all have; empty where no two of them can be compared."""
+    """Returns the group of each system, on the rows that all have; empty where two of them cannot be compared.
+
+    A system without rows has no group.
+    """
+    kept = {name: rows for name, rows in kept.items() if rows}
     if len(kept) < 2 or not (common := sorted(set.intersection(*(set(rows) for rows in kept.values())))):
         return {}
     rows = {name: [own[i] for i in common] for name, own in kept.items()}

@@ -82,7 +82,8 @@ class KeyValueCache:
 
     def keep(self, sequences_B: Tensor) -> None:
         """Drops all sequences but these, which stay in this order."""
-        self.keys, self.values = self.keys[:, sequences_B], self.values[:, sequences_B]
+        self.keys = self.keys[:, sequences_B]  # one after the other: the memory holds one copy at a time
+        self.values = self.values[:, sequences_B]
         self.lengths_B, self._masks = self.lengths_B[sequences_B], {}
 
     def _mask(self, window: int | None) -> Tensor:

@@ -131,7 +131,11 @@ def train(
         begun = _begun(folder, config, overwrite=overwrite)
         if in_memory is None and processes.writes:
             memory = expected_memory(
-                config.model, config.training, {str(config.method.method): config.method}, config.data.max_length
+                config.model,
+                config.training,
+                {str(config.method.method): config.method},
+                config.data.max_length,
+                sharing=processes.count,
             )
             if memory is not None:
                 memory.tell(watcher.say)

@@ -1,6 +1,6 @@
 """Whether training fits into memory: said from the model's configuration, before any weight is loaded.
 
-at its peak = base + a row of the method + a trial for each slot
+at its peak = base + a row of the method + a trial
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from peft_study.engine.engine import DEFAULT_ROW_TOKENS
 from peft_study.engine.footprint import Footprint, count
 from peft_study.engine.memory import available
 from peft_study.errors import ModelError
+from peft_study.methods.registry import is_exclusive
 from peft_study.model.precision import choose
 from peft_study.model.weightless import outline
 from peft_study.statistics import size_text
@@ -40,6 +41,7 @@ class Fit:
         free: what there is now; None where the system does not say.
         recompute: whether layers are computed again in the backward pass, or auto.
         plain, recomputed: what each method takes without that, and with it; the latter empty where it does not matter.
+        quantizable: False where a method trains the base.
     """
 
     weights: Mapping[str, int]
@@ -50,6 +52,7 @@ class Fit:
     recompute: bool | Literal["auto"]
     plain: Mapping[str, Footprint]
     recomputed: Mapping[str, Footprint]
+    quantizable: bool = True
 
     @property
     def recomputes(self) -> bool:
@@ -75,7 +78,8 @@ class Fit:
             f"{size_text(found.row(tokens))}{again}, a trial {size_text(found.trial)}"
         )
         if self.fits:
-            return [said]
+            cut = base + found.trial + found.row(tokens) > self._room
+            return [said + (" (rows are cut)" if cut else "")]
         return [said, f"WARNING: {most} does not fit with examples of {self.max_length:,} tokens: {self.change()}"]
 
     def change(self) -> str:
@@ -84,12 +88,12 @@ class Fit:
             ("set training.gradient_checkpointing: auto", dataclasses.replace(self, recompute="auto")),
             ("set model.quantization: nf4", dataclasses.replace(self, precision="nf4")),
         ):
-            if fit.fits:
+            if fit.fits and (self.quantizable or fit.precision == self.precision):
                 return f"{words} (then {size_text(fit._most(fit._used))})"
-        used = dataclasses.replace(self, recompute="auto")._used
-        left = {name: self._room - self.weights[self.precision] - found.trial for name, found in used.items()}
+        base = self.weights[self.precision]
         tokens = (
-            (left[name] - found.constant) / max(found.a_token, 1.0) - found.virtual for name, found in used.items()
+            (self._room - base - found.trial - found.constant) / max(found.a_token, 1.0) - found.virtual
+            for found in self._used.values()
         )
         length = int(min(tokens, default=0) // _SHORTEST) * _SHORTEST
         return "take a smaller base" if length < _SHORTEST else f"set data.max_length: {length}"
@@ -172,6 +176,7 @@ def expected_memory(
             training.gradient_checkpointing,
             plain.methods,
             recomputed,
+            quantizable=not any(is_exclusive(method.method) for method in trained.values()),
         )
         if both or found.recomputes or not found.fits:
             recomputed |= count(base, trained, recompute=True).methods

@@ -33,6 +33,7 @@ class Capacity:
         threads: of torch on the CPU, in each worker.
         measured: the probe's figures in bytes; None where slots were given or there is one trial.
         workers: that share the processors of this machine or cluster.
+        recomputes: whether layers are computed again in the backward pass, so that rows of this length fit.
     """
 
     slots: int
@@ -40,6 +41,7 @@ class Capacity:
     threads: int
     measured: dict[str, Any] | None = None
     workers: int = 1
+    recomputes: bool = False
 
 
 def settle(
@@ -93,12 +95,15 @@ def found(
     found = _measure(session, largest, fitting) if wanted == "auto" and trials > 1 else None
     slots = _enough(session, largest, trials, found) if wanted == "auto" else wanted
     figures = None if found is None else asdict(found)
-    return Capacity(slots, session.engine.row_tokens, torch.get_num_threads(), figures)
+    engine = session.engine
+    return Capacity(slots, engine.row_tokens, torch.get_num_threads(), figures, recomputes=engine.recomputes)
 
 
 def use(session: Session, capacity: Capacity) -> None:
     """Gives the engine its slots and row budget, and torch its threads."""
     session.engine.slots, session.engine.row_tokens = capacity.slots, capacity.row_tokens
+    if capacity.recomputes:
+        session.engine.recompute(True)
     if capacity.threads != torch.get_num_threads():
         # it decides the order of sums: with another number the last bits of a resumed run would differ
         torch.set_num_threads(capacity.threads)

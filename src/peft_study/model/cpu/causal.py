@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 BLOCK = 128
 """Queries of a block; smaller ones skip more of the masked half, larger ones make better products."""
@@ -217,7 +218,9 @@ def _weights(rows_GND: Tensor, key_GKD: Tensor, block: _Block, window: int | Non
     # without a window in reach, all keys before the block's own are seen by all of its queries
     window = window if window is not None and keys > window else None
     masked = queries if window is None else keys
-    scores_GNK[:, :, -masked:] += _bias(queries, masked, repeats, window, rows_GND.dtype)
+    # a tensor without numbers (model/weightless.py) must not stay for rows that have them
+    bias = _bias.__wrapped__ if isinstance(rows_GND, FakeTensor) else _bias
+    scores_GNK[:, :, -masked:] += bias(queries, masked, repeats, window, rows_GND.dtype)
     return torch.softmax(scores_GNK, dim=-1, out=scores_GNK)
 
 
