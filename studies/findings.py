@@ -27,7 +27,7 @@ from surfaces import REFERENCE, Surface, rows
 RECORDED = HERE.parents[1] / "shared" / "references" / "recorded"
 SUMMARY = HERE / "summary.json"
 LEARNED = -0.05
-"""Nats against the base from which a run has learned."""
+"""Nats against the base, and against its own start, from which a run has learned: a prompt may start below the base."""
 FEWEST = 20
 """Trials that a surface takes."""
 DIVERGED = 2.0
@@ -41,7 +41,7 @@ def designed(table: pd.DataFrame, surfaces: dict[tuple[str, str], Surface]) -> d
         part = of(table, data, method)
         found.setdefault(data, {})[method] = {
             "trials": len(part),
-            "learned": int((part["gain"] < LEARNED).sum()),
+            "learned": int(((part["gain"] < LEARNED) & (part["dev"] - part["start"] < LEARNED)).sum()),
             "worse_than_base": int((part["gain"] > 0).sum()),
             "best_seen": float(part["gain"].min()),
             "left_out": surface.left_out,

@@ -31,7 +31,7 @@ ZH = {
     "best rate, 20 steps": "最佳学习率（20 步）",
     "best rate, 120 steps": "最佳学习率（120 步）",
     "loss within 5 % of that": "损失与之相差 5 % 以内",
-    "no better than the base from": "从此起不比基座好",
+    "no better than the base from": "从该学习率起不如基座",
     "setting": "设置",
     "best rate there": "此处的最佳学习率",
     "loss there, against the base": "此处的损失（减去基座）",
@@ -105,7 +105,7 @@ def tables(summary: Summary) -> dict[str, list[tuple[str, ...]]]:
 
 def translated(cell: str) -> str:
     """Returns a cell in Chinese, where it has words."""
-    for words, chinese in (("all weights at ", "全部权重，学习率 "), ("an attached prompt at ", "装上的提示，学习率 ")):
+    for words, chinese in (("all weights at ", "全部权重，学习率 "), ("an attached prompt at ", "挂上的提示，学习率 ")):
         cell = cell.replace(words, chinese)
     data, _, method = cell.partition(", ")
     if data in ZH and method in NAMES.values():
@@ -188,7 +188,7 @@ def shares(summary: Summary) -> Rows:
     names = ("learning_rate", "size", "init", "steps", "batch_size", "warmup_ratio", "weight_decay")
     for name in names:
         cells = [found["shares"].get(name) for _, _, found in each(summary)]
-        yield NAMES.get(name, name), *(f"{c['alone']:.0%} ({c['with_others']:.0%})" if c else "" for c in cells)
+        yield NAMES.get(name, name), *(f"{c['alone']:z.0%} ({c['with_others']:z.0%})" if c else "" for c in cells)
 
 
 def rule(summary: Summary) -> Rows:
@@ -238,7 +238,7 @@ def rising(summary: Summary) -> Rows:
     """Yields the highest and the last held-out loss of each run of `rising`."""
     yield "run", "highest held-out loss", "at the end"
     for name, found in summary["rising"].items():
-        yield run_name(name), *(f"{min(found[key]):+.2f} - {max(found[key]):+.2f}" for key in ("highest", "end"))
+        yield run_name(name), *(f"{min(found[key]):+.2f} to {max(found[key]):+.2f}" for key in ("highest", "end"))
 
 
 def transfer(summary: Summary) -> Rows:

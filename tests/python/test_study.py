@@ -305,7 +305,7 @@ def test_a_recommended_file_is_a_run(
     assert files == {"recommended.yaml", f"recommended-{other}.yaml"}
     text = (result.folder / "recommended.yaml").read_text()
     assert f"The best of 2 settings of {result.best.method.replace('_', ' ')}" in text
-    assert "which found them at 4 steps" in text
+    assert "which found them at 4 steps. At 10 times the steps another rate may be better, by 0.04 nats" in text
     said = {finding.topic: finding.text["en"] for finding in result.evidence if finding.method == result.best.method}
     assert f"# - {said['final']}\n" in text
     assert f"# - {said['cost']}\n" in text

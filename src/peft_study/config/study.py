@@ -58,7 +58,7 @@ class SearchConfig(Strict):
     stop: float | None = Field(
         None, gt=0, description="end a method's search once it is within so many nats a token of its best, with 90 %"
     )
-    prior: bool = Field(True, description="bayesian: begin at the method's default rate; false: in the middle of the range")
+    prior: bool = Field(True, description="bayesian: begin at a method's default rate; false: in the middle")
     seed: int = Field(0, ge=0, description="of the sampler")
 
 

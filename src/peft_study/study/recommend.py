@@ -1,7 +1,8 @@
 """The files ``recommended.yaml`` and ``recommended-METHOD.yaml``: a study's best setting as one longer run.
 
 Rate, batch, warm-up and schedule stay as they were found; the steps become one pass over all the data, at most
-`LONGER` times the study's: how far a rate found in a short run holds is not known beyond that.
+`LONGER` times the study's. Over that ratio, from 300 to 3,000 rows, the rate that was best in the short run was not the
+best in the long one, and lost at most `LOST` against it (docs/findings.md, studies/sample).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from peft_study.storage.files import atomic_writer
 
 LONGER = 10
 """Times the steps of the study, at most."""
+LOST = 0.04
+"""Nats that keeping the rate lost in a run of `LONGER` times the steps: the most of three methods and three seeds."""
 _ALWAYS = ("learning_rate", "steps", "batch_size", "schedule", "warmup_ratio", "weight_decay")
 """Settings of the training that the file names even where they are the defaults."""
 _TOPICS = ("base", "final", "recommendation", "range", "edge", "never_learned", "diverged", "cost", "limits")
@@ -148,8 +151,12 @@ def _comments(
     ]
     a_pass = math.ceil(scale.rows / training.batch_size)
     cut = "" if steps == a_pass else f", cut to {LONGER} times the study's"
+    assert training.steps is not None
+    kept = f"Rate, batch, warm-up and schedule are those of the study, which found them at {training.steps} steps."
+    if steps > training.steps:
+        kept += f" At {LONGER} times the steps another rate may be better, by {LOST} nats at most (docs/findings.md)."
     return [
         *lines,
-        f"Rate, batch, warm-up and schedule are those of the study, which found them at {training.steps} steps.",
+        kept,
         f"Steps: one pass over {scale.rows:,} rows is {a_pass:,}{cut}.",
     ]
