@@ -17,6 +17,7 @@ from peft_study.statistics import (
     mean_over_seeds,
     seeds_difference,
     smallest_difference,
+    told_apart,
 )
 
 Sums = npt.NDArray[np.float64]
@@ -81,7 +82,34 @@ def test_a_p_value_says_what_the_interval_says() -> None:
             assert (chance < 0.05) == seeds_difference(one, other, counts).excludes_zero()
     assert chance_of_equals(one, one, counts) == 1.0
     assert chance_of_equals(one[:, :1], other[:, :1], counts[:1]) == 1.0
-    assert chance_of_equals(one, one + 0.5 * counts * (1 + 0.1 * np.sign(one - 1)), counts) == pytest.approx(1 / 4000)
+    near, far = (chance_of_equals(one, one + by * counts * (1 + 0.1 * np.sign(one - 1)), counts) for by in (0.5, 1.0))
+    assert far < near < 1 / 4000, "beyond the resamples it goes on falling"
+
+
+def test_many_settings_that_lie_far_apart_are_told_apart() -> None:
+    """Holm multiplies the least p-value by the number of pairs, 435 of 30 settings."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(20, 80, 300).astype(float)
+    common = counts * draw.gamma(4, 0.5, 300)
+    settings = [common * (1 + 0.3 * place) + counts * draw.normal(0, 0.02, (3, 300)) for place in range(30)]
+    groups = told_apart(30, lambda first, second: chance_of_equals(settings[first], settings[second], counts))
+    assert groups == [[place] for place in range(30)]
+
+
+@pytest.mark.parametrize(("rows", "share"), [(50, 0.04), (100, 0.05), (200, 0.02)])
+def test_scores_that_seldom_differ_are_seldom_called_different(rows: int, share: float) -> None:
+    """Answers of two systems of the same skill, equal but for a few: the difference of a question is 1, 0 or -1."""
+    draw, found = np.random.default_rng(1), 0
+    for _ in range(200):
+        differences = draw.choice([1.0, 0.0, -1.0], rows, p=[share / 2, 1 - share, share / 2])
+        found += difference(differences, np.zeros(rows), np.ones(rows)).excludes_zero()
+    assert found / 200 <= 0.09
+
+
+def test_one_answer_that_differs_says_nothing() -> None:
+    found = difference(np.eye(1, 30)[0], np.zeros(30), np.ones(30))
+    assert found.low < 0
+    assert found.high > found.value + 0.03
 
 
 def test_the_smallest_difference_is_seen_in_four_of_five_studies() -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from peft_study.config import StudyConfig, TrainConfig, TrialSettings, validate
 from peft_study.errors import ConfigError, OutputError, UserError, nearest
+from peft_study.report.study_reader import is_study
 from peft_study.report.study_result import StudyResult, TrainedAdapter
 from peft_study.report.study_result import open_study as open_study
 from peft_study.storage.run_dir import RunFolder
@@ -216,7 +217,7 @@ class Study:
         """Writes rows in memory into the output folder, which no other run may hold."""
         if self._inputs.tables:
             folder = RunFolder(self._config.output)
-            if not ((folder.path / "trials").exists() or folder.status() is None or overwrite):
+            if not (is_study(folder.path) or folder.status() is None or overwrite):
                 raise OutputError("holds a run that is no study", where=str(folder.path), remedy="give another output")
             self._inputs.write(overwrite=overwrite)
 
@@ -227,9 +228,11 @@ class Study:
         if self._minutes is None:
             return
         before = RunFolder(self._config.output).read_if_there("config.given.json") or {}
-        if not overwrite and before.get("budget", {}).get("minutes") == self._minutes:
-            found = {section: before[section] for section in ("budget", "finals")}
-            found["data"] = {name: before["data"][name] for name in ("held_out", "test") if name in before["data"]}
+        planned = before.get("budget", {}).get("minutes") == self._minutes and "steps" in before["budget"]
+        if not overwrite and planned:
+            found = {section: before.get(section, {}) for section in ("budget", "finals")}
+            data = before.get("data", {})
+            found["data"] = {name: data[name] for name in ("held_out", "test") if name in data}
         else:
             found = plan(self._config, self._minutes, say, in_memory=self._inputs.in_memory)
         for section, values in found.items():

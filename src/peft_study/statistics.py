@@ -17,6 +17,8 @@ RESAMPLES = 4000
 LEAST_RESAMPLED, LEAST_RESAMPLED_LOG, MOST_RESAMPLED = 8, 24, 1000
 """Numbers of examples that are resampled. Of fewer, many resamples have no spread to be divided by (on the log scale,
 of 8 skewed examples, the interval would be 3.9 times as wide for 1 % more coverage); of more, the skew is gone."""
+MOST_ALIKE = 1e-3
+"""Share of resamples without a spread up to which the others stand for all."""
 FEW_EXAMPLES = 64
 """Below so many, an interval over examples is too narrow to pass over in silence."""
 
@@ -162,7 +164,16 @@ class _Studentised:
             values, errors = _delta(moments @ _drawn(number))
             with np.errstate(divide="ignore", invalid="ignore"):
                 found = np.log(values / value) / (errors / values) if log else (values - value) / errors
-            self._distances = np.sort(found[np.isfinite(found)])
+            known = found[np.isfinite(found)]
+            # a resample in which all examples are alike has no error: where there are many such, those that have one
+            # all lie on one side, and Student's distances are taken
+            if len(known) >= (1 - MOST_ALIKE) * len(found):
+                self._distances = np.sort(known)
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of Student's distances."""
+        return self._freedom
 
     def distances(self, alpha: float) -> tuple[float, float]:
         """Returns how far below and above the value the interval ends that misses the truth with probability alpha."""
@@ -238,7 +249,7 @@ def seeds_difference(sums_SN: Losses, others_SN: Losses, counts_N: Counts) -> Es
 def chance_of_equals(sums_SN: Losses, others_SN: Losses, counts_N: Counts) -> float:
     """Returns the p-value of "no difference": the least alpha whose interval, as of `seeds_difference`, excludes zero.
 
-    It is at least 1 / RESAMPLES, and 1 for a single example.
+    Below 1 / RESAMPLES, where there are no resamples, it goes on as Student's does. It is 1 for a single example.
     """
     from scipy.optimize import brentq
     from scipy.stats import t
@@ -250,14 +261,17 @@ def chance_of_equals(sums_SN: Losses, others_SN: Losses, counts_N: Counts) -> fl
     examples = _Studentised(*_units(paired_N, counts_N), log=False)
     error, freedom = _seeds_error(_of_seeds(sums_SN, counts_N), _of_seeds(others_SN, counts_N))
 
-    def beyond(alpha: float) -> float:
+    def half(alpha: float) -> float:
         of_seeds = float(t.isf(alpha / 2, freedom)) * error if error else 0.0
-        return abs(value) - math.hypot(examples.distances(alpha)[0 if value > 0 else 1], of_seeds)
+        return math.hypot(examples.distances(alpha)[0 if value > 0 else 1], of_seeds)
 
     least = 1 / RESAMPLES
-    if beyond(least) >= 0:
-        return least
-    return float(brentq(beyond, least, 1.0, xtol=1e-5)) if beyond(1.0) > 0 else 1.0
+    if abs(value) >= half(least) > 0:
+        of_all = freedom if error else examples.freedom
+        return 2 * float(t.sf(t.isf(least / 2, of_all) * abs(value) / half(least), of_all))
+    if half(1.0) >= abs(value):
+        return 1.0
+    return float(brentq(lambda alpha: abs(value) - half(alpha), least, 1.0, xtol=1e-5)) if half(least) else least
 
 
 def holm(chances: Sequence[float]) -> list[float]:

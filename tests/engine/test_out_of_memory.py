@@ -48,13 +48,13 @@ class Memory:
     rows: list[list[Item]] = field(default_factory=list)
 
     @contextmanager
-    def row(self, items: Sequence[Item]) -> Iterator[RowResult]:
+    def row(self, items: Sequence[Item], *plan: RowPlan) -> Iterator[RowResult]:
         self.rows.append(list(items))
         tokens = sum(item.row_length for item in items)
         full = len(self.rows) in self.refused or (self.limit is not None and tokens > self.limit)
         if full and not self.after_backward:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        with self.runner.row(items) as result:
+        with self.runner.row(items, *plan) as result:
             yield result
         if full:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -185,7 +185,7 @@ def test_another_error_is_not_taken_for_it() -> None:
     engine.admit(trial(base, "lora"))
 
     @contextmanager
-    def broken(_items: Sequence[Item]) -> Iterator[RowResult]:
+    def broken(_items: Sequence[Item], *_plan: RowPlan) -> Iterator[RowResult]:
         raise RuntimeError("shapes do not fit")
         yield
 
@@ -233,10 +233,10 @@ def test_what_the_cpu_says_is_understood() -> None:
     engine = Engine(tw.base("llama"), row_tokens=ROW_TOKENS)
     whole, errors = engine.runner.row, [lambda: torch.empty(1 << 60), lambda: np.empty(1 << 58, np.uint8)]
 
-    def row(items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def row(items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         if errors:
             errors.pop()()
-        return whole(items)
+        return whole(items, *plan)
 
     engine.runner.row = row  # type: ignore[method-assign]
     engine.admit(trial(engine.base, "lora"))

@@ -65,7 +65,7 @@ def test_the_variable_length_kernel_is_the_loop_forward_and_backward(
         (1, 2, KV_HEADS, 12, SIZE),
     ]
     tensors = [torch.randn(shape, generator=generator).to("cuda", dtype) for shape in shapes]
-    assert attention._varlen_serves(tensors[0], None, None)
+    assert attention._varlen_serves(tensors[0], tensors[2], None, None)
     found = attend(tensors, window, prefixed=prefixed)
     expected = attend([t.float().cpu() for t in tensors], window, prefixed=prefixed)
     monkeypatch.setattr(attention, "_varlen_serves", lambda *_: False)

@@ -19,7 +19,6 @@ from peft_study.config import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from peft_study.engine.row import Item, RowRunner
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods import Adapter, peft_files
-from peft_study.methods.hooks import Span
 from peft_study.methods.peft_format import load_adapter
 from peft_study.model.load import Base, wrap
 from peft_study.model.precision import Placement
@@ -66,14 +65,8 @@ def test_the_logits_in_peft_are_the_models_with_our_adapter(method: str, tmp_pat
     with torch.no_grad():
         theirs_LV = model(**batch).logits[0, -len(example) :]
         runner, item = RowRunner(base), Item(0, adapter, example)
-        runner.hooks.ensure(adapter.adapted_modules())
-        with runner.hooks.row([Span(0, item.row_length, adapter)]):
-            ours_TV = base.model(
-                inputs_embeds=runner._embeddings([item])[None],
-                position_ids=runner._positions([item])[None],
-                segments=runner._layout([item]),
-                use_cache=False,
-            ).logits[0]
+        with runner.placed([item]) as (inputs, _, _):
+            ours_TV = base.model(**inputs).logits[0]
     assert pr.relative(ours_TV[-len(example) :], theirs_LV) < 1e-5
 
 

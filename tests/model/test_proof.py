@@ -15,7 +15,7 @@ import tiny_world as tw
 from peft_study.config import TrainingConfig
 from peft_study.engine.engine import Engine
 from peft_study.engine.heldout import example_losses
-from peft_study.engine.row import Item, RowResult, RowRunner
+from peft_study.engine.row import Item, RowPlan, RowResult, RowRunner
 from peft_study.engine.trial import Trial
 from peft_study.methods import create
 from peft_study.methods.reference import NoAdapter
@@ -45,9 +45,9 @@ def spy(runner: RowRunner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     original = runner.row
 
-    def row(items: Sequence[Item]) -> AbstractContextManager[RowResult]:
+    def row(items: Sequence[Item], *plan: RowPlan) -> AbstractContextManager[RowResult]:
         counts.append(len(items))
-        return original(items)
+        return original(items, *plan)
 
     monkeypatch.setattr(runner, "row", row)
     return counts

@@ -148,6 +148,23 @@ def test_a_method_whose_settings_are_all_fixed(tmp_path: Path) -> None:
     assert state.setting(*state.winner).values == {"learning_rate": 0.3}
 
 
+def test_where_every_setting_was_tried_one_is_tried_again() -> None:
+    of = space(rank={"low": 1, "high": 3}, learning_rate=1e-3)
+    trials = [record(of, n, {"rank": n + 1}, {48: 1.0 + n}, "finished") for n in range(3)]
+    search = BayesianSearch(of, COUNTS, None, 0)
+    assert search.suggest(trials, {})["rank"] in (1, 2, 3)
+
+
+def test_earlier_trials_may_lie_outside_a_range_that_is_searched_later() -> None:
+    """A weight decay of 0, then of 0.001 to 0.1 on the log scale; a projection of none, then of 16 or 64."""
+    was = space(learning_rate=[1e-4, 1e-3, 1e-2])
+    of = space(learning_rate=[1e-4, 1e-3, 1e-2], weight_decay={"low": 1e-3, "high": 0.1, "log": True})
+    trials = [record(was, n, {"learning_rate": rate}, {48: 1.0 + n}, "finished") for n, rate in enumerate((1e-4, 1e-3))]
+    assert trials[0].settings.flat["weight_decay"] == 0
+    found = BayesianSearch(of, COUNTS, None, 0).suggest(trials, {})
+    assert 1e-3 <= found["weight_decay"] <= 0.1
+
+
 def test_a_fixed_rate_beside_other_settings() -> None:
     of = space(learning_rate=1e-3, rank=[4, 16, 64], dropout={"low": 0.0, "high": 0.2})
     search, trials = BayesianSearch(of, COUNTS, None, 0), list[TrialRecord]()

@@ -135,12 +135,22 @@ def to_conversation(
     if instruction and messages[0].role != "system":
         messages.insert(0, Message("system", instruction))
     check_conversation(messages, where)
+    tools = tools_of(values.get(mapping.get("tools", "tools")), where)
+    _refuse_half_characters([tools, [message.extra for message in messages]], where)
     return Conversation(
         id=_label(values, mapping.get("id", "id"), where) or row_id,
         messages=tuple(messages),
         source=_label(values, mapping.get("source", "source"), where) or default_source,
-        tools=tools_of(values.get(mapping.get("tools", "tools")), where),
+        tools=tools,
     )
+
+
+def _refuse_half_characters(values: Any, where: str) -> None:
+    """Refuses half a surrogate pair in what stands beside the turns' texts: a tokenizer takes none."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise DataError("tools or a turn's further fields are not valid Unicode", where=where, remedy=SKIP) from error
 
 
 def _check_mapped(values: Mapping[str, Any], mapping: Mapping[str, str], where: str) -> None:

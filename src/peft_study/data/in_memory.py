@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_study.data.formats import detect_format
 from peft_study.errors import DataError, OutputError
 from peft_study.storage.files import atomic_writer, made_folder
 
@@ -17,7 +18,7 @@ def is_rows(value: Any) -> bool:
     Rows are a ``datasets.Dataset``, a ``pandas.DataFrame``, a list of rows, or a list of conversations, each a list of
     ``{"role", "content"}``.
     """
-    if isinstance(value, (str, Path)) or (isinstance(value, Mapping) and "path" in value):
+    if isinstance(value, (str, Path)) or _is_named_source(value):
         return False
     if isinstance(value, Sequence) and not _is_dataset(value):
         return bool(value) and not any(_is_source(item) for item in value) and any(map(_is_row, value))
@@ -28,7 +29,12 @@ def _is_source(item: Any) -> bool:
     """True for what may stand in a list of sources: a name, a table, or a list of conversations."""
     if isinstance(item, (list, tuple)):
         return any(isinstance(inner, (list, tuple)) for inner in item)
-    return isinstance(item, (str, Path)) or (isinstance(item, Mapping) and "path" in item) or is_rows(item)
+    return isinstance(item, (str, Path)) or _is_named_source(item) or is_rows(item)
+
+
+def _is_named_source(item: Any) -> bool:
+    """True for `path:` and what stands beside it; a row may have a column of that name beside those of its texts."""
+    return isinstance(item, Mapping) and "path" in item and detect_format(item, {}) is None
 
 
 def _is_row(item: Any) -> bool:

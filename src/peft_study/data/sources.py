@@ -114,6 +114,8 @@ def _choose(spec: str, splits: Splits, wanted: str | None) -> tuple[str, list[Pa
             names = ", ".join(sorted(splits))
             raise DataError(f"has several splits: {names}", where=spec, remedy=_CHOOSE_SPLIT)
         return next(iter(splits.items()))
+    if len(splits) == 1 and Path(spec).is_file():  # a file is what was asked for, whatever it is called
+        return next(iter(splits.items()))
     if wanted not in splits:
         remedy = nearest(wanted, splits) if len(splits) > 1 else f"its only split is {next(iter(splits))!r}"
         raise DataError(f"has no split {wanted!r}", where=spec, remedy=remedy)
@@ -219,7 +221,11 @@ def _card_splits(folder: Path) -> Splits:
             (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         )
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            files = sorted(p for p in folder.glob(str(pattern)) if p.is_file() or p.is_symlink())
+            try:
+                files = sorted(p for p in folder.glob(str(pattern)) if p.is_file() or p.is_symlink())
+            except (NotImplementedError, ValueError) as error:  # an absolute path, or nothing
+                what = f"the card names {pattern!r} for split {split!r}, which is no path inside the folder"
+                raise DataError(what, where=str(folder), remedy=_AGAIN) from error
             if not files:
                 what = f"the card names {pattern!r} for split {split!r}, but no such file is there"
                 raise DataError(what, where=str(folder), remedy=_AGAIN)

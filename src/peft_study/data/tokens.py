@@ -34,7 +34,7 @@ from peft_study.doctor.observations import DataCounts, Observations
 from peft_study.doctor.rule import examine
 from peft_study.errors import DataError
 from peft_study.model.digest import file_digest
-from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.cache_dir import cache_root, code_digest
 from peft_study.storage.files import AtomicFiles, output_error
 
 _LAYOUT = 2
@@ -304,7 +304,7 @@ def _cache_key(specs: Sequence[str], encoder: ChatEncoder, split: str | None, ma
         [source.name, source.split, [_digest(file) for file in source.files] or _hub_revision(source.spec)]
         for source in open_sources(specs, split)
     ]
-    parts = [_LAYOUT, data, dict(mapping or {}), encoder.fingerprint, _code_digest()]
+    parts = [_LAYOUT, data, dict(mapping or {}), encoder.fingerprint, code_digest("data")]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -320,12 +320,3 @@ def _hub_revision(name: str) -> str:
 
     # `open_sources` has just asked the hub for the same name, so a failure here is no mistake of the user
     return str(huggingface_hub.HfApi().dataset_info(name, timeout=10).sha)
-
-
-@functools.cache
-def _code_digest() -> str:
-    """Hash of the code that reads and encodes rows, so that edited code never meets tokens of an earlier version."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

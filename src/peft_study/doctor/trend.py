@@ -182,7 +182,8 @@ def training_series(curve: LossCurve) -> Series | None:
     Then the values are the difference from the base plus the base's median, so that they are read as losses.
     """
     if curve.minus_base is not None and len(curve.minus_base) == len(curve.loss):
-        base = curve.loss - curve.minus_base
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            base = curve.loss - curve.minus_base
         known = np.isfinite(base)
         # of a long run the base's loss is measured every few steps alone
         if known.sum() >= 8:

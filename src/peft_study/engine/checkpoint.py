@@ -186,7 +186,9 @@ def take_folder(found: Checkpoint, target: Path) -> None:
             source = found.folder / name
             if not source.is_file() or file_digest(source) != found.manifest["sha256"][name]:
                 raise _damaged(found)
-            _link(str(source), str(place / source.name))
+            there = place / Path(name).relative_to(target.name)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            _link(str(source), str(there))
 
 
 def find(folder: Path) -> list[Checkpoint]:
@@ -288,9 +290,10 @@ def _damaged(found: Checkpoint) -> OutputError:
 def _put_beside(folder: Path, target: Path) -> dict[str, str]:
     """Links the files of a folder into a new one; returns their digests by name."""
     shutil.copytree(folder, target, copy_function=_link)
-    for path in target.iterdir():
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    for path in files:
         _sync(path)
-    return {f"{target.name}/{path.name}": file_digest(path) for path in sorted(target.iterdir())}
+    return {f"{target.name}/{path.relative_to(target).as_posix()}": file_digest(path) for path in files}
 
 
 def _link(source: str, target: str) -> None:

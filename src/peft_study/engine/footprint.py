@@ -35,7 +35,7 @@ from peft_study.methods.prompt_tuning import PromptAdapter
 from peft_study.methods.registry import create, size
 from peft_study.model.load import Base
 from peft_study.model.weightless import Outline
-from peft_study.storage.cache_dir import cache_root
+from peft_study.storage.cache_dir import cache_root, code_digest
 from peft_study.storage.files import atomic_writer, made_folder
 
 _EXAMPLE = 256
@@ -49,7 +49,7 @@ _SHARE, _CONSTANT = 1.08, 110 * 2**20
 peaks of three models (benchmarks/fit.py)."""
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Bytes of a number of a quantised layer; in nf4 64 share a scale of a byte."""
-_VERSIONS = [version(package) for package in ("torch", "transformers", "peft-study")]
+_VERSIONS = [version("torch"), version("transformers"), code_digest("engine", "methods", "model")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from peft_study.engine.processes import ALONE, ProcessGroup
 from peft_study.engine.row import Item, RowRunner, fill_rows, said_whose
 from peft_study.engine.trial import Examples
+from peft_study.errors import OutputError
 from peft_study.methods.base import Adapter
 from peft_study.statistics import Losses
 from peft_study.storage.files import AtomicFiles
@@ -80,6 +82,7 @@ class BaseLosses:
     ) -> None:
         self._measure, self._path, self._processes = measure, path, processes
         self._losses_N = np.full(count, np.nan)
+        self._changed = False
         if path is not None and path.exists():
             found = np.load(path)
             if found.shape == self._losses_N.shape:
@@ -95,13 +98,19 @@ class BaseLosses:
         """Returns the base's summed loss of each of these examples, computing the missing ones."""
         missing = sorted({i for i in indices if np.isnan(self._losses_N[i])})
         if missing:
+            self._changed = True
             # while an exclusive trial is attached this would measure its weights: its caller asks beforehand
             self._losses_N[missing] = self._measure(missing)
         return self._losses_N[list(indices)]
 
     def save(self) -> None:
-        """Writes the losses computed so far to disk."""
-        if self._path is not None and self._processes.writes:
+        """Writes the losses computed so far to disk; where that fails, they are computed again another time."""
+        if self._path is None or not self._processes.writes or not self._changed:
+            return
+        try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with AtomicFiles() as files:
                 np.save(files.open(self._path), self._losses_N)
+        except (OSError, OutputError) as error:
+            warnings.warn(f"the base's losses are not kept in the cache: {error}", stacklevel=2)
+        self._changed = False

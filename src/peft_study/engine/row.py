@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +30,7 @@ from peft_study.methods.hooks import LinearHooks, Span
 from peft_study.model.attention import Ids, Segment, SegmentLayout, kernel_index, one_after_another
 from peft_study.model.head import logit_losses, token_losses
 from peft_study.model.load import Base
-from peft_study.model.proof import forward_inputs
+from peft_study.model.proof import decoder_of, forward_inputs
 
 Result = TypeVar("Result")
 
@@ -67,6 +68,10 @@ class DoesNotFit(ModelError):
             remedy="use gradient_checkpointing, a lower max_length, or a smaller base",
         )
         self.adapter = item.adapter
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Makes what another process gets: the error without the adapter's tensors."""
+        return partial(ModelError, where=self.where, remedy=self.remedy), (self.what,)
 
 
 class RowNumbers(NamedTuple):
@@ -201,7 +206,7 @@ class RowRunner:
         with self.placed(items, plan) as (inputs, _, numbers):
             places_S, targets_S, owners_S = numbers.places_S, numbers.targets_S, numbers.owners_S
             if self.base.proof.chunked_head:
-                hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
+                hidden_TE = decoder_of(self.base.model)(**inputs).last_hidden_state[0]
                 total, losses_S = token_losses(
                     hidden_TE[places_S], targets_S, numbers.weights_S, self.base.head, self.base.transform
                 )
@@ -239,7 +244,7 @@ class RowRunner:
     def logits(self, inputs: Mapping[str, Any], places_S: Tensor) -> Tensor:
         """Returns the (S, V) logits at places of a row, all of them at once."""
         if self.base.proof.chunked_head:
-            hidden_TE = self.base.model.get_decoder()(**inputs).last_hidden_state[0]
+            hidden_TE = decoder_of(self.base.model)(**inputs).last_hidden_state[0]
             return self.base.transform(self.base.head(hidden_TE[places_S]))
         logits_SV: Tensor = self.base.model(**inputs, logits_to_keep=places_S).logits[0]
         return logits_SV

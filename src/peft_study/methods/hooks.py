@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from peft_study.errors import ModelError
 from peft_study.methods import low_rank
 from peft_study.methods.base import Adapter
 from peft_study.methods.dropout import DropoutKey, keep_mask
@@ -40,6 +41,7 @@ class LinearHooks:
         self._modules = dict(model.named_modules())
         self._hooked: set[str] = set()
         self._spans: Sequence[Span] = ()
+        self._tokens = 0
         self._ends: dict[tuple[int, ...], Tensor] = {}
 
     def ensure(self, names: Sequence[str]) -> None:
@@ -58,6 +60,7 @@ class LinearHooks:
     def row(self, spans: Sequence[Span]) -> Iterator[None]:
         """Makes the spans those of the row that is being computed; backward belongs inside (recomputation)."""
         self._spans = [span for span in spans if span.adapter.adapted_modules()]
+        self._tokens = spans[-1].end if spans else 0
         try:
             yield
         finally:
@@ -78,7 +81,10 @@ class LinearHooks:
 
     def _updates(self, name: str, x: Tensor) -> list[Group]:
         """Returns the updates of the layer in the row that is being computed."""
-        found = []
+        found: list[SpanUpdate] = []
+        if self._spans and x.numel() != self._tokens * x.shape[-1]:
+            what = f"its layer {name} does not see one vector a token of the row, so that no trial's part can be told"
+            raise ModelError(what, remedy="leave it out of target_modules")
         for span in self._spans:
             update = span.adapter.linear_update(name)
             if update is not None:

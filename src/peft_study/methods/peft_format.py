@@ -82,7 +82,7 @@ def _read_lora(folder: Path, values: dict[str, Any], tensors: dict[str, Tensor],
         alpha=values["lora_alpha"],
         dropout=values.get("lora_dropout", 0.0),
         rslora=values.get("use_rslora", False),
-        target_modules="all-linear" if isinstance(targets, str) else tuple(targets),
+        target_modules="all-linear" if isinstance(targets, str) else tuple(targets or ()),
     )
     names = {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in tensors}
     shapes = {name: shape for name, shape in target_shapes(base.model, "all-linear").items() if name in names}

@@ -18,6 +18,7 @@ from peft_study.methods.base import Adapter, Material, Size, seeded
 from peft_study.methods.peft_files import write
 from peft_study.model.attention import Segment, SegmentLayout
 from peft_study.model.load import Base
+from peft_study.model.proof import decoder_of
 
 
 class PrefixAdapter(Adapter):
@@ -129,8 +130,12 @@ def refuse_unfit(base: Base) -> None:
         why = f"it has {', '.join(sorted(odd))} layers without keys and values"
     elif not base.proof.segmented or base.proof.attending_layers != base.layers:
         why = "some of its layers have no attention that could take keys and values from outside"
-    elif getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_lora_rank", None):
-        why = "its layers share or compress keys and values"
+    elif (
+        not base.proof.plain_cache
+        or getattr(config, "num_kv_shared_layers", None)
+        or getattr(config, "kv_lora_rank", None)
+    ):
+        why = "its layers share or compress keys and values, or their shapes differ"
     if why:
         raise ModelError(f"prefix tuning does not fit this model: {why}", remedy="use lora or prompt_tuning")
 
@@ -140,7 +145,7 @@ def text_table(base: Base, ids: list[int]) -> Tensor:
     """Returns the (P, layers * 2 * G * D) keys and values that the base itself computes for these P tokens."""
     layout = SegmentLayout((Segment(0, len(ids), slot=0),), captured=[])
     ids_T = torch.tensor(ids, device=base.device)
-    base.model.get_decoder()(
+    decoder_of(base.model)(
         inputs_embeds=base.embed(ids_T)[None],
         position_ids=torch.arange(len(ids), device=base.device)[None],
         segments=layout,

@@ -95,9 +95,9 @@ class FullAdapter(Adapter):
     def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
         def collect(target: Tensor) -> None:
             assert target.grad is not None
-            gradient = target.grad.float()
+            gradient, target.grad = target.grad, None  # first: the copy may not fit, and the batch is then run again
+            gradient = gradient.float()
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            target.grad = None
 
         return collect
 

@@ -54,12 +54,14 @@ class SegmentLayout:
         segments: in row order, together covering the row.
         prefixes: slot -> (layers, 2, G, P, D) keys and values that the slot's segments see before their own.
         captured: where not None, every layer appends the (keys, values) it computed, each (G, T, D).
+        windows: where not None, every layer appends the window that it was given.
         index: what `kernel_index` returns, on the row's device; None: made when a layer first asks.
     """
 
     segments: tuple[Segment, ...]
     prefixes: dict[int, Tensor] = field(default_factory=dict)
     captured: list[tuple[Tensor, Tensor]] | None = None
+    windows: list[int | None] | None = None
     index: tuple[Tensor, Tensor, Tensor] | None = None
     _by_layer: dict[int, tuple[Tensor, ...]] = field(init=False)
     _bounds: tuple[Tensor, Tensor, int, int] | None = None
@@ -180,7 +182,9 @@ def segment_attention(
         return segments.attend(layer, *new, scale, sliding_window, softcap, s_aux)[None], None
     if segments.captured is not None:
         segments.captured.append((key_1GTD[0].detach(), value_1GTD[0].detach()))
-    if _varlen_serves(query_1HTD, softcap, s_aux):
+    if segments.windows is not None:
+        segments.windows.append(sliding_window)
+    if _varlen_serves(query_1HTD, value_1GTD, softcap, s_aux):
         out_THD = _varlen(query_1HTD[0], key_1GTD[0], value_1GTD[0], segments, layer, scale, sliding_window)
         return out_THD.unsqueeze(0), None
     prefixes = segments.prefixes_of(layer)
@@ -245,13 +249,17 @@ def _bottom_right_causal(queries: int, keys: int, window: int | None, device: to
     return allowed if window is None else allowed & (index_K > rank_L1 - window)
 
 
-def _varlen_serves(query_1HTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
-    """True where the variable-length kernel can run: half precision on an Ampere card or later, plain scores."""
+def _varlen_serves(query_1HTD: Tensor, value_1GTD: Tensor, softcap: float | None, sinks_H: Tensor | None) -> bool:
+    """True where the variable-length kernel can run: half precision on an Ampere card or later, plain scores.
+
+    Values of another head size than the queries' (latent attention) are none for it.
+    """
     size = query_1HTD.shape[-1]
     return (
         query_1HTD.is_cuda
         and query_1HTD.dtype in (torch.bfloat16, torch.float16)
         and size <= 256
+        and value_1GTD.shape[-1] == size
         and size % 8 == 0
         and softcap is None
         and sinks_H is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -30,8 +31,9 @@ def folder_digest(folder: Path) -> str:
             memo[key] = file_digest(path)
         total.update(f"{path.name}:{memo[key]}\n".encode())
     if memo != state:
-        memo_path.parent.mkdir(parents=True, exist_ok=True)
-        memo_path.write_text(json.dumps(memo))
+        with contextlib.suppress(OSError):  # a cache that cannot be written: it is computed again
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            memo_path.write_text(json.dumps(memo))
     return total.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,8 +122,10 @@ def borrow(given: ModelInMemory) -> Base:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Returns the sha256 over the names and values of a model's weights."""
+    """Returns the sha256 over a model's configuration, and the names and values of its weights."""
     total = hashlib.sha256()
+    config = {n: v for n, v in model.config.to_dict().items() if not n.startswith("_")}  # type: ignore[union-attr,operator]
+    total.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

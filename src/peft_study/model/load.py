@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,9 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
     if placement.device.type == "cpu":
         keep_freed_memory()
     transform = head_transform(config)
-    proof = prove(model, model.get_output_embeddings(), transform, config.vocab_size)
+    sizes = shape(config)
+    cached = sizes["kv_heads"], sizes["head_dim"]
+    proof = prove(model, model.get_output_embeddings(), transform, config.vocab_size, cached)
     folder = Path(path)
     return Base(
         model=model,
@@ -306,7 +309,7 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
         placement=placement,
         transform=transform,
         proof=proof,
-        **shape(config),
+        **sizes,
         name=path,
         positions=learned_positions(model, segmented=proof.segmented),
         context=getattr(config, "max_position_embeddings", None),
@@ -315,10 +318,20 @@ def wrap(model: Any, tokenizer: Any, placement: Placement, *, path: str, quantiz
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Turns a base's own dropout off: it would be noise that depends on neighbours in the row."""
+    """Turns a base's own dropout off: it would be noise that depends on neighbours in the row.
+
+    It is a module (its `p`), or a share that a module's forward hands to a function: `dropout`, `layerdrop`,
+    `attn_pdrop`, `jitter_noise` and the like. It would be back wherever the base is in training mode.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and _NOISE.search(name):
+                setattr(module, name, 0.0)
+
+
+_NOISE = re.compile("drop|jitter")
 
 
 def shape(text: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> Placement:
     if name == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = name == "mps" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        able = name == "mps" or _cpu_has_bfloat16()
     note = None
     if dtype == "float16":
         note = "float16: the loss is scaled, and steps whose gradients overflow are skipped"
@@ -73,3 +73,7 @@ def _device(wanted: str) -> str:
         remedy = "use --device auto, or install a torch for it"
         raise ConfigError(f"no {wanted} device is available", where="--device", remedy=remedy)
     return wanted
+
+
+def _cpu_has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -36,6 +36,7 @@ class Proof:
         attention_error: segment attention against the model's own, each segment alone.
         packing_error: packed against alone.
         head_error: the chunked head against the model's own logits.
+        plain_cache: keys and values of all layers have the shape that the configuration gives.
     """
 
     segmented: bool
@@ -45,11 +46,22 @@ class Proof:
     attention_error: float
     packing_error: float
     head_error: float
+    plain_cache: bool = True
 
 
 @torch.no_grad()
-def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) -> Proof:
-    """Compares segment attention with the model's own, and leaves in the model the one that is right."""
+def prove(
+    model: Any, head: nn.Module, transform: Transform, vocabulary: int, cached: tuple[int, int] | None = None
+) -> Proof:
+    """Compares segment attention with the model's own, and leaves in the model the one that is right.
+
+    Args:
+        model: the causal language model.
+        head: its output layer.
+        transform: what it does to that layer's output.
+        vocabulary: tokens to draw from.
+        cached: heads and head size of keys and values by the configuration; None: not asked.
+    """
     parameter = next(model.parameters())
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 0.1  # deep models in half precision differ by 1 to 3 %
     generator = torch.Generator().manual_seed(0)
@@ -63,8 +75,9 @@ def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) ->
     head_error = max(_relative(transform(head(h)), logits) for h, logits in zip(hidden, own, strict=True))
     model.set_attn_implementation(attention.NAME)
     alone, packed = float("inf"), float("inf")
-    layers = _attending_layers(model, texts[0][0])
-    if layers:
+    config = model.config.get_text_config()
+    seen = _attending_layers(model, texts[0][0])
+    if seen and not _windows_only_in_a_mask(config, [window for window, _ in seen]):
         alone = max(
             _relative(torch.cat([_logits(model, [p], segmented=True) for p in pieces]), logits)
             for pieces, logits in zip(texts, own, strict=True)
@@ -75,8 +88,35 @@ def prove(model: Any, head: nn.Module, transform: Transform, vocabulary: int) ->
     segmented = alone <= tolerance
     if not segmented:
         model.set_attn_implementation(loaded_with)
-    packs = segmented and packed <= tolerance and not rope_looks_at_the_row(model.config.get_text_config())
-    return Proof(segmented, packs, head_error <= tolerance, layers, alone, packed, head_error)
+    kinds = set(getattr(config, "layer_types", None) or ())  # others carry a state over the end of a segment
+    packs = segmented and packed <= tolerance and kinds <= _ATTENDS and not rope_looks_at_the_row(config)
+    plain = cached is None or {shape for _, shape in seen} <= {(cached, cached)}
+    return Proof(segmented, packs, head_error <= tolerance, len(seen), alone, packed, head_error, plain)
+
+
+_ATTENDS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+def decoder_of(model: Any) -> Any:
+    """Returns the part of a causal language model that ends in hidden states."""
+    found = model.get_decoder()
+    return model.model if found is model else found  # Llama-4 names itself
+
+
+def _windows_only_in_a_mask(config: Any, windows: list[int | None]) -> bool:
+    """True where layers are said to see a window or chunk that is not handed to the attention function.
+
+    The model's own code then masks the rest, and segment attention would not know of it. The texts that are tried at
+    load are shorter than any such window.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        return bool(window) and not any(windows)
+    attending = [kind for kind in kinds if kind in _ATTENDS]
+    if len(attending) != len(windows):
+        return False
+    return any(kind != "full_attention" and not w for kind, w in zip(attending, windows, strict=True))
 
 
 @torch.no_grad()
@@ -95,7 +135,7 @@ def learned_positions(model: Any, *, segmented: bool = False) -> int | None:
     for length in _SHORT_ROWS:
         inputs = _inputs(model, [torch.zeros(length, dtype=torch.long, device=device)], segmented=segmented)
         with _Lookups() as lookups:
-            model.get_decoder()(**inputs)
+            decoder_of(model)(**inputs)
         tables.append({(size, first) for size, first, count in lookups.found if count == length})
     return min((size - first for size, first in tables[0] & tables[1]), default=None)
 
@@ -145,7 +185,7 @@ def forward_inputs(
     inputs: dict[str, Any] = {"inputs_embeds": embeddings_TE[None], "use_cache": False}
     if segmented:
         return {**inputs, "position_ids": positions_T[None], "segments": layout}
-    state = inspect.signature(model.get_decoder().forward).parameters
+    state = inspect.signature(decoder_of(model).forward).parameters
     return {**inputs, "position_ids": positions_T[None]} if "position_ids" in state else inputs
 
 
@@ -159,26 +199,35 @@ def rope_looks_at_the_row(config: Any) -> bool:
     return any(rope.get("rope_type") in ("dynamic", "longrope") for rope in [parameters, *nested])
 
 
-def _inputs(model: Any, pieces: list[Tensor], *, segmented: bool, captured: Any = None) -> dict[str, Any]:
+def _inputs(model: Any, pieces: list[Tensor], *, segmented: bool, **seen: Any) -> dict[str, Any]:
     segments, start = [], 0
     for piece in pieces:
         segments.append(Segment(start, start + len(piece), slot=0))
         start += len(piece)
     positions_T = torch.cat([torch.arange(len(p), device=p.device) for p in pieces])
-    layout = SegmentLayout(tuple(segments), captured=captured)
+    layout = SegmentLayout(tuple(segments), **seen)
     return forward_inputs(
         model, model.get_input_embeddings()(torch.cat(pieces)), positions_T, layout, segmented=segmented
     )
 
 
-def _attending_layers(model: Any, piece: Tensor) -> int:
-    """Returns how many layers segment attention reaches; 0 where the model cannot take it."""
+_Shape = tuple[int, int]
+"""Heads and head size."""
+
+
+def _attending_layers(model: Any, piece: Tensor) -> list[tuple[int | None, tuple[_Shape, _Shape]]]:
+    """Returns of each layer that segment attention reaches its window, and the shapes of its keys and of its values.
+
+    Empty where the model cannot take it.
+    """
     captured: list[tuple[Tensor, Tensor]] = []
+    windows: list[int | None] = []
     try:
-        model.get_decoder()(**_inputs(model, [piece], segmented=True, captured=captured))
+        decoder_of(model)(**_inputs(model, [piece], segmented=True, captured=captured, windows=windows))
     except TypeError:  # a forward that does not pass on what it does not know
-        return 0
-    return len(captured)
+        return []
+    shapes = [tuple((x.shape[0], x.shape[2]) for x in pair) for pair in captured]
+    return [(window, (key, value)) for window, (key, value) in zip(windows, shapes, strict=True)]
 
 
 def _logits(model: Any, pieces: list[Tensor], *, segmented: bool) -> Tensor:
@@ -187,7 +236,7 @@ def _logits(model: Any, pieces: list[Tensor], *, segmented: bool) -> Tensor:
 
 
 def _hidden(model: Any, pieces: list[Tensor], *, segmented: bool) -> Tensor:
-    hidden: Tensor = model.get_decoder()(**_inputs(model, pieces, segmented=segmented)).last_hidden_state[0]
+    hidden: Tensor = decoder_of(model)(**_inputs(model, pieces, segmented=segmented)).last_hidden_state[0]
     return hidden
 
 

@@ -63,12 +63,12 @@ class Card:
 
 
 def cards(view: StudyView, t: Words) -> list[Card]:
-    """Returns a card a method: those that are ranked first, best first, then in the order of the file."""
+    """Returns a card a method: the winner's first, then those that are ranked, best first, then in the file's order."""
     results = view.results
     if results is None:
         return []
     finals: dict[str, Finalist] = {}
-    for final in results.finalists:
+    for final in sorted(results.finalists, key=lambda final: not final.winner):
         if final.dev is not None and math.isfinite(final.dev.value):
             finals.setdefault(final.method, final)
     order = [*finals, *(method for method in results.methods if method not in finals)]

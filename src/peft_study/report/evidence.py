@@ -73,9 +73,12 @@ def diverged(trial: TrialRecord) -> bool:
 
 
 def best_finals(results: Results) -> dict[str, Finalist]:
-    """Returns the best final of each method, first those that are ranked; not those without a finite loss."""
+    """Returns the best final of each method, the winner first, then those that are ranked.
+
+    Those without a finite loss are left out. A task may have chosen a winner that is not the best by dev loss.
+    """
     found: dict[str, Finalist] = {}
-    for final in results.finalists:
+    for final in sorted(results.finalists, key=lambda final: not final.winner):
         if final.dev is not None and math.isfinite(final.dev.value) and not final.failed:
             found.setdefault(final.method, final)
     return found

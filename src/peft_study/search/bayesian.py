@@ -69,7 +69,8 @@ class BayesianSearch:
         inside = [c for c in self.candidates(trials, bounds) if all(a <= c[n] <= b for n, (a, b) in bounds.items())]
         untried = [candidate for candidate in inside if self._space.flat(candidate) not in tried]
         apart_C = model.apart(untried, tried)
-        candidates = [c for c, apart in zip(untried, apart_C, strict=True) if apart > NEAR] or untried
+        # where every setting was tried, one is tried again
+        candidates = [c for c, apart in zip(untried, apart_C, strict=True) if apart > NEAR] or untried or inside
         running = [trial.settings.flat for trial in trials if trial.status == "running"]
         best = 0.0 if model.empty else float(model.predict(tried)[0].min())
         mean_C, spread_C = model.with_pending(running, candidates)

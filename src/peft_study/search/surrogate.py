@@ -36,6 +36,7 @@ class _Column:
     Attributes:
         name: of the dimension.
         log: take the decimal logarithm.
+        low: its least value.
         scale: what differences are divided by.
         choice: of a dimension without an order, in a tuple: 1 where the value is this, else 0.
         reach: length scale to begin with, and its bounds.
@@ -43,16 +44,18 @@ class _Column:
 
     name: str
     log: bool
+    low: float
     scale: float
     choice: tuple[Any] | None
     reach: tuple[float, float, float]
 
     def of(self, values: Values) -> float:
-        """Returns the number of a setting."""
+        """Returns the number of a setting; earlier trials may lie outside the range, or have no number (null)."""
         value = values[self.name]
         if self.choice is not None:
             return float(value == self.choice[0])
-        return (math.log10(value) if self.log else float(value)) / self.scale
+        number = float(value) if isinstance(value, (int, float)) else self.low
+        return (math.log10(max(number, self.low / 10)) if self.log else number) / self.scale
 
 
 RATE_REACH, OTHER_REACH, STEPS_REACH = (0.5, 0.25, 2.0), (1.0, 0.5, 10.0), (4.0, 2.5, 10.0)
@@ -69,16 +72,16 @@ def _columns(space: MethodSpace) -> list[_Column]:
             if len(dimension.choices) == 1:
                 continue
             if not numbers:
-                found += [_Column(name, False, 1.0, (choice,), OTHER_REACH) for choice in dimension.choices]
+                found += [_Column(name, False, 0.0, 1.0, (choice,), OTHER_REACH) for choice in dimension.choices]
                 continue
             log = numbers[0] > 0 and numbers[-1] >= WIDE * numbers[0]
         else:
             numbers, log = [dimension.low, dimension.high], dimension.log
         if name == "learning_rate" and numbers[0] > 0:
-            found.append(_Column(name, True, 1.0, None, RATE_REACH))
+            found.append(_Column(name, True, numbers[0], 1.0, None, RATE_REACH))
         else:
             low, high = (math.log10(end) if log else end for end in (numbers[0], numbers[-1]))
-            found.append(_Column(name, log, high - low or 1.0, None, OTHER_REACH))
+            found.append(_Column(name, log, numbers[0], high - low or 1.0, None, OTHER_REACH))
     return found
 
 
@@ -120,6 +123,8 @@ class Surrogate:
         """
         if not settings:
             return np.full(len(candidates), np.inf)
+        if not candidates:
+            return np.zeros(0)
         ours_CD, theirs_PD = (np.array([self._inputs(v, 1.0) for v in some]) for some in (candidates, settings))
         found: Array = np.abs(ours_CD[:, None] - theirs_PD[None]).max(axis=2).min(axis=1)
         return found

@@ -64,6 +64,9 @@ def _code_state() -> dict[str, object] | None:
     """Returns commit and whether files differ from it, or None where the package is not in a git checkout."""
     folder = Path(__file__).parent
     try:
+        # a virtual environment often lies inside a repository of its user's
+        known = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(known, cwd=folder, capture_output=True, timeout=10, check=True)
         commit = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()

@@ -102,9 +102,10 @@ class Inputs:
         return str(path)
 
     def write(self, *, overwrite: bool) -> None:
-        """Writes the rows in memory; where the folder has a run or study, its rows must be the same, or overwritten."""
+        """Writes the rows in memory; what is there already must be the same, or that of a run to be overwritten."""
         for path, rows in self.tables.items():
-            write_rows(rows, Path(path), replace=overwrite or RunFolder(self._output).status() is None)
+            # in a folder without a run of ours a file of this name is the user's
+            write_rows(rows, Path(path), replace=overwrite and RunFolder(self._output).status() is not None)
 
 
 def methods_section(methods: Any, model_type: Callable[[], str]) -> dict[str, Any]:

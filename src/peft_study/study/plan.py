@@ -128,6 +128,8 @@ def _shapes(config: StudyConfig, measured: StudyEstimate) -> list[tuple[int, int
 def _steps(measured: StudyEstimate, trials: int, finals: int, seconds: float) -> int:
     """Returns the steps a trial for which so many trials and finals a method take these seconds; 0: none."""
     none, one = (seconds_of(measured, trials, steps, finals) for steps in (0, 1))
+    if one == none:
+        raise ConfigError("no method trains anything", where="minutes", remedy="name a method that does, or no minutes")
     return max(0, int((seconds - none) / (one - none)))
 
 

@@ -71,7 +71,7 @@ def write_recommended(
     folder: Path,
     scale: Scale,
 ) -> tuple[Recommended, ...]:
-    """Writes a file for the best ranked final of each method; the winner's is ``recommended.yaml`` and comes first.
+    """Writes a file for the best final of each method; the winner's is ``recommended.yaml`` and comes first.
 
     Args:
         config: filled.
@@ -83,10 +83,10 @@ def write_recommended(
         old.unlink()
     found = []
     best: dict[str, Finalist] = {}
-    for final in results.finalists:
+    for final in sorted(results.finalists, key=lambda final: not final.winner):
         if final.dev is not None and not final.failed:
             best.setdefault(final.method, final)
-    for final in sorted(best.values(), key=lambda final: not final.winner):
+    for final in best.values():
         settings = state.setting(final.method, final.number).settings
         steps = _steps(settings, scale)
         path = folder / ("recommended.yaml" if final.winner else f"recommended-{final.method}.yaml")

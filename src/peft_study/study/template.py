@@ -83,6 +83,10 @@ class Start:
         return math.ceil((self.found.rows - self.held_out) / TrainingConfig().batch_size)
 
 
+GENERATED = "# It was written by"
+"""Begins the line before the command that wrote a study file."""
+
+
 def look(
     model: str, data: Sequence[str], *, split: str | None = None, on_progress: Callable[[int], None] | None = None
 ) -> Start:
@@ -161,7 +165,7 @@ def study_text(
         f"#   peft-study run {name}",
         "# A run may differ from the file:",
         f"#   peft-study run {name} --set methods.lora.rank='[8, 16]' --set budget.trials=20",
-        *(["# It was written by", f"# {command}"] if command else []),
+        *([GENERATED, f"# {command}"] if command else []),
     ]
     values, reasons = _fitted(start)
     values |= instead or {}

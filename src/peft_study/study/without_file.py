@@ -17,7 +17,7 @@ from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.storage.files import atomic_writer, made_folder, read_text
 from peft_study.storage.run_dir import RunFolder
 from peft_study.study.plan import check_minutes, plan
-from peft_study.study.template import look, study_text
+from peft_study.study.template import GENERATED, look, study_text
 from peft_study.study.yaml_file import SettingsFile, load_yaml, parse_yaml
 from peft_study.training.session import Say, timed
 
@@ -145,6 +145,9 @@ def _file_of_before(request: Request, path: Path) -> SettingsFile | None:
             where=str(path),
             remedy="give that command to resume it, add --overwrite, or give another -o",
         )
+    if path.exists() and GENERATED not in read_text(path):
+        remedy = f"run it (peft-study run {shlex.quote(str(path))}), or give another -o"
+        raise OutputError("is a study file that this command did not write", where=str(path), remedy=remedy)
     if begun:
         raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
     return None

@@ -137,7 +137,11 @@ def _write(adapter: Path, output: Path, base: str | None, precision: torch.dtype
         loaded = loaded._replace(model=loaded.model.dequantize())
     merged = put_on(adapter, loaded).merge_and_unload().to(precision)
     kept = encoding(adapter)
-    template = loaded.tokenizer.chat_template if kept["template"] is None else Path(kept["template"]).read_text()
+    template = (
+        loaded.tokenizer.chat_template
+        if kept["template"] is None
+        else Path(kept["template"]).read_text(encoding="utf-8")
+    )
     with atomic_folder(output) as place:
         merged.save_pretrained(place)
         follow_umask(place)

@@ -190,7 +190,10 @@ class Worker:
         for name, method, folder in trained:
             if is_exclusive(method.method):
                 with whole_model(session, method, folder):
-                    sums[name] = session.engine.losses([NoAdapter()], session.test, everything)[0]
+                    try:
+                        sums[name] = session.engine.losses([NoAdapter()], session.test, everything)[0]
+                    except DoesNotFit as error:
+                        warnings.warn(f"{name} has no test loss: {error}", stacklevel=2)
         return sums
 
     def costs(self, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:

@@ -197,8 +197,11 @@ def csv_rows(file: LogFile, notes: list[str]) -> Iterator[Mapping[str, Any]]:
     """
     lines = file.lines()
     first = next((line for line in lines if line.strip() and not line.startswith("#")), "")
-    separator = max(",;\t", key=lambda mark: (len(next(csv.reader([first], delimiter=mark))), mark == ","))
-    names = [name.strip() for name in next(csv.reader([first], delimiter=separator))]
+    try:
+        separator = max(",;\t", key=lambda mark: (len(next(csv.reader([first], delimiter=mark))), mark == ","))
+        names = [name.strip() for name in next(csv.reader([first], delimiter=separator))]
+    except csv.Error as error:
+        raise _no_csv(file, error) from error
     if not any(name and not _is_number(name) for name in names):
         raise DataError("has no line with the names of its columns", where=file.where, remedy="write step,loss first")
     short, last = 0, True
@@ -212,7 +215,7 @@ def csv_rows(file: LogFile, notes: list[str]) -> Iterator[Mapping[str, Any]]:
                 if last:
                     yield dict(zip(names, cells, strict=False))
     except csv.Error as error:
-        raise DataError(f"is no CSV file ({error})", where=file.where, remedy="give a table of text") from error
+        raise _no_csv(file, error) from error
     if not last:
         notes.append("the last line is cut off, as in a run that still writes: it is left out")
         short -= 1
@@ -226,3 +229,7 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _no_csv(file: LogFile, error: csv.Error) -> DataError:
+    return DataError(f"is no CSV file ({error})", where=file.where, remedy="give a table of text")

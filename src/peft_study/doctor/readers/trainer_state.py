@@ -69,14 +69,18 @@ def read_trainer_state(file: LogFile) -> Observations:
     )
 
 
+_MOST_STEPS = 1e15
+"""More is no number of steps."""
+
+
 def _whole(value: Any) -> int | None:
-    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else None
+    return int(value) if isinstance(value, (int, float)) and 0 < value < _MOST_STEPS else None
 
 
 def _every(state: Mapping[str, Any]) -> int | None:
     """Returns the steps that a logged loss averages."""
     every, total = state.get("logging_steps"), _whole(state.get("max_steps"))
-    if not isinstance(every, (int, float)) or isinstance(every, bool) or every <= 0:
+    if not isinstance(every, (int, float)) or isinstance(every, bool) or not 0 < every < _MOST_STEPS:
         return None
     if every >= 1:
         return int(every)

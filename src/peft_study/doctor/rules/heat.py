@@ -82,7 +82,7 @@ def _broken(curve: LossCurve) -> int | None:
     bad = ~np.isfinite(curve.loss)
     if curve.gradient_norm is not None and np.isfinite(curve.gradient_norm).any():
         bad |= (curve.loss == 0) & ~np.isfinite(curve.gradient_norm)
-    if curve.gradient_norm is None or not np.isfinite(curve.gradient_norm[-1]):
+    if curve.gradient_norm is None or not np.isfinite(curve.gradient_norm[-1:]).all():
         bad |= _sudden_zeros(curve)
     if not len(bad) or not bad[-1]:
         return None
@@ -310,7 +310,8 @@ def _lasts(curve: LossCurve, peak: int, first: float, noise: float) -> bool:
 def _full_by(seen: Observations, curve: LossCurve, place: int) -> bool:
     """Returns whether the rate was at its height by a point, as far as that is known."""
     if curve.rate is not None and np.isfinite(curve.rate).any():
-        return bool(np.nanmax(curve.rate[: place + 1]) >= 0.8 * np.nanmax(curve.rate))
+        early = curve.rate[: place + 1]
+        return bool(np.isfinite(early).any() and np.nanmax(early) >= 0.8 * np.nanmax(curve.rate))
     return seen.settings.warmup_steps is None or seen.settings.warmup_steps <= curve.steps[place]
 
 

@@ -138,7 +138,7 @@ class _Attention(torch.autograd.Function):
             length = piece.end - piece.start
             d_key_GTD[:, own], d_value_GTD[:, own] = (x[:, -length:] for x in d_pair)
             if piece.prefix is not None:
-                before = torch.stack([x[:, :-length] for x in d_pair])
+                before = torch.stack([x[:, :-length].float() for x in d_pair])  # over many segments they are summed
                 state = d_prefixes[piece.prefix]
                 d_prefixes[piece.prefix] = before if state is None else state.add_(before)
         d_query_TGRD = torch.empty_like(query_GTRD.transpose(0, 1), memory_format=torch.contiguous_format)
