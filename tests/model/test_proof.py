@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, OPTConfig, OPTForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 import peft_reference as pr
 import tiny_world as tw
@@ -146,3 +146,28 @@ def test_a_model_with_dynamic_rope_is_not_packed_though_short_rows_agree() -> No
     proof = wrap(model, None, Placement(torch.device("cpu"), torch.float32), path="tiny").proof
     assert proof.packing_error < 1e-5
     assert not proof.packs
+
+
+def test_a_window_that_only_the_mask_has_keeps_the_models_own_attention() -> None:
+    """Qwen2-MoE's layers are not told of their window; the texts that are tried at load are shorter than it."""
+    config = Qwen2MoeConfig(
+        vocab_size=tw.VOCABULARY, hidden_size=32, num_hidden_layers=2, intermediate_size=64, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2, use_sliding_window=True, sliding_window=80, max_window_layers=0,
+    )  # fmt: skip
+    base = wrap(Qwen2MoeForCausalLM(config), None, Placement(torch.device("cpu"), torch.float32), path="tiny")
+    assert not base.proof.segmented
+    assert not base.proof.packs
+
+
+def test_a_base_has_no_dropout_of_its_own_in_training_mode() -> None:
+    """OPT hands its share to a function; gradient checkpointing puts the base into training mode."""
+    config = OPTConfig(
+        vocab_size=tw.VOCABULARY, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=4,
+        max_position_embeddings=256, word_embed_proj_dim=32, dropout=0.5,
+    )  # fmt: skip
+    base = wrap(OPTForCausalLM(config), None, Placement(torch.device("cpu"), torch.float32), path="tiny")
+    plain, again = Engine(base), Engine(base, gradient_checkpointing=True)
+    expected = plain.losses([NoAdapter()], tw.examples([60]), [0])[0]
+    for _ in range(2):
+        assert again.losses([NoAdapter()], tw.examples([60]), [0])[0] == pytest.approx(expected, rel=1e-6)

@@ -109,10 +109,10 @@ def _windows_only_in_a_mask(config: Any, windows: list[int | None]) -> bool:
     The model's own code then masks the rest, and segment attention would not know of it. The texts that are tried at
     load are shorter than any such window.
     """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-        return bool(window) and not any(windows)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if window and not any(windows):  # whatever its layer types say: Qwen2-MoE's mask does not look at them
+        return True
+    kinds = getattr(config, "layer_types", None) or ()
     attending = [kind for kind in kinds if kind in _ATTENDS]
     if len(attending) != len(windows):
         return False
