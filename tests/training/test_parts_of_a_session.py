@@ -77,7 +77,7 @@ def test_another_version_that_reads_the_same_rows_may_go_on(
 ) -> None:
     """Its tokens are cached anew; what the rows say is what a run was begun with."""
     before = opened(held_out=5)
-    monkeypatch.setattr("peft_study.data.tokens._code_digest", lambda: "of another version")
+    monkeypatch.setattr("peft_study.data.tokens.code_digest", lambda *_: "of another version")
     now = opened(held_out=5)
     assert now.train.fingerprint() != before.train.fingerprint()
     assert describe(now)["data"]["train_digest"] == describe(before)["data"]["train_digest"]
