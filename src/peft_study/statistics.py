@@ -156,7 +156,7 @@ class _Studentised:
         value, error = _delta(moments.sum(1))
         log = log and bool(value > 0)
         self.error = float(error / value if log else error)
-        self._freedom = number - 1
+        self.freedom = number - 1
         self._distances: Losses | None = None
         if self.error <= 1e-12 * max(1.0, abs(float(value))):  # every example has the same ratio
             self.error = 0.0
@@ -170,11 +170,6 @@ class _Studentised:
             if len(known) >= (1 - MOST_ALIKE) * len(found):
                 self._distances = np.sort(known)
 
-    @property
-    def freedom(self) -> int:
-        """Degrees of freedom of Student's distances."""
-        return self._freedom
-
     def distances(self, alpha: float) -> tuple[float, float]:
         """Returns how far below and above the value the interval ends that misses the truth with probability alpha."""
         if self.error == 0:
@@ -183,7 +178,7 @@ class _Studentised:
             from scipy.stats import t
 
             # the delta method divides by the number of examples, Student by one less
-            half = float(t.isf(alpha / 2, self._freedom)) * self.error * math.sqrt(1 + 1 / self._freedom)
+            half = float(t.isf(alpha / 2, self.freedom)) * self.error * math.sqrt(1 + 1 / self.freedom)
             return half, half
         low, high = np.quantile(self._distances, [alpha / 2, 1 - alpha / 2])
         return max(0.0, float(high)) * self.error, max(0.0, -float(low)) * self.error

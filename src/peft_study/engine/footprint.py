@@ -15,7 +15,6 @@ import json
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from peft_study.methods.prompt_tuning import PromptAdapter
 from peft_study.methods.registry import create, size
 from peft_study.model.load import Base
 from peft_study.model.weightless import Outline
-from peft_study.storage.cache_dir import cache_root, code_digest
+from peft_study.storage.cache_dir import cache_root, numbers_digest
 from peft_study.storage.files import atomic_writer, made_folder
 
 _EXAMPLE = 256
@@ -49,7 +48,6 @@ _SHARE, _CONSTANT = 1.08, 110 * 2**20
 peaks of three models (benchmarks/fit.py)."""
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Bytes of a number of a quantised layer; in nf4 64 share a scale of a byte."""
-_VERSIONS = [version("torch"), version("transformers"), code_digest("engine", "methods", "model")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def count(base: Outline, methods: Mapping[str, MethodConfig], *, recompute: bool
     """
     shape = {name: value for name, value in base.config.to_dict().items() if not name.startswith("_")}
     asked = {name: method.model_dump(mode="json") for name, method in methods.items()}
-    parts = [shape, str(base.placement), asked, recompute, _VERSIONS]
+    parts = [shape, str(base.placement), asked, recompute, numbers_digest()]
     digest = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
     path = cache_root() / "footprints" / f"{digest[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -104,7 +104,7 @@ def _generated(runner: RowRunner, task: EvaluationTask, due: Sequence[Query]) ->
             continue
         pending.append(asked)
         requests.append(DecodingRequest(adapter, prompt, room))
-    if base.proof.segmented and base.proof.packs and base.proof.plain_cache:
+    if base.proof.decodes:
         found = decoder(runner, end_tokens(base)).answers(requests)
     else:
         found = _one_by_one(base, pending, requests)

@@ -173,7 +173,7 @@ class Evaluation:
         runner = RowRunner(base)
         waiting = {harness.name: self._unasked(harness, systems) for harness in self._harness}
         if any(waiting.values()):  # before anything is answered: lm-eval may miss data that has to be loaded elsewhere
-            if not (base.proof.packs and base.proof.plain_cache):
+            if not base.proof.decodes:
                 what = "tasks of lm-eval need a model that packs rows, and whose keys and values have one shape"
                 raise ModelError(what, where=base.path)
             refuse_overlap(self._harness)
@@ -198,7 +198,7 @@ class Evaluation:
         """Measures what an answer to a prompt of middle length costs each system, unless that was done before."""
         task = next((task for task in self.tasks if task.config.generates), None)
         due = [system for system in systems if task and system.name not in self._costs and system.takes(task)]
-        if task is None or not due or not (runner.base.proof.packs and runner.base.proof.plain_cache):
+        if task is None or not due or not runner.base.proof.decodes:
             return
         say(f"what an answer costs each of {len(due)} systems")
         questions = sorted(self.questions[task.name], key=lambda question: len(question.turns[-1][1]))

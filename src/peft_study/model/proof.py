@@ -48,6 +48,11 @@ class Proof:
     head_error: float
     plain_cache: bool = True
 
+    @property
+    def decodes(self) -> bool:
+        """True where our decoder serves: sequences share a row, and one cache holds keys and values of all layers."""
+        return self.packs and self.plain_cache
+
 
 @torch.no_grad()
 def prove(

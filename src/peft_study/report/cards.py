@@ -68,7 +68,7 @@ def cards(view: StudyView, t: Words) -> list[Card]:
     if results is None:
         return []
     finals: dict[str, Finalist] = {}
-    for final in sorted(results.finalists, key=lambda final: not final.winner):
+    for final in results.winner_first:
         if final.dev is not None and math.isfinite(final.dev.value):
             finals.setdefault(final.method, final)
     order = [*finals, *(method for method in results.methods if method not in finals)]

@@ -75,10 +75,10 @@ def diverged(trial: TrialRecord) -> bool:
 def best_finals(results: Results) -> dict[str, Finalist]:
     """Returns the best final of each method, the winner first, then those that are ranked.
 
-    Those without a finite loss are left out. A task may have chosen a winner that is not the best by dev loss.
+    Those without a finite loss are left out.
     """
     found: dict[str, Finalist] = {}
-    for final in sorted(results.finalists, key=lambda final: not final.winner):
+    for final in results.winner_first:
         if final.dev is not None and math.isfinite(final.dev.value) and not final.failed:
             found.setdefault(final.method, final)
     return found

@@ -143,6 +143,11 @@ class Results:
     stopped: str | None
     continued: int
 
+    @property
+    def winner_first(self) -> tuple[Finalist, ...]:
+        """The finalists, the winner first: a task may have chosen one that is not the best by dev loss."""
+        return tuple(sorted(self.finalists, key=lambda final: not final.winner))
+
 
 def collect(config: StudyConfig, state: StudyState, examples: HeldOut, folder: StudyFolder) -> Results:
     """Returns the results of a study so far.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -24,3 +25,10 @@ def code_digest(*packages: str) -> str:
     for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+@functools.cache
+def numbers_digest() -> str:
+    """Returns the sha256 of what losses and bytes are computed with: our code, torch's and transformers' versions."""
+    parts = code_digest("engine", "methods", "model"), version("torch"), version("transformers")
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

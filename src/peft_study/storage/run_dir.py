@@ -241,10 +241,9 @@ class RunFolder:
 
     def end(self, error: BaseException) -> None:
         """Sets the status after an error; if even that cannot be written, the error itself is what the user sees."""
-        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-        status: Status = "interrupted" if stopped else "failed"
         if isinstance(error, KeyboardInterrupt):
             error = Interrupted("stopped at once; the same command resumes from the last checkpoint")
+        status: Status = "interrupted" if isinstance(error, Interrupted) else "failed"
         reason = str(error) if isinstance(error, PeftStudyError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(OutputError):
             self.set_status(status, reason)

@@ -1,8 +1,8 @@
 """The files ``recommended.yaml`` and ``recommended-METHOD.yaml``: a study's best setting as one longer run.
 
 Rate, batch, warm-up and schedule stay as they were found; the steps become one pass over all the data, at most
-`LONGER` times the study's. Over that ratio, from 300 to 3,000 rows, the rate that was best in the short run was not the
-best in the long one, and lost at most `LOST` against it (docs/findings.md, studies/sample).
+`LONGER` times the study's. Over that ratio, from 300 to 3,000 rows, the rate that was best in the short run was seldom
+the best in the long one, and lost at most `LOST` against it (docs/findings.md, studies/sample).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def write_recommended(
         old.unlink()
     found = []
     best: dict[str, Finalist] = {}
-    for final in sorted(results.finalists, key=lambda final: not final.winner):
+    for final in results.winner_first:
         if final.dev is not None and not final.failed:
             best.setdefault(final.method, final)
     for final in best.values():

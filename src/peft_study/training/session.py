@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,7 +29,7 @@ from peft_study.model.load import Base, load_base, load_tokenizer, resolve_model
 from peft_study.model.precision import choose
 from peft_study.seeds import key
 from peft_study.statistics import Losses
-from peft_study.storage.cache_dir import cache_root, code_digest
+from peft_study.storage.cache_dir import cache_root, numbers_digest
 from peft_study.storage.run_dir import RunFolder
 
 _MATERIAL_ROWS = 2000
@@ -274,16 +272,11 @@ def refuse_other_inputs(now: dict[str, dict[str, object]], folder: RunFolder) ->
         )
 
 
-_COMPUTES = "torch", "transformers"
-"""Packages whose versions the base's losses depend on."""
-
-
 def _base_losses(engine: Engine, rows: Rows) -> BaseLosses:
     base = engine.base
     precision = "-".join(filter(None, (base.quantization, base.placement.dtype_name)))
-    code = hashlib.sha256("".join([*map(version, _COMPUTES), code_digest("engine", "model")]).encode()).hexdigest()
     # devices round differently: a trial is compared with losses of its own device
-    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{code[:16]}-{base.device.type}-{precision}.npy"
+    name = f"{rows.fingerprint()[:24]}-{base.digest[:16]}-{numbers_digest()[:16]}-{base.device.type}-{precision}.npy"
     path = None if base.digest == "unknown" else cache_root() / "base-losses" / name
 
     def measure(indices: Sequence[int]) -> Losses:
