@@ -114,8 +114,6 @@ def _choose(spec: str, splits: Splits, wanted: str | None) -> tuple[str, list[Pa
             names = ", ".join(sorted(splits))
             raise DataError(f"has several splits: {names}", where=spec, remedy=_CHOOSE_SPLIT)
         return next(iter(splits.items()))
-    if len(splits) == 1 and Path(spec).is_file():  # a file is what was asked for, whatever it is called
-        return next(iter(splits.items()))
     if wanted not in splits:
         remedy = nearest(wanted, splits) if len(splits) > 1 else f"its only split is {next(iter(splits))!r}"
         raise DataError(f"has no split {wanted!r}", where=spec, remedy=remedy)
