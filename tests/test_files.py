@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from peft_study.storage import cache_dir
 from peft_study.storage.files import atomic_writer
+from peft_study.storage.run_dir import RunFolder
 
 WRITER = """
 import sys
@@ -48,3 +50,27 @@ def test_two_processes_write_one_file(tmp_path: Path) -> None:
     assert [writer.returncode for writer in writers] == [0, 0], ends
     assert (tmp_path / "a").read_text() == "4999 " * 100
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_was_kept_follows_the_code_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "storage").mkdir()
+    module = tmp_path / "engine/row.py"
+    module.parent.mkdir()
+    module.write_text("one")
+    monkeypatch.setattr(cache_dir, "__file__", str(tmp_path / "storage/cache_dir.py"))
+    digests = {cache_dir.code_digest.__wrapped__("engine")}
+    module.write_text("two")
+    digests.add(cache_dir.code_digest.__wrapped__("engine"))
+    module.rename(module.with_name("rows.py"))
+    digests.add(cache_dir.code_digest.__wrapped__("engine"))
+    assert len(digests) == 3
+    (tmp_path / "storage/files.py").write_text("of no consequence")
+    assert cache_dir.code_digest.__wrapped__("engine") in digests
+
+
+def test_a_run_stopped_from_a_notebook_is_interrupted_and_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.end(KeyboardInterrupt())
+    assert folder.status() == ("interrupted", "stopped at once; the same command resumes from the last checkpoint")
+    folder.end(ValueError("bad"))
+    assert folder.status() == ("failed", "ValueError: bad")

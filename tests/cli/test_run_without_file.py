@@ -203,3 +203,15 @@ def test_a_study_takes_the_minutes_that_were_asked_for(
     kinds = [event["kind"] for event in read(folder / "journal.jsonl") if event["event"] == "asked"]
     assert kinds.count("final") >= 6
     assert json.loads((folder / "results.json").read_text())["finalists"]
+
+
+def test_a_study_file_of_the_users_is_not_replaced(
+    cli: CommandLine, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "out/study.yaml"
+    own.parent.mkdir()
+    own.write_text("# mine\nmodel: m\n")
+    said = cli("run", "--model", tiny_model_folder, "--data", tiny_data, *STUDY, "-o", own.parent).error()
+    assert "is a study file that this command did not write" in said
+    assert f"peft-study run {own}" in said
+    assert own.read_text() == "# mine\nmodel: m\n"

@@ -186,6 +186,8 @@ def changed(**changes: Any) -> dict[str, Any]:
         ({"text": "x", "label": "y"}, "no known columns: found text, label", "--map messages=COL or --map prompt=COL"),
         ({}, "no known columns: found none", "--map"),
         ({"messages": [ASK, ANSWER], "tools": "f(x)"}, "tools is neither a list of objects", "correct the row"),
+        ({"messages": [ASK, ANSWER], "tools": [{"name": "\ud83d"}]}, "tools or a turn's further fields", "skip"),
+        (changed(name="x\ud800"), "tools or a turn's further fields are not valid Unicode", "skip"),
         ({"messages": [ASK, ANSWER], "tools": [3]}, "tools is neither a list of objects", "correct the row"),
         ({"messages": [ASK, ANSWER], "source": {"a": 1}}, "source is neither a text nor a number", "--map source=COL"),
     ],

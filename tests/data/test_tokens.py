@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command_line import largest_file
-from peft_study.data import parallel
+from peft_study.data import parallel, tokens
 from peft_study.data.chat import ChatEncoder
 from peft_study.data.stream import read_conversations
 from peft_study.data.tokens import TokenizedData, tokenize
@@ -104,7 +104,9 @@ def test_second_start_does_not_tokenise_again(data: Path, tmp_path: Path, encode
     assert encoded == [20]
 
 
-def test_key_follows_what_decides_the_tokens(data: Path, tmp_path: Path, encoded: list[int]) -> None:
+def test_key_follows_what_decides_the_tokens(
+    data: Path, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def key(source: Path, encode: ChatEncoder, **options: object) -> str:
         return tokenize([source], encode, cache_dir=tmp_path / "cache", **options).key  # type: ignore[arg-type]
 
@@ -118,6 +120,9 @@ def test_key_follows_what_decides_the_tokens(data: Path, tmp_path: Path, encoded
     others.add(key(data, encoder()))
     assert len(others) == 4
     assert encoded == [20] * 4
+    monkeypatch.setattr(tokens, "code_digest", lambda *_: "edited")
+    assert key(data, encoder()) not in others
+    assert encoded == [20] * 5
 
 
 @pytest.mark.parametrize("damage", ["token", "count", "start", "end", "cut", "half", "empty", "removed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections import Counter
@@ -289,3 +290,12 @@ def test_a_whole_run_goes_on_where_no_row_of_the_wanted_length_fits(
     one, two = (read(tmp_path / run / "metrics.jsonl") for run in ("whole", "cut"))
     assert len(one) == len(two) > 4
     assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
+
+
+def test_another_process_gets_what_did_not_fit_without_the_trials_tensors() -> None:
+    adapter = create(LoraConfig(rank=2), tw.base(), None, 0)
+    error = DoesNotFit(Item(0, adapter, tw.examples([5])[0]), torch.device("cpu"))
+    got = pickle.loads(pickle.dumps(error))
+    assert (type(got), str(got)) == (ModelError, str(error))
+    assert "5 tokens" in str(got)
+    assert "gradient_checkpointing" in str(got)

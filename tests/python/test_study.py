@@ -140,6 +140,17 @@ def test_rows_in_memory_give_the_numbers_of_a_file(tiny_model_folder: Path, tiny
     assert [json.loads(line) for line in kept] == [{"messages": row["messages"]} for row in ROWS]
 
 
+def test_rows_in_memory_replace_no_file_of_the_users(tiny_model_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "out/data/train.jsonl"
+    own.parent.mkdir(parents=True)
+    own.write_text("my rows\n")
+    for overwrite in (False, True):
+        study = Study(str(tiny_model_folder), ROWS, [LoRA(rank=2)], output=tmp_path / "out", **SECTIONS)
+        with pytest.raises(OutputError, match=r"train\.jsonl"):
+            study.run(verbose=False, overwrite=overwrite)
+        assert own.read_text() == "my rows\n"
+
+
 def test_held_out_rows_and_the_splits_of_a_datasetdict_are_taken(tiny_model_folder: Path, tmp_path: Path) -> None:
     parts = {"train": ROWS[:40], "validation": ROWS[40:50], "test": ROWS[50:]}
     splits = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in parts.items()})
