@@ -18,8 +18,8 @@ from peft_study.report.study_reader import is_study
 from peft_study.report.study_result import StudyResult, TrainedAdapter
 from peft_study.report.study_result import open_study as open_study
 from peft_study.storage.run_dir import RunFolder
+from peft_study.storage.yaml_file import SettingsFile, load_yaml
 from peft_study.study.inputs import Inputs, merged, methods_section, one_setting
-from peft_study.study.yaml_file import SettingsFile, load_yaml
 
 if TYPE_CHECKING:
     from peft_study.model.in_memory import ModelInMemory

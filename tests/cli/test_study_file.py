@@ -14,7 +14,7 @@ from jsonschema import Draft7Validator
 from command_line import CommandLine, conversation, listing
 from peft_study.config import METHODS, SPACES, StudyConfig, TrainingConfig, validate
 from peft_study.config.schema import SCHEMA_FILE, schema_text
-from peft_study.study.yaml_file import load_yaml
+from peft_study.storage.yaml_file import load_yaml
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from command_line import CommandLine
 from peft_study.config import Choices, Range, StudyConfig, validate
 from peft_study.errors import ConfigError
-from peft_study.study.yaml_file import SettingsFile, load_yaml
+from peft_study.storage.yaml_file import SettingsFile, load_yaml
 
 HEAD = "model:\n  name: m\ndata:\n  train: d\noutput: o\nmethods:\n"
 """Six lines: what is put under it begins in line 7."""

@@ -12,7 +12,7 @@ from jsonschema import Draft7Validator
 from peft_study.config import METHODS, StudyConfig, validate
 from peft_study.config.schema import SCHEMA_FILE, schema, schema_text
 from peft_study.errors import ConfigError
-from peft_study.study.yaml_file import load_yaml
+from peft_study.storage.yaml_file import load_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY: dict[str, Any] = {"model": {"name": "m"}, "data": {"train": "d"}, "methods": {"lora": None}, "output": "o"}

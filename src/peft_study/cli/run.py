@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from peft_study.study.yaml_file import SettingsFile
+    from peft_study.storage.yaml_file import SettingsFile
 
 
 _WITHOUT = "Without a file"
@@ -89,8 +89,8 @@ def run(
     from peft_study.display.terminal import LiveDisplay, quiet_libraries
     from peft_study.engine.processes import refuse_several_processes
     from peft_study.errors import ConfigError
+    from peft_study.storage.yaml_file import load_yaml
     from peft_study.study.without_file import Request, study_file
-    from peft_study.study.yaml_file import load_yaml
 
     quiet_libraries()
     refuse_several_processes(os.environ)
@@ -219,7 +219,7 @@ def _finetune_file(arguments: list[str]) -> None:
 
     from peft_study.api import train_file
     from peft_study.errors import ConfigError
-    from peft_study.study.yaml_file import load_yaml
+    from peft_study.storage.yaml_file import load_yaml
 
     class Parser(ArgumentParser):
         def error(self, message: str) -> NoReturn:

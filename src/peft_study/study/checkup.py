@@ -15,7 +15,7 @@ from peft_study.doctor.rule import examine
 from peft_study.engine.trial import total_steps
 from peft_study.errors import UserError
 from peft_study.search.space_check import check_spaces, diagnose_spaces
-from peft_study.study.yaml_file import SettingsFile, load_yaml
+from peft_study.storage.yaml_file import SettingsFile, load_yaml
 from peft_study.training.checkup import BEFORE, measured_start, observe_session
 from peft_study.training.cost import TIMED_STEPS, seconds_a_token
 from peft_study.training.finetune import resolve

@@ -16,9 +16,9 @@ from peft_study.config import SPACES, StudyConfig, validate
 from peft_study.errors import ConfigError, OutputError, nearest
 from peft_study.storage.files import atomic_writer, made_folder, read_text
 from peft_study.storage.run_dir import RunFolder
+from peft_study.storage.yaml_file import SettingsFile, load_yaml, parse_yaml
 from peft_study.study.plan import check_minutes, plan
 from peft_study.study.template import GENERATED, look, study_text
-from peft_study.study.yaml_file import SettingsFile, load_yaml, parse_yaml
 from peft_study.training.session import Say, timed
 
 FILE = "study.yaml"
