@@ -163,9 +163,11 @@ def test_a_yaml_file_may_follow_launch_arguments_and_the_script(tmp_path: Path) 
         ("use_lora: maybe", "use_lora: 'maybe' is not True or False"),
         ("dataset_mixer: [a]", "dataset_mixer: ['a'] is not"),
         ("train_file: {a: 1}", "train_file: {'a': 1} is not"),
-        ("- a", "is not a mapping of arguments"),
-        ("", "is not a mapping of arguments"),
+        ("- a", "is not a mapping of settings"),
+        ("", "is not a mapping of settings"),
         ("seed: 1\na: [", "line 2: is not valid YAML"),
+        ("seed: 1\nseed: 2", "line 2: seed is given twice"),
+        ("seed: !!int x", "line 1: is not valid YAML ('x' cannot be read as int)"),
     ],
 )
 def test_a_mistake_in_a_yaml_file_gives_one_line_with_the_file(tmp_path: Path, text: str, message: str) -> None:

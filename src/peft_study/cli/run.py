@@ -196,20 +196,19 @@ def _is_settings_file(path: Path) -> bool:
     """
     import shlex
 
-    import yaml
-
-    from peft_study.errors import ConfigError
+    from peft_study.errors import ConfigError, UserError
+    from peft_study.storage.yaml_file import load_yaml
 
     if path.suffix not in (".yaml", ".yml"):
         return False
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = load_yaml(path).values
+    except UserError:
         return False  # the reader of arguments says what is wrong
-    if isinstance(values, dict) and "methods" in values:
+    if "methods" in values:
         what, remedy = "is a study of several settings", f"peft-study run {shlex.quote(str(path))}"
         raise ConfigError(what, where=str(path), remedy=remedy)
-    return isinstance(values, dict) and "method" in values
+    return "method" in values
 
 
 def _finetune_file(arguments: list[str]) -> None:

@@ -22,11 +22,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from peft_study.compat.arguments import ExtraArguments, FinetuneArguments
 from peft_study.errors import ConfigError, UserError, nearest
-from peft_study.storage.files import read_text
+from peft_study.storage.yaml_file import load_yaml, parse_value
 
 PATIENCE = 3
 """Held-out losses in a row without a lower one, after which ``--early_stopping`` ends a run."""
@@ -277,8 +275,8 @@ def _is_value(switch: str, word: str) -> bool:
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError:
+        found = parse_value(text, "")
+    except ConfigError:
         found = None
     if not isinstance(found, dict):
         raise ValueError
@@ -286,9 +284,9 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _from_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file of arguments. Its values are parsed as words: YAML reads ``1e-4`` as text."""
+    """Reads a YAML or JSON file of arguments. Its values are parsed as the command line's words are."""
     values: dict[str, Any] = {}
-    for name, value in _yaml(path).items():
+    for name, value in load_yaml(path).values.items():
         where = f"{path}, {name}"
         if name not in _ARGUMENTS:
             raise ConfigError(f"unknown argument {name!r}", where=str(path), remedy=nearest(str(name), _ARGUMENTS))
@@ -307,24 +305,10 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _yaml(path: Path) -> dict[Any, Any]:
-    """Returns the mapping in a YAML file (JSON is a part of YAML)."""
-    text = read_text(path)
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError("is not valid YAML", where=f"{path}{line}", remedy="write `name: value` lines") from error
-    if not isinstance(found, dict):
-        raise ConfigError("is not a mapping of arguments", where=str(path), remedy="write `name: value` lines")
-    return found
-
-
 def _launch(given: dict[str, Any], script: str | None, environ: Mapping[str, str]) -> LaunchArguments:
     """Returns the launch arguments of the command line, accelerate's configuration file and the environment."""
     try:
-        settings = _yaml(Path(given["config_file"])) if "config_file" in given else {}
+        settings = load_yaml(Path(given["config_file"])).values if "config_file" in given else {}
     except UserError as error:
         raise error.within("--config_file") from None
     size = environ.get("WORLD_SIZE", "1")

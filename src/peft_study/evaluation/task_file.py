@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from peft_study.config import SettingError, Strict, validate
-from peft_study.errors import ConfigError, first_line, nearest
+from peft_study.errors import nearest
 from peft_study.evaluation.scoring import METRICS
-from peft_study.storage.files import read_text
+from peft_study.storage.yaml_file import load_yaml
 
 CHOICE = "choice"
 """The metric of a task whose answer is the likeliest of some texts; nothing is generated."""
@@ -94,10 +93,5 @@ def read_task_file(path: Path) -> TaskConfig:
     Raises:
         ConfigError: naming file, line or key, and remedy.
     """
-    try:
-        values = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"is no YAML: {first_line(error)}", where=f"{path}{at}") from None
-    return validate(TaskConfig, values, where=str(path))
+    file = load_yaml(path)
+    return validate(TaskConfig, file.values, where=str(path), place=file.place)

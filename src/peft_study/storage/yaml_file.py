@@ -99,8 +99,7 @@ class SettingsFile:
         where = f"--set {assignment}"
         if not equals or not all(key.strip().split(".")):
             raise ConfigError("is no assignment", where=where, remedy="write --set section.key=value")
-        node = _compose(text, where, lines=False)
-        self.set(key.strip(), None if node is None else _construct(node, where, lines=False), "--set")
+        self.set(key.strip(), parse_value(text, where), "--set")
 
     def place(self, location: Location) -> str | None:
         """Returns where a setting was written: an option of the command line, or a line of the file.
@@ -152,6 +151,12 @@ def parse_yaml(text: str, path: Path) -> SettingsFile:
     if root is None or not isinstance(values, dict):
         raise ConfigError("is not a mapping of settings", where=str(path), remedy="write `key: value` lines")
     return SettingsFile(path, values, root)
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Returns the value of a line of YAML, which `where` names; errors as of `load_yaml`."""
+    node = _compose(text, where, lines=False)
+    return None if node is None else _construct(node, where, lines=False)
 
 
 def _compose(text: str, where: str, *, lines: bool = True) -> yaml.Node | None:

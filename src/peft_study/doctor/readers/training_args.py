@@ -60,7 +60,7 @@ def read_training_args(path: Path, *, total_steps: int | None = None) -> tuple[d
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", where=str(path), remedy=remedy) from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"is neither JSON nor YAML: {first_line(error)}", where=str(path), remedy=remedy) from error
     if not isinstance(found, dict):
         raise DataError("holds no names and values", where=str(path), remedy=remedy)
