@@ -144,7 +144,7 @@ class GivenMask(nn.Module):
 
     def forward(self, x_BLI: Tensor) -> Tensor:
         """Drops what the engine drops for the example in hand."""
-        return x_BLI * keep_mask(DropoutKey(*GivenMask.at, x_BLI.shape[1]), self.module, self.p, x_BLI)
+        return x_BLI * keep_mask(DropoutKey(*GivenMask.at, x_BLI.shape[1]), self.module, self.p, x_BLI) / (1 - self.p)
 
 
 def give_masks(reference: Reference, probability: float) -> None:

@@ -22,6 +22,7 @@ from peft_study.config import (
 )
 from peft_study.engine import checkpoint
 from peft_study.engine.engine import Engine
+from peft_study.engine.processes import ProcessGroup
 from peft_study.engine.trial import Trial
 from peft_study.errors import OutputError
 from peft_study.methods import create
@@ -83,6 +84,23 @@ def test_a_continued_run_is_bit_equal(name: str, dtype: torch.dtype, tmp_path: P
     assert second.tokens == whole.tokens
     for parameter, tensor in values(second).items():
         assert torch.equal(tensor, values(whole)[parameter]), parameter
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1), (2, 2)])
+def test_processes_that_share_a_batch_begin_it_anew(saved: int, loaded: int, tmp_path: Path) -> None:
+    """Each has a part of its gradients, and only one writes."""
+    first = trial_of(base := tw.base("llama"), CONFIGS["prompt"])
+    engine = engine_of(first, base)
+    run(engine, first, 2)
+    while not first.progress().sums:
+        engine.step()
+    engine.processes = ProcessGroup(count=saved)
+    checkpoint.save(engine, tmp_path, 2, "mine")
+    second = trial_of(base := tw.base("llama"), CONFIGS["prompt"])
+    (found,) = checkpoint.find(tmp_path)
+    checkpoint.load(Engine(base, processes=ProcessGroup(count=loaded)), found, {"t": second})
+    assert (second.step, second.progress().sums) == (first.step, {})
+    assert all(parameter.grad is None for parameter in second.parameters.values())
 
 
 COMPANY: dict[str, tuple[MethodConfig, dict[str, Any]]] = {

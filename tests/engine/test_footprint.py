@@ -29,6 +29,7 @@ from peft_study.storage.cache_dir import cache_root
 
 METHODS: dict[str, MethodConfig] = {
     "lora": LoraConfig(rank=16),
+    "lora with dropout": LoraConfig(rank=16, dropout=0.1),
     "prefix": PrefixTuningConfig(tokens=7, init="random"),
     "prefix, projected": PrefixTuningConfig(tokens=7, init="random", projection=True, projection_hidden=5),
     "prompt": PromptTuningConfig(tokens=9, init="random"),
@@ -61,7 +62,7 @@ def live_bytes(base: Base, method: MethodConfig, *, recompute: bool) -> int:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("name", ["lora", "lora with dropout", "prefix", "prompt"])
 def test_a_row_without_weights_holds_what_a_row_with_weights_does(
     name: str, recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,16 @@ def test_layers_computed_again_hold_less() -> None:
     for name in METHODS:
         assert again[name].a_token < 0.5 * plain[name].a_token, name
         assert again[name].trial == plain[name].trial
+
+
+def test_the_masks_of_dropout_are_counted_for_a_card_that_is_not_there() -> None:
+    outline = outline_of(base_of_layers(5))
+    card = Outline(outline.config, outline.make, Placement(torch.device("cuda"), torch.bfloat16), outline.proof)
+    methods: dict[str, MethodConfig] = {"none": LoraConfig(), "some": LoraConfig(dropout=0.1)}
+    plain, again = (count(card, methods, recompute=recompute).methods for recompute in (False, True))
+    inputs = 6 * tw.config("llama").hidden_size + tw.config("llama").intermediate_size  # of a layer's seven products
+    assert plain["some"].a_token - plain["none"].a_token == pytest.approx(5 * inputs, rel=0.1)
+    assert again["some"].a_token - again["none"].a_token < 3 * inputs
 
 
 def test_what_was_counted_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +86,15 @@ def save(
     try:
         temporary.mkdir(parents=True)
         trials, digests = [], {}
+        whole = engine.processes.count == 1  # else each has a part of a batch's gradients: the batch begins anew
         for slot, (trial, served) in engine.places.items():
             path = temporary / f"slot-{slot}.safetensors"
-            save_file({name: tensor.cpu().contiguous() for name, tensor in _tensors(trial).items()}, path)
+            tensors = _tensors(trial, gradients=whole)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
             _sync(path)
             digests[path.name] = file_digest(path)
-            trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(trial.progress())})
+            progress = trial.progress() if whole else replace(trial.progress(), sums={}, waiting=())
+            trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(progress)})
         if beside is not None:
             digests |= _put_beside(beside, temporary / beside.name)
         follow_umask(temporary)
@@ -172,6 +175,8 @@ def _restore(
     sums = {int(place): loss for place, loss in entry["sums"].items()}
     counts = entry["step"], entry["tokens"], entry["loss_scale"], entry["good_steps"]
     trial.restore(Progress(*counts, sums=sums, waiting=tuple(entry["waiting"])), slot)
+    if engine.processes.count > 1:  # each would count the gradients of all
+        trial.restart_batch()
 
 
 def take_folder(found: Checkpoint, target: Path) -> None:
@@ -233,14 +238,14 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(old.folder)
 
 
-def _tensors(trial: Trial) -> dict[str, Tensor]:
-    """Returns all tensors that the trial resumes from."""
+def _tensors(trial: Trial, *, gradients: bool) -> dict[str, Tensor]:
+    """Returns all tensors that the trial resumes from; `gradients` are those of an unfinished batch."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trial.parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach()
         state = trial.optimizer.state.get(parameter, {}) if trial.optimizer else {}
         tensors |= {f"{kind}/{name}": state[kind] for kind in _STATE if kind in state}
-        if parameter.grad is not None:
+        if gradients and parameter.grad is not None:
             tensors[f"gradient/{name}"] = parameter.grad
     return tensors
 

@@ -27,7 +27,7 @@ from peft_study.config import MethodConfig, PrefixTuningConfig, PromptTuningConf
 from peft_study.data.conversation import Example
 from peft_study.engine.engine import Engine
 from peft_study.engine.memory import trial_bytes
-from peft_study.engine.row import Item
+from peft_study.engine.row import sample_item
 from peft_study.errors import ModelError, OutputError
 from peft_study.methods.base import Adapter
 from peft_study.methods.prompt_tuning import PromptAdapter
@@ -189,7 +189,7 @@ def _adapter(method: MethodConfig, base: Base) -> Adapter:
 
 def _peak(engine: Engine, adapter: Adapter, examples: int) -> int:
     text = np.zeros(_EXAMPLE, dtype=np.int32)
-    items = [Item(0, adapter, Example(text, np.arange(len(text)) > 0))] * examples
+    items = [sample_item(adapter, Example(text, np.arange(len(text)) > 0))] * examples
     trained = list(adapter.parameters().values())
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)

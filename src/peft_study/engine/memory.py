@@ -23,7 +23,7 @@ from peft_study.doctor.observations import Observations, UsedSettings
 from peft_study.doctor.rule import examine
 from peft_study.doctor.rules.costs import MARGIN
 from peft_study.engine.engine import Engine
-from peft_study.engine.row import Item, fill_rows, said_whose
+from peft_study.engine.row import fill_rows, said_whose, sample_item
 from peft_study.engine.trial import Examples
 from peft_study.errors import ModelError
 from peft_study.methods.base import Adapter
@@ -199,7 +199,7 @@ class Room:
             return tensor
 
         text = np.zeros(min(_TRIED_TOKENS, (base.positions or _TRIED_TOKENS) - 1), dtype=np.int32)
-        item = Item(0, adapter, Example(text, np.arange(len(text)) > 0))
+        item = sample_item(adapter, Example(text, np.arange(len(text)) > 0))
         # the hooks see every tensor while all are still held, so that no address is there twice
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), self._engine.runner.row([item]):
             pass
@@ -235,7 +235,7 @@ def measured(free: int | None, activations: int, slot: int) -> MemoryProbe:
 
 
 def _row_peak(engine: Engine, adapter: Adapter, examples: Examples) -> int:
-    forever = (Item(0, adapter, examples[number % len(examples)]) for number in count())
+    forever = (sample_item(adapter, examples[number % len(examples)]) for number in count())
     items = next(fill_rows(forever, engine.row_tokens, packs=engine.base.proof.packs))
     device = engine.base.device
     with peak_above(device) as peak, said_whose(items, device), engine.runner.row(items) as result:

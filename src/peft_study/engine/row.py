@@ -59,6 +59,11 @@ class Item:
         return self.adapter.row_tokens + len(self.example)
 
 
+def sample_item(adapter: Adapter, example: Example) -> Item:
+    """Returns an item as training has them, with dropout, by which a row's memory is told."""
+    return Item(0, adapter, example, dropout=DropoutKey(0, 0, 0, adapter.row_tokens + len(example)))
+
+
 class DoesNotFit(ModelError):
     """An item does not fit into the memory, even in a row of its own; `adapter` is its trial's."""
 

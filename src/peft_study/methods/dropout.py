@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peft_study.seeds import key
 
@@ -32,14 +33,16 @@ class DropoutKey:
 
 
 def keep_mask(at: DropoutKey, module: str, probability: float, x: Tensor) -> Tensor:
-    """Returns (length, width) in the type of `x`: 0 where dropped, else 1 / (1 - probability).
+    """Returns (length, width): False where an input is dropped.
 
     Args:
         at: the trial, step and example.
         module: full name of the linear layer, layer number included.
         probability: of dropping.
-        x: inputs of the layer (..., width); give width, device and dtype.
+        x: inputs of the layer (..., width); give width and device.
     """
-    generator = torch.Generator(device=x.device).manual_seed(key(at.seed, at.step, at.example, module))
-    draw = torch.rand((at.length, x.shape[-1]), generator=generator, device=x.device)
-    return (draw >= probability).to(x.dtype).mul_(1.0 / (1.0 - probability))
+    draw = torch.empty((at.length, x.shape[-1]), device=x.device)
+    if not isinstance(x, FakeTensor):  # memory is counted for cards that are not there to draw on
+        seed = key(at.seed, at.step, at.example, module)
+        draw.uniform_(generator=torch.Generator(device=x.device).manual_seed(seed))
+    return draw >= probability

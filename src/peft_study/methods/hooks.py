@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -87,8 +87,12 @@ class LinearHooks:
             raise ModelError(what, remedy="leave it out of target_modules")
         for span in self._spans:
             update = span.adapter.linear_update(name)
-            if update is not None:
-                found.append(SpanUpdate(span.start, span.end, update, _mask(name, span, x)))
+            if update is None:
+                continue
+            mask_LI = _mask(name, span, x)
+            if mask_LI is not None:  # in float32, which a mask of the inputs' type would not be
+                update = replace(update, scale=update.scale / (1 - span.adapter.dropout))
+            found.append(SpanUpdate(span.start, span.end, update, mask_LI))
         return low_rank.grouped(found, x, partial(self._ends_of, x.device))
 
     def _ends_of(self, device: torch.device, ends: tuple[int, ...]) -> Tensor:

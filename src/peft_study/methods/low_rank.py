@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from peft_study.methods.base import LowRank
 
 @dataclass(frozen=True, slots=True)
 class SpanUpdate:
-    """An update of tokens [start, end) of the row; `mask_LI` is what dropout multiplies its inputs by."""
+    """An update of tokens [start, end) of the row; `mask_LI` is False where dropout drops an input of it."""
 
     start: int
     end: int
@@ -53,6 +53,12 @@ class Group:
     def slice(self) -> slice:
         """Its tokens."""
         return slice(self.spans[0].start, self.spans[-1].end)
+
+    def without_masks(self) -> Group:
+        """Returns the group without its masks."""
+        if all(span.mask_LI is None for span in self.spans):
+            return self
+        return replace(self, spans=tuple(replace(span, mask_LI=None) for span in self.spans))
 
     @property
     def scales(self) -> list[float]:
@@ -169,11 +175,12 @@ class _Adapted(torch.autograd.Function):
         else:
             ctx.mark_dirty(y)
         x_TI, y_TO = x.flatten(0, -2), y.flatten(0, -2)
-        saved = []
+        saved = list[Tensor | None]()
         for group in groups:
             add_to = _add_span if group.ends_S is None else _add_group
             saved += add_to(x_TI[group.slice], y_TO[group.slice], group)
-        ctx.groups = groups
+        # masks are saved as tensors: what stands elsewhere stays in memory where layers are computed again
+        ctx.groups = tuple(group.without_masks() for group in groups)
         ctx.save_for_backward(x, weight_OI, *saved)
         return y
 
@@ -192,18 +199,18 @@ class _Adapted(torch.autograd.Function):
             first = 5 + len(d_pairs)
             own = wanted[first : first + 2 * len(group.spans)]
             d_x_LI = None if d_x_TI is None else d_x_TI[group.slice]
-            kept = saved[3 * number : 3 * number + 3]
+            kept = saved[4 * number : 4 * number + 4]
             d_pairs += back(x_TI[group.slice], d_y_TO[group.slice], d_x_LI, group, kept, own)
         d_x = None if d_x_TI is None else d_x_TI.view_as(x)
         return d_x, d_y if wanted[1] else None, None, None, None, *d_pairs
 
 
-def _add_span(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor]:
+def _add_span(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor | None]:
     (span,) = group.spans
     A_RI, B_OR = span.update.A.to(y_LO.dtype), span.update.B.to(y_LO.dtype)
-    hidden_LR = _inputs(x_LI, span, y_LO.dtype) @ A_RI.t()
+    hidden_LR = _inputs(x_LI, span.mask_LI, y_LO.dtype) @ A_RI.t()
     y_LO.addmm_(hidden_LR, B_OR.t(), alpha=span.update.scale)
-    return [A_RI, B_OR, hidden_LR]
+    return [A_RI, B_OR, hidden_LR, span.mask_LI]
 
 
 def _span_gradients(
@@ -211,20 +218,20 @@ def _span_gradients(
     d_y_LO: Tensor,
     d_x_LI: Tensor | None,
     group: Group,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    (span,), (A_RI, B_OR, hidden_LR) = group.spans, saved
+    (span,), (A_RI, B_OR, hidden_LR, mask_LI) = group.spans, saved
     d_hidden_LR = (d_y_LO @ B_OR).mul_(span.update.scale)
     d_A_RI = d_B_OR = None
     if wanted[0]:
-        d_A_RI = (d_hidden_LR.t() @ _inputs(x_LI, span, B_OR.dtype)).to(span.update.A.dtype)
+        d_A_RI = (d_hidden_LR.t() @ _inputs(x_LI, mask_LI, B_OR.dtype)).to(span.update.A.dtype)
     if wanted[1]:
         d_B_RO = (hidden_LR.t() @ d_y_LO).to(span.update.B.dtype)
         d_B_OR = d_B_RO.mul_(span.update.scale).t().contiguous()
     if d_x_LI is not None:
-        if span.mask_LI is not None:
-            d_x_LI.add_((d_hidden_LR @ A_RI).mul_(span.mask_LI))
+        if mask_LI is not None:
+            d_x_LI.add_((d_hidden_LR @ A_RI).mul_(mask_LI))
         elif d_x_LI.dtype == A_RI.dtype:
             d_x_LI.addmm_(d_hidden_LR, A_RI)
         else:
@@ -232,7 +239,7 @@ def _span_gradients(
     return [d_A_RI, d_B_OR]
 
 
-def _add_group(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor]:
+def _add_group(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor | None]:
     updates = [span.update for span in group.spans]
     rank = group.spans[0].stacked_rank
     A_SRI = torch.stack([_wider(update.A, rank, dim=0) for update in updates]).to(y_LO.dtype)
@@ -240,7 +247,7 @@ def _add_group(x_LI: Tensor, y_LO: Tensor, group: Group) -> list[Tensor]:
     B_SOR = torch.stack(list(scaled)).to(y_LO.dtype)
     hidden_LR = F.grouped_mm(x_LI.to(y_LO.dtype), A_SRI.mT, offs=group.ends_S)
     y_LO.add_(F.grouped_mm(hidden_LR, B_SOR.mT, offs=group.ends_S))
-    return [A_SRI, B_SOR, hidden_LR]
+    return [A_SRI, B_SOR, hidden_LR, None]
 
 
 def _group_gradients(
@@ -248,10 +255,10 @@ def _group_gradients(
     d_y_LO: Tensor,
     d_x_LI: Tensor | None,
     group: Group,
-    saved: Sequence[Tensor],
+    saved: Sequence[Any],
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    A_SRI, B_SOR, hidden_LR = saved
+    A_SRI, B_SOR, hidden_LR, _ = saved
     d_y_LO, x_LI = d_y_LO.contiguous(), x_LI.to(B_SOR.dtype)
     d_hidden_LR = F.grouped_mm(d_y_LO, B_SOR, offs=group.ends_S)
     if d_x_LI is not None:
@@ -278,6 +285,6 @@ def _wider(matrix: Tensor, rank: int, *, dim: int) -> Tensor:
     return F.pad(matrix, (0, 0, 0, missing) if dim == 0 else (0, missing))
 
 
-def _inputs(x_LI: Tensor, span: SpanUpdate, dtype: torch.dtype) -> Tensor:
+def _inputs(x_LI: Tensor, mask_LI: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Returns the inputs of a span (L, I) as the update sees them; a mask is applied again rather than kept applied."""
-    return (x_LI if span.mask_LI is None else x_LI * span.mask_LI).to(dtype)
+    return (x_LI if mask_LI is None else x_LI * mask_LI).to(dtype)
