@@ -34,7 +34,7 @@ class TokenCounts:
 
     Attributes:
         tokens_N: of each example.
-        sources_N: the number of each example's source, from 0 in order of appearance; None where it is not known.
+        sources_N: the number of each example's source, from 0 without a gap; None where it is not known.
     """
 
     tokens_N: npt.NDArray[np.int64]

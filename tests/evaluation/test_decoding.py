@@ -107,6 +107,19 @@ def test_a_batch_that_does_not_fit_is_let_go_before_its_halves_are_tried(monkeyp
     assert len(held) > 6
 
 
+def test_a_batch_that_no_longer_fits_after_its_first_answers_goes_on_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, keep = tw.base("llama"), KeyValueCache.keep
+    usual = ours("llama", [NoAdapter()], base)
+
+    def limited(cache: KeyValueCache, rows_B: torch.Tensor) -> None:
+        if len(rows_B) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        keep(cache, rows_B)
+
+    monkeypatch.setattr(KeyValueCache, "keep", limited)
+    assert [answer.tokens for answer in ours("llama", [NoAdapter()], base)] == [answer.tokens for answer in usual]
+
+
 class Held:
     """Stands for the tensors of a batch."""
 

@@ -41,7 +41,7 @@ def count_trainable(base: Base, adapter: Adapter) -> Trainable:
         module = name.removesuffix(".lora_A").removesuffix(".lora_B").removesuffix(".weight").removesuffix(".bias")
         counts[module.rsplit(".", 1)[-1]] += parameter.numel()
     trainable = sum(counts.values())
-    own = 0 if adapter.base_parameters() else trainable
+    own = 0 if adapter.exclusive else trainable
     return Trainable(trainable, base.parameter_count() + own, dict(counts))
 
 
@@ -54,8 +54,7 @@ def refuse_unexpected(base: Base, adapter: Adapter) -> None:
     Raises:
         ModelError: naming the first such parameter.
     """
-    allowed = adapter.base_parameters()
-    unexpected = [n for n, p in base.model.named_parameters() if p.requires_grad and n not in allowed]
+    unexpected = [] if adapter.exclusive else [n for n, p in base.model.named_parameters() if p.requires_grad]
     own = adapter.parameters()
     if unexpected:
         counts = ParameterCounts(

@@ -26,6 +26,11 @@ class DataOrder:
         self._epoch = -1
         self._permutation: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
+    def seen(self, steps: int) -> int:
+        """Returns how many examples so many optimizer steps have."""
+        epochs, within = divmod(steps, self.steps_per_epoch)
+        return epochs * self.count + min(within * self.batch_size, self.count)
+
     def batch(self, step: int) -> list[int]:
         """Returns the examples of optimizer step `step` (from 0)."""
         epoch, within = divmod(step, self.steps_per_epoch)

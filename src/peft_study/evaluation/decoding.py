@@ -93,20 +93,24 @@ class Decoder:
 
     @torch.no_grad()
     def _batch_answers(self, places: list[int], requests: list[DecodingRequest]) -> Iterator[tuple[int, Continuation]]:
-        """Yields the answers of a batch, and of its halves where it does not fit: its whole cache is made at once."""
-        started = time.perf_counter()
-        begun = None
+        """Yields the answers of a batch; where it does not fit, the halves of what is not answered yet are batches."""
+        started, left = time.perf_counter(), set(range(len(requests)))
         try:
-            begun = self._begin(requests)
+            for number, tokens, ended in self._continued(requests):
+                left.remove(number)
+                yield places[number], Continuation(tokens, ended, time.perf_counter() - started)
         except (RuntimeError, MemoryError, DoesNotFit) as error:
             if len(requests) == 1 or not (isinstance(error, DoesNotFit) or out_of_memory(error)):
                 raise
-        if begun is None:  # outside the handler, whose traceback holds the batch's tensors
-            half = len(requests) // 2
-            for part in (slice(None, half), slice(half, None)):
-                yield from self._batch_answers(places[part], requests[part])
-            return
-        cache, next_B = begun
+        # outside the handler, whose traceback holds the batch's tensors
+        rest = sorted(left)
+        for part in (rest[: len(rest) // 2], rest[len(rest) // 2 :]):
+            if part:
+                yield from self._batch_answers([places[n] for n in part], [requests[n] for n in part])
+
+    def _continued(self, requests: Sequence[DecodingRequest]) -> Iterator[tuple[int, tuple[int, ...], bool]]:
+        """Yields number, tokens, and whether the answer ended by itself, of each request when its answer is whole."""
+        cache, next_B = self._begin(requests)
         answers: list[list[int]] = [[] for _ in requests]
         live = list(range(len(requests)))  # requests, in the order of the cache
         over: set[int] = set()
@@ -121,8 +125,7 @@ class Decoder:
                     ended = stops is not None and stops(answers[number])
                 if ended or len(answers[number]) >= requests[number].most:
                     over.add(number)
-                    seconds = time.perf_counter() - started
-                    yield places[number], Continuation(tuple(answers[number]), ended, seconds)
+                    yield number, tuple(answers[number]), ended
             left = [row for row, number in enumerate(live) if number not in over]
             if not left:
                 return

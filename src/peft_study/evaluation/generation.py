@@ -277,6 +277,8 @@ class Answerer:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                repetition_penalty=1.0,  # a model's own settings may have others: then the likeliest token is not taken
+                no_repeat_ngram_size=0,
                 streamer=streamer,
                 pad_token_id=self._tokenizer.pad_token_id or self._tokenizer.eos_token_id,
             )

@@ -152,10 +152,10 @@ def _measured(runner: RowRunner, items: Sequence[Item], row_tokens: int) -> list
     for row in fill_rows(items, row_tokens, packs=True):
         with said_whose(row, base.device), runner.placed(row) as (inputs, _, numbers):
             logits_SV = runner.logits(inputs, numbers.places_S).float()
-            losses_S = F.cross_entropy(logits_SV, numbers.targets_S, reduction="none").double()
-            greedy_S = logits_SV.argmax(-1) == numbers.targets_S
-        none_N = torch.zeros(len(row), dtype=torch.float64, device=losses_S.device)
-        sums = none_N.index_add(0, numbers.owners_S, losses_S).tolist()
-        wrong = none_N.index_add(0, numbers.owners_S, (~greedy_S).double()).tolist()
+            losses_S = F.cross_entropy(logits_SV, numbers.targets_S, reduction="none").cpu()  # MPS has no float64
+            wrong_S = (logits_SV.argmax(-1) != numbers.targets_S).cpu()
+        owners_S, none_N = numbers.owners_S.cpu(), torch.zeros(len(row), dtype=torch.float64)
+        sums = none_N.index_add(0, owners_S, losses_S.double()).tolist()
+        wrong = none_N.index_add(0, owners_S, wrong_S.double()).tolist()
         found += [(loss, not missed) for loss, missed in zip(sums, wrong, strict=True)]
     return found

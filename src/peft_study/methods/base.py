@@ -91,6 +91,8 @@ class Adapter(ABC):
     method: ClassVar[str]
     exclusive: ClassVar[bool] = False
     """True where the method changes the base itself and can have no neighbours."""
+    starts_as_base: ClassVar[bool] = True
+    """True where it changes no loss before step 1, as a LoRA whose B is zero."""
     row_tokens: int = 0
     """Virtual tokens that stand in the row before each segment."""
     prefix_tokens: int = 0
@@ -135,10 +137,6 @@ class Adapter(ABC):
     def detach(self) -> None:
         """Called when the trial leaves: the base must be as it was."""
         return None
-
-    def base_parameters(self) -> frozenset[str]:
-        """Returns names of base parameters that the method trains; empty for every parameter-efficient method."""
-        return frozenset()
 
 
 def seeded(seed: int, *salt: object) -> torch.Generator:

@@ -25,6 +25,7 @@ class PrefixAdapter(Adapter):
     """The table, or the table plus an MLP's output where it is reparametrised."""
 
     method = "prefix_tuning"
+    starts_as_base = False
 
     def __init__(self, config: PrefixTuningConfig, base: Base, table_PW: Tensor, seed: int) -> None:
         self.config = config

@@ -21,6 +21,7 @@ class PromptAdapter(Adapter):
     """P vectors of the width of the embedding table."""
 
     method = "prompt_tuning"
+    starts_as_base = False
 
     def __init__(self, config: PromptTuningConfig, embeddings_PE: Tensor) -> None:
         self.config = config

@@ -79,10 +79,6 @@ class FullAdapter(Adapter):
         """Returns the float32 masters by the names of the weights they stand for."""
         return self._masters
 
-    def base_parameters(self) -> frozenset[str]:
-        """Returns the names of all weights."""
-        return frozenset(self._targets)
-
     def attach(self) -> None:
         """Lets gradients into the base and moves each into its master as soon as it is complete."""
         for name, target in self._targets.items():

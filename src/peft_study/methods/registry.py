@@ -56,6 +56,11 @@ def smallest(config: MethodConfig) -> MethodConfig:
     return PromptTuningConfig(tokens=1, init="random")
 
 
+def starts_as_base(method: str) -> bool:
+    """True where the method changes no loss before step 1."""
+    return bool(_CLASSES[method].starts_as_base)
+
+
 def is_exclusive(method: str) -> bool:
     """True where the method changes the base itself, so that its trials run alone."""
     return bool(_CLASSES[method].exclusive)

@@ -26,7 +26,7 @@ from peft_study.doctor.observations import (
 from peft_study.doctor.rule import Kind, examine
 from peft_study.engine.trial import total_steps
 from peft_study.methods.lora import target_shapes
-from peft_study.methods.registry import create, is_exclusive, size
+from peft_study.methods.registry import create, is_exclusive, size, starts_as_base
 from peft_study.storage.run_dir import RunFolder
 from peft_study.training.session import Session
 
@@ -129,7 +129,7 @@ def measured_start(session: Session, settings: TrialSettings) -> LossCurve:
     some = range(min(_STARTS, len(session.held_out)))
     base = session.base_held_out.of(some)
     start = base
-    if settings.method.method not in ("none", "lora", "full"):  # which begin as the base
+    if not starts_as_base(settings.method.method):
         adapter = create(settings.method, session.base, session.material, settings.training.seed)
         start = session.engine.losses([adapter], session.held_out, some)[0]
     tokens = session.held_out.counts().tokens_N[: len(some)].sum()

@@ -62,6 +62,9 @@ def seconds_a_token(session: Session, settings: TrialSettings) -> float:
     Args:
         session: of the run; no trial is in its engine before or after.
         settings: with a learning rate.
+
+    Raises:
+        ModelError: when it diverges, or does not fit into the memory.
     """
     engine = session.engine
     adapter = create(settings.method, session.base, session.material, settings.training.seed)
@@ -69,14 +72,14 @@ def seconds_a_token(session: Session, settings: TrialSettings) -> float:
     trial = Trial("timed", adapter, training, session.train)
     engine.admit(trial)
     try:
-        while trial.step == 0:
-            engine.step()
+        _step(engine)
         before, started = trial.tokens, time.perf_counter()
         while not trial.finished:
-            engine.step()
+            _step(engine)
         return (time.perf_counter() - started) / max(1, trial.tokens - before)
     finally:
-        engine.evict(trial)
+        if trial in engine.trials:
+            engine.evict(trial)
 
 
 def measure_costs(session: Session, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
@@ -161,16 +164,24 @@ def _timed_step(engine: Engine, trial: Trial) -> float:
     try:
         _wait(engine.base.device)
         started = time.perf_counter()
-        while not (events := engine.step()):
-            pass
+        _step(engine)
         _wait(engine.base.device)
-        seconds = time.perf_counter() - started
+        return time.perf_counter() - started
     finally:
-        if trial in engine.trials:  # else it diverged, or its optimizer did not fit
+        if trial in engine.trials:
             engine.evict(trial)
+
+
+def _step(engine: Engine) -> None:
+    """Takes an optimizer step of the trial that is alone in the engine.
+
+    Raises:
+        ModelError: when it diverged, or its optimizer did not fit: the engine has let it go.
+    """
+    while not (events := engine.step()):
+        pass
     if events[0].report is None:
         raise events[0].failed or ModelError(f"{events[0].diverged}")
-    return seconds
 
 
 def _wait(device: torch.device) -> None:

@@ -241,6 +241,8 @@ def serve(tool: Tool, own: str, lines: Iterable[str]) -> None:
     """Does what the lines say, until one says to close, or they end, as after a kill of the parent."""
     runs, whole = _Runs(tool, own), False
     for line in lines:
+        if not line.endswith("\n"):  # the parent was killed while it wrote
+            break
         what, *arguments = json.loads(line)
         if what == "close":
             whole = True

@@ -11,8 +11,8 @@ from peft_study.config import LoggingConfig, TrialSettings
 from peft_study.engine.checkpoint import Checkpoint
 from peft_study.engine.guards import Trainable, count_trainable
 from peft_study.engine.trial import StepReport, Trial
-from peft_study.methods import create
 from peft_study.methods.peft_files import note_encoding
+from peft_study.methods.registry import create, starts_as_base
 from peft_study.statistics import Losses, difference, mean_loss
 from peft_study.storage.environment import peak_memory
 from peft_study.storage.files import atomic_folder
@@ -73,7 +73,7 @@ class TrialPlan:
         if not self.settings.measure_start:
             return None
         method = self.settings.method
-        if method.method in ("none", "lora", "full"):  # the update of LoRA is zero before step 1
+        if starts_as_base(method.method):
             return "base"
         return f"{method.model_dump_json()} {self.settings.training.seed}"
 
@@ -237,7 +237,7 @@ class TrialRun:
             trainable=self.trainable,
             steps=trial.step,
             tokens=trial.tokens,
-            virtual_tokens=getattr(self.plan.settings.method, "tokens", 0) * trial.step * trial.training.batch_size,
+            virtual_tokens=getattr(self.plan.settings.method, "tokens", 0) * trial.order.seen(trial.step),
             seconds=time.perf_counter() - self._started,
         )
 
