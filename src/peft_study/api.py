@@ -78,12 +78,14 @@ class Study:
             **settings,
             "output": str(output),
         }
+        budget = {"trials": trials, "steps": steps}
+        values["budget"] = merged("budget", settings.get("budget"), budget)
+        self._kept = {section: set(values.get(section) or ()) for section in ("data", "finals")}  # what is not planned
         if minutes is not None:
             from peft_study.study.plan import check_minutes
 
-            check_minutes(minutes, trials, steps)
-        budget = {"trials": trials, "steps": steps}
-        values["budget"] = merged("budget", settings.get("budget"), budget)
+            given = [name for name in ("trials", "steps", "tokens") if values["budget"].get(name) is not None]
+            check_minutes(minutes, given)
         self._start(SettingsFile.of(values, "Study"), minutes)
 
     @classmethod
@@ -219,7 +221,8 @@ class Study:
             folder = RunFolder(self._config.output)
             if not (is_study(folder.path) or folder.status() is None or overwrite):
                 raise OutputError("holds a run that is no study", where=str(folder.path), remedy="give another output")
-            self._inputs.write(overwrite=overwrite)
+            with folder.locked():
+                self._inputs.write(overwrite=overwrite)
 
     def _plan(self, say: Say, *, overwrite: bool) -> None:
         """Sets trials, steps and finals for the minutes that were asked for; those of a study that is resumed stay."""
@@ -237,7 +240,8 @@ class Study:
             found = plan(self._config, self._minutes, say, in_memory=self._inputs.in_memory)
         for section, values in found.items():
             for name, value in values.items():
-                self._file.set(f"{section}.{name}", value, "minutes")
+                if name not in self._kept.get(section, ()):
+                    self._file.set(f"{section}.{name}", value, "minutes")
         self._start(self._file, self._minutes)
 
 
@@ -313,8 +317,9 @@ def train_file(
             StopRequest().listening() as stop,
             RunDisplay(silent=not verbose) as display,
         ):
-            if inputs is not None:
-                inputs.write(overwrite=overwrite)
+            if inputs is not None and inputs.tables:
+                with RunFolder(config.output).locked():
+                    inputs.write(overwrite=overwrite)
             finished = train(config, file.values, display, stop, overwrite=overwrite, in_memory=memory)
             display.conclude(finished, try_page(finished.folder, display.say))
     except UserError as error:

@@ -232,8 +232,11 @@ def skills(
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
     count: Annotated[int, typer.Option(help="Conversations.")] = 2000,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the embedded data set: short instructions in twelve skills with checkable answers."""
     from peft_study.data.skills import write
+    from peft_study.storage.files import refuse_existing
 
+    refuse_existing(output, overwrite=overwrite)
     echo(f"{count:,} conversations -> {write(output, count, seed)}")

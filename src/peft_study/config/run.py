@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from peft_study.config.common import Strict
+from peft_study.config.common import SettingError, Strict
 from peft_study.config.methods import MethodConfig
+from peft_study.errors import nearest
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -36,6 +38,32 @@ class SourceConfig(Strict):
     path: str = Field(description="what `peft-study data convert` takes, or the embedded 'skills'")
     take: float = Field(1.0, gt=0, description="at most 1: share of the rows; above 1: number of rows")
 
+    @field_validator("take")
+    @classmethod
+    def _whole(cls, value: float) -> float:
+        if value > 1 and value % 1 != 0:
+            raise ValueError("is neither a whole number of rows nor a share of at most 1")
+        return value
+
+
+MAP_KEYS = ("messages", "prompt", "response", "system", "tools", "id", "source")
+"""What a column may be said to hold."""
+
+
+def check_mapping(mapping: Mapping[str, str]) -> None:
+    """Refuses names of columns that say nothing, or do not go together.
+
+    Raises:
+        SettingError: naming the key.
+    """
+    for key in mapping:
+        if key not in MAP_KEYS:
+            raise SettingError(f"unknown key {key!r}", remedy=nearest(key, MAP_KEYS))
+    if "messages" in mapping and ("prompt" in mapping or "response" in mapping):
+        raise SettingError("messages goes without prompt and response", remedy="give one or the other")
+    if ("prompt" in mapping) != ("response" in mapping):
+        raise SettingError("prompt and response go together", remedy="give both")
+
 
 class DataConfig(Strict):
     """Rows, their tokens, and the part that is held out."""
@@ -55,6 +83,12 @@ class DataConfig(Strict):
     add_bos: bool = Field(False, description="put BOS first where the template does not")
     limit: int | None = Field(None, gt=0, description="use this many rows at most, drawn at random by the seed")
     workers: int | None = Field(None, gt=0, description="processes that tokenise; None: all cores")
+
+    @field_validator("mapping")
+    @classmethod
+    def _known(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        check_mapping(value or {})
+        return value
 
     @field_validator("train", mode="before")
     @classmethod

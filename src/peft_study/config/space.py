@@ -134,6 +134,9 @@ class MethodSpace(Strict):
         for name in TRAINING_DIMENSIONS:
             if name in training.model_fields_set or name not in defaults:
                 defaults[name] = getattr(training, name)
+        warmup = defaults.get("warmup_ratio")
+        if training.schedule == "constant_with_warmup" and isinstance(warmup, Choices):
+            defaults["warmup_ratio"] = Choices(choices=tuple(ratio for ratio in warmup.choices if ratio > 0))
         if "learning_rate" not in given:
             defaults["learning_rate"] = _default_rate(self.kind)
         fields = {n: getattr(self, n) for n in type(self).model_fields if n not in ("method", "space")}

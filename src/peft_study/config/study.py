@@ -108,7 +108,7 @@ class StudyConfig(Strict):
     @field_validator("slots", mode="before")
     @classmethod
     def _slots(cls, value: Any) -> Any:
-        number = int(value) if str(value).isdigit() and not isinstance(value, bool) else 0
+        number = int(value) if str(value).isdecimal() and not isinstance(value, bool) else 0
         if value != "auto" and number < 1:
             raise ValueError("is neither auto nor a whole number above 0")
         return value if value == "auto" else number
@@ -119,6 +119,13 @@ class StudyConfig(Strict):
             what = "a rate for all methods would be wrong for most: their scales differ"
             remedy = "give learning_rate under each method"
             raise SettingError(what, inside=("training", "learning_rate"), remedy=remedy)
+        if self.training.schedule == "constant_with_warmup":
+            for name, space in self.methods.items():
+                warmup = getattr(space, "warmup_ratio", None)
+                least = min(warmup.choices) if isinstance(warmup, Choices) else getattr(warmup, "low", warmup)
+                if least == 0:
+                    inside = ("methods", name, "warmup_ratio")
+                    raise SettingError("constant_with_warmup needs a warm-up", inside=inside, remedy="leave out 0")
         if self.ray is not None and self.workers > 1:
             what = f"{self.workers} processes on this machine, and a Ray cluster at {self.ray}"
             remedy = "leave --workers out: the cluster has a worker a device"

@@ -15,6 +15,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from peft_study.config.common import SettingError
+from peft_study.config.run import check_mapping
 from peft_study.data.conversation import ROLES, Conversation, Message, Role
 from peft_study.data.readers import SKIP
 from peft_study.errors import ConfigError, DataError, nearest
@@ -29,8 +31,6 @@ class Format(enum.Enum):
     PROMPT = "prompt/completion"
     QUESTION = "question/answer"
 
-
-MAP_KEYS = ("messages", "prompt", "response", "system", "tools", "id", "source")
 
 _TURN_COLUMNS = {Format.MESSAGES: ("messages",), Format.SHAREGPT: ("conversations", "conversation")}
 _PAIR_COLUMNS = {
@@ -65,17 +65,13 @@ def parse_mapping(text: str | None) -> dict[str, str] | None:
         key, equals, column = (piece.strip() for piece in part.partition("="))
         if not equals or not column:
             raise ConfigError(f"{part!r} is not KEY=COLUMN", where="--map", remedy="for example --map messages=turns")
-        if key not in MAP_KEYS:
-            raise ConfigError(f"unknown key {key!r}", where="--map", remedy=nearest(key, MAP_KEYS))
         if key in mapping:
             raise ConfigError(f"{key!r} is given twice", where="--map", remedy="name one column for each key")
         mapping[key] = column
-    if "messages" in mapping and ("prompt" in mapping or "response" in mapping):
-        raise ConfigError("messages goes without prompt and response", where="--map", remedy="give one or the other")
-    if ("prompt" in mapping) != ("response" in mapping):
-        raise ConfigError(
-            "prompt and response go together", where="--map", remedy="give both as prompt=COL,response=COL"
-        )
+    try:
+        check_mapping(mapping)
+    except SettingError as error:
+        raise ConfigError(error.what, where="--map", remedy=error.remedy) from None
     return mapping
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.data.formats import detect_format
+from peft_study.data.readers import without_nulls
 from peft_study.errors import DataError, OutputError
 from peft_study.storage.files import atomic_writer, made_folder
 
@@ -26,9 +27,10 @@ def is_rows(value: Any) -> bool:
 
 
 def _is_source(item: Any) -> bool:
-    """True for what may stand in a list of sources: a name, a table, or a list of conversations."""
+    """True for what may stand in a list of sources: a name, a table, or a list of rows or conversations."""
     if isinstance(item, (list, tuple)):
-        return any(isinstance(inner, (list, tuple)) for inner in item)
+        turns = any(isinstance(inner, Mapping) and ("role" in inner or "from" in inner) for inner in item)
+        return any(map(_is_row, item)) and not turns
     return isinstance(item, (str, Path)) or _is_named_source(item) or is_rows(item)
 
 
@@ -75,14 +77,15 @@ def write_rows(rows: Any, path: Path, *, replace: bool) -> None:
 
 
 def _plain(rows: Any) -> Iterator[dict[str, Any]]:
-    """Yields each row as a mapping."""
+    """Yields each row as a mapping; null fields inside a table's columns are left out, as of the same table on disk."""
+    table = _is_frame(rows) or _is_dataset(rows)
     if _is_frame(rows):
         from datasets import Dataset
 
         rows = Dataset.from_pandas(rows, preserve_index=False)
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
-            yield dict(row)
+            yield {name: without_nulls(value) for name, value in row.items()} if table else dict(row)
         elif isinstance(row, (list, tuple)):
             yield {"messages": row}
         else:

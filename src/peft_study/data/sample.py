@@ -96,7 +96,8 @@ def sample(
     """
     opened = open_sources(sources, spec.split)
     targets = [output / f"sample-{size}.jsonl" for size in spec.sizes]
-    _check_output(output, targets, opened, overwrite)
+    replaced = _written_before(output)
+    _check_output(output, [*targets, *replaced], opened, overwrite)
     with made_folder(output), AtomicFiles() as files, tempfile.TemporaryFile(dir=output) as spill:
         reservoir = _Reservoir(spec.sizes[-1], spill)
         _fill(reservoir, opened, spec, on_progress)
@@ -110,9 +111,8 @@ def sample(
             entry = _write_sample(files.open(target), target, blocks[: index + 1], reservoir)
             manifest["samples"][str(size)] = entry | _strata_entry(spec, counts[index])
         files.open(output / MANIFEST).write((json.dumps(manifest, ensure_ascii=False, indent=2) + "\n").encode())
-    for stale in set(output.glob("sample-*.jsonl")) - set(targets):  # of the manifest that has just been replaced
-        if stale.is_file():
-            stale.unlink()
+    for stale in set(replaced) - set(targets):  # of the manifest that has just been replaced
+        stale.unlink(missing_ok=True)
     return manifest
 
 
@@ -255,6 +255,15 @@ def _manifest(spec: SampleSpec, sources: Sequence[Source], reservoir: _Reservoir
 def _strata_entry(spec: SampleSpec, counts: Mapping[str, int]) -> dict[str, Any]:
     """Returns the counts per stratum where they differ from those per source."""
     return {} if spec.by in (None, "source") else {"strata": dict(sorted(counts.items()))}
+
+
+def _written_before(output: Path) -> list[Path]:
+    """Returns the samples that the folder's manifest names."""
+    try:
+        sizes = list(json.loads((output / MANIFEST).read_text())["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [path for size in sizes if (path := output / f"sample-{size}.jsonl").is_file()]
 
 
 def _check_output(output: Path, targets: Sequence[Path], sources: Sequence[Source], overwrite: bool) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,12 +122,22 @@ def _choose(spec: str, splits: Splits, wanted: str | None) -> tuple[str, list[Pa
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:
-    """Puts the folder's name before names that two sources share, to tell their rows apart."""
-    names = [source.name for source in sources]
-    return [
-        replace(s, name=f"{Path(s.spec).resolve().parent.name}/{s.name}") if names.count(s.name) > 1 else s
-        for s in sources
-    ]
+    """Puts folders before names that two sources share, as many as it takes to tell their rows apart, or a number."""
+    plain = {source.spec: source.name for source in sources}
+    folders = {spec: Path(spec).resolve().parent.parts[1:] for spec in plain}
+    names = dict(plain)
+    for depth in range(1, max(map(len, folders.values()), default=0) + 1):
+        for spec in _shared(names):
+            names[spec] = "/".join((*folders[spec][-depth:], plain[spec]))
+    for number, spec in enumerate(_shared(names), start=1):  # one.jsonl and one.jsonl.gz in one folder
+        names[spec] += f"-{number}"
+    return [replace(source, name=names[source.spec]) for source in sources]
+
+
+def _shared(names: Mapping[str, str]) -> list[str]:
+    """Returns the keys whose values are not theirs alone."""
+    counts = Counter(names.values())
+    return [key for key, name in names.items() if counts[name] > 1]
 
 
 def _stem(spec: str) -> str:

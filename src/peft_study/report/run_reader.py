@@ -103,7 +103,8 @@ class Entry:
 def is_run(path: Path) -> bool:
     """Returns whether a single run lies in a folder: no study, and no trial of one."""
     values = RunFolder(path).read_if_there("config.resolved.json") if path.is_dir() else None
-    return isinstance(values, dict) and "method" in values and path.resolve().parent.name != "trials"
+    above = path.resolve().parent
+    return isinstance(values, dict) and "method" in values and not (above.name == "trials" and is_study(above.parent))
 
 
 def read_run(path: Path) -> RunStatus:

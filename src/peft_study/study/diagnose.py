@@ -42,12 +42,16 @@ def diagnose(
     Raises:
         UserError: when it is none of these, or cannot be read.
     """
+    of_model = {"batches": batches, "arguments": arguments, "tokenizer": tokenizer}
+    of_log = {"training_args": training_args, "columns": columns}
     if hasattr(what, "named_parameters"):
+        _refuse_unused("a model", base=base, **of_log)
         from peft_study.doctor.live import observe_model
 
         seen = observe_model(what, batches=batches, arguments=arguments, tokenizer=tokenizer)
         return examine(seen, about=type(what).__name__)
     if isinstance(what, (list, tuple)):
+        _refuse_unused("a command", base=base, **of_log, **of_model)
         from peft_study.study.checkup import diagnose_words
 
         return diagnose_words([str(word) for word in what])
@@ -55,7 +59,9 @@ def diagnose(
         remedy = "give a model, the path of a study file, run, log or adapter, or the words of a command"
         raise ConfigError(f"{type(what).__name__} is nothing to diagnose", remedy=remedy)
     path = Path(what)
+    _refuse_unused("what lies in a file or folder", **of_model)
     if path.suffix in (".yaml", ".yml"):
+        _refuse_unused("a file of settings", base=base, **of_log)
         from peft_study.study.checkup import diagnose_file
 
         return diagnose_file(path)
@@ -71,18 +77,35 @@ def _diagnose_written(
     from peft_study.report.checks import diagnose_folder
     from peft_study.report.study_reader import is_study
 
+    of_log = {"training_args": training_args, "columns": columns}
     if is_study(path):
+        _refuse_unused("a study", base=base, **of_log)
         return diagnose_folder(path, study=True)
     if RunFolder(path).read_if_there("config.resolved.json") is not None:
+        _refuse_unused("a run of this program", base=base, **of_log)
         return diagnose_folder(path, study=False, weights=True)
     logged = not path.is_dir() or holds_log(path)  # `read_log` tells where nothing is there
     # a log's folder may hold an adapter's configuration alone
     weights = "adapter_model.safetensors" if logged else "adapter_config.json"
     adapter = read_adapter(path, base=base) if (path / weights).exists() else None
     if adapter is not None and not logged:
+        _refuse_unused("an adapter without a log", **of_log)
         return examine(adapter, about=str(path))
+    if adapter is None:
+        _refuse_unused("a log without an adapter", base=base)
     args = None if training_args is None else Path(training_args)
     seen = read_log(path, columns=columns, training_args=args)
     if adapter is not None:
         seen = replace(seen, adapter=adapter.adapter)
     return examine(seen, about=str(path))
+
+
+def _refuse_unused(about: str, **given: Any) -> None:
+    """Refuses what was given and says nothing of the matter."""
+    for name, value in given.items():
+        if value is not None and value != {}:
+            raise ConfigError(f"says nothing of {about}", where=_NAMES.get(name, name), remedy="leave it out")
+
+
+_NAMES = {"base": "base (--base)", "training_args": "training_args (--training-args)", "columns": "columns (--map)"}
+"""As they are called here and on the command line."""

@@ -11,6 +11,7 @@ changed later, which is the steps.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,20 +37,21 @@ _STEPS, _LEAST_STEPS = 40, 10
 """Steps below which a plan rather has fewer trials, and below which there is none."""
 
 
-def check_minutes(minutes: float, trials: int | None, steps: int | None, *, option: str = "") -> None:
+def check_minutes(minutes: float, given: Sequence[str], *, option: str = "") -> None:
     """Refuses what is no time, and a time beside what it plans.
 
     Args:
         minutes: of the whole study.
-        trials, steps: that were asked for beside it.
+        given: what was asked for beside it of what it plans: trials, steps, tokens.
         option: what stands before the names of options, for the error: ``--`` on the command line.
 
     Raises:
         ConfigError: naming the value.
     """
-    where, other = f"{option}minutes", "trials" if trials is not None else "steps" if steps is not None else None
-    if other is not None:
-        what, remedy = f"plans trials and steps, but {option}{other} is given", "give the minutes, or trials and steps"
+    where = f"{option}minutes"
+    if given:
+        what = f"plans trials and steps, but {option}{given[0]} is given"
+        remedy = "give the minutes, or trials and steps"
         raise ConfigError(what, where=where, remedy=remedy)
     if not isinstance(minutes, (int, float)):
         raise ConfigError(f"{minutes!r} is no number", where=where, remedy="give e.g. 60")

@@ -74,7 +74,8 @@ class Request:
             if method not in SPACES:
                 raise ConfigError(f"unknown method {method!r}", where="--methods", remedy=nearest(method, SPACES))
         if self.minutes is not None:
-            check_minutes(self.minutes, self.trials, self.steps, option="--")
+            given = [name for name, value in (("trials", self.trials), ("steps", self.steps)) if value is not None]
+            check_minutes(self.minutes, given, option="--")
 
 
 def study_file(
@@ -86,7 +87,7 @@ def study_file(
         request: what was asked for.
         change: sets what the command line says instead of the file.
         say: receives each step that takes time, and the plan.
-        overwrite: another study in the folder may be replaced.
+        overwrite: the study of another request in the folder may be replaced.
         write: put the file into the study's folder.
 
     Raises:
@@ -95,7 +96,7 @@ def study_file(
     """
     request.check()
     path = request.folder / FILE
-    if not overwrite and (file := _file_of_before(request, path)) is not None:
+    if (file := _file_of_before(request, path, overwrite=overwrite)) is not None:
         change(file)
         return file
     with timed(say, "reading the data"):
@@ -130,8 +131,10 @@ def study_file(
     return changed()
 
 
-def _file_of_before(request: Request, path: Path) -> SettingsFile | None:
-    """Returns the file of the first start of a request; None where there is none, or its study never began.
+def _file_of_before(request: Request, path: Path, *, overwrite: bool) -> SettingsFile | None:
+    """Returns the file of the first start of a request, which may have been changed by hand since.
+
+    None where there is none, or that of another request, whose study never began or may be overwritten.
 
     Raises:
         OutputError: when the folder holds something else.
@@ -139,7 +142,7 @@ def _file_of_before(request: Request, path: Path) -> SettingsFile | None:
     begun = RunFolder(request.folder).status() is not None
     if path.exists() and f"# {request.command}\n" in read_text(path):
         return load_yaml(path)
-    if begun and path.exists():
+    if begun and path.exists() and not overwrite:
         raise OutputError(
             "was written for another command, which its first lines name",
             where=str(path),
@@ -148,6 +151,6 @@ def _file_of_before(request: Request, path: Path) -> SettingsFile | None:
     if path.exists() and GENERATED not in read_text(path):
         remedy = f"run it (peft-study run {shlex.quote(str(path))}), or give another -o"
         raise OutputError("is a study file that this command did not write", where=str(path), remedy=remedy)
-    if begun:
+    if begun and not overwrite:
         raise OutputError("holds another run", where=str(request.folder), remedy="add --overwrite, or give another -o")
     return None

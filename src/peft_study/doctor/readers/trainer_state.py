@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -162,12 +163,21 @@ def newest_state(folder: Path) -> Path | None:
     Args:
         folder: output folder of the run, or one of its checkpoints.
     """
-    own = folder / FILE
-    if own.is_file():
-        return own
     found = []
     for path in folder.glob(f"checkpoint-*/{FILE}"):
         number = path.parent.name.rpartition("-")[2]
-        if number.isdigit():
+        if number.isdecimal():
             found.append((int(number), path))
-    return max(found)[1] if found else None
+    own, (step, last) = folder / FILE, max(found, default=(0, None))
+    if not own.is_file():
+        return last
+    # a run that goes on after its end leaves the file of that end
+    return last if last is not None and step > _steps_of(own) else own
+
+
+def _steps_of(path: Path) -> float:
+    """Returns the steps that a file counts; one that cannot be read is not passed over: its error is told."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8-sig"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
