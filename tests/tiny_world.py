@@ -1,4 +1,4 @@
-"""A hermetic world for tests: random two-layer models of five families, in process, no files."""
+"""A hermetic world for tests: random two-layer models of six families, in process, no files."""
 
 from __future__ import annotations
 
