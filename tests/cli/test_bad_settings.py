@@ -127,6 +127,13 @@ STUDY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "empty section": ({"search": None}, ("search", "is empty")),
     "section a number": ({"search": 3}, ("search", "3 is not a mapping")),
     "sampler": ({"search": {"sampler": "tpee"}}, ("search.sampler", "'tpe'", "tpee")),
+    "unknown column": ({"data.mapping": {"mesages": "a"}}, ("data.mapping", "'mesages'", "'messages'")),
+    "half a pair of columns": ({"data.mapping": {"prompt": "q"}}, ("data.mapping", "prompt and response go together")),
+    "rows and a half": ({"data.train": [{"path": "a", "take": 1.5}]}, ("data.train.0.take", "neither a whole number")),
+    "schedule without its warm-up": (
+        {"training.schedule": "constant_with_warmup", "methods.lora.warmup_ratio": [0, 0.1]},
+        ("methods.lora.warmup_ratio", "needs a warm-up", "leave out 0"),
+    ),
     "data a number": ({"data.train": 3}, ("data.train", "3 is not a mapping")),
     "held out a list": ({"data.held_out": [3]}, ("data.held_out", "a valid number or a valid string", "[3]")),
     "no methods": ({"methods": {}}, ("methods",)),
@@ -141,6 +148,7 @@ STUDY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "model missing": ({"model.name": "./no-model"}, ("no-model", "no such model folder")),
     "slots 0": ({"slots": 0}, ("slots", "neither auto nor a whole number above 0", "0")),
     "slots a word": ({"slots": "many"}, ("slots", "neither auto", "many")),
+    "slots squared": ({"slots": "\u00b2"}, ("slots", "neither auto")),
     "slots half": ({"slots": 1.5}, ("slots", "1.5")),
     "unknown device": ({"model.device": "gpu"}, ("model.device", "cuda", "gpu")),
 }

@@ -41,3 +41,15 @@ def test_auto(
     }
     filled = validate(StudyConfig, values, where="test").filled()
     assert (filled.budget.trials, filled.search.sampler, filled.search.pruner) == expected
+
+
+def test_a_schedule_that_needs_a_warm_up_is_searched_without_none() -> None:
+    values = {
+        "model": {"name": "m"},
+        "data": {"train": "d"},
+        "methods": {"lora": {}, "wide": {"method": "lora", "warmup_ratio": [0.05, 0.2]}},
+        "training": {"schedule": "constant_with_warmup"},
+        "output": "o",
+    }
+    filled = validate(StudyConfig, values, where="test").filled()
+    assert [space.warmup_ratio.choices for space in filled.methods.values()] == [(0.03, 0.1), (0.05, 0.2)]

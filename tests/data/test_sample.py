@@ -194,9 +194,12 @@ def test_folder_that_holds_samples(tmp_path: Path) -> None:
         sample([source], out, SampleSpec((3,)))
     with pytest.raises(OutputError, match=r"sample-2\.jsonl: is one of the sources"):
         sample([str(out / "sample-2.jsonl")], out, SampleSpec((2,)), overwrite=True)
+    with pytest.raises(OutputError, match=r"sample-2\.jsonl: is one of the sources"):
+        sample([str(out / "sample-2.jsonl")], out, SampleSpec((1,)), overwrite=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "sample-of-mine.jsonl").write_text("mine")
     sample([source], out, SampleSpec((3,)), overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "sample-3.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "sample-3.jsonl", "sample-of-mine.jsonl"]
 
 
 @pytest.mark.parametrize(

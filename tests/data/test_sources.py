@@ -200,6 +200,15 @@ def test_folder_of_files_and_several_sources(tmp_path: Path) -> None:
     other.write_bytes(lines(ROWS[:1]))
     assert read(folder, other) == [*ROWS, ROWS[0]]
     assert [s.name for s in open_sources([str(folder / "b.jsonl"), str(other)])] == ["many/b", "other/b"]
+    deep = tmp_path / "deep" / "other" / "b.jsonl"
+    deep.parent.mkdir(parents=True)
+    packed = deep.with_name("b.jsonl.gz")
+    for path in (deep, packed):
+        path.write_bytes(lines(ROWS[:1]) if path is deep else gzip.compress(lines(ROWS[:1])))
+    names = [s.name for s in open_sources([str(other), str(deep), str(packed), str(folder / "a.jsonl.gz")])]
+    assert len(set(names)) == 4
+    assert names[0] == f"{tmp_path.name}/other/b"
+    assert names[3] == "a"
 
 
 def test_splits_by_file_name_and_the_name_of_an_only_split(tmp_path: Path) -> None:

@@ -95,6 +95,8 @@ def test_a_run_that_still_runs_and_its_checkpoints(tmp_path: Path) -> None:
     state(tmp_path)
     assert read_log(tmp_path).steps_done == 100
     assert read_log(tmp_path / "checkpoint-40").steps_done == 40
+    state(tmp_path / "checkpoint-120", steps=120, ended=False)
+    assert read_log(tmp_path).steps_done == 120, "it went on after its end"
 
 
 def test_logging_steps_as_a_share_and_a_log_in_one_line(tmp_path: Path) -> None:

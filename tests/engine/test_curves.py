@@ -132,6 +132,9 @@ def test_a_report_says_what_the_step_did() -> None:
     settings, examples = training("lora", steps=7), data()
     reports, _ = engine_run(pr.METHODS["lora"], settings)
     order = DataOrder(len(examples), 4, settings.data_seed)
+    assert [order.seen(steps) for steps in range(9)] == [
+        sum(len(order.batch(step)) for step in range(steps)) for steps in range(9)
+    ]
     for step, report in enumerate(reports):
         assert report.step == step + 1
         assert list(report.examples) == order.batch(step)

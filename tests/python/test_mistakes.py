@@ -9,12 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy
 import pandas
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import peft_study
 from command_line import conversation
 from peft_study import Callback, LoRA, PromptTuning, Study, UserError
 from peft_study.data.in_memory import is_rows, write_rows
@@ -44,6 +46,7 @@ def study(output: Path, **changed: Any) -> Study:
         ({"output": None}, "output: None is no folder; give a path"),
         ({"budget": "x", "trials": 2}, "budget: 'x' is not a mapping of settings; give e.g. {'steps': 100}"),
         ({"minutes": 5, "trials": 2}, "minutes: plans trials and steps, but trials is given; give the minutes, or "),
+        ({"minutes": 5, "budget": {"tokens": 9}}, "minutes: plans trials and steps, but tokens is given; "),
         ({"minutes": -1}, "minutes: -1 is not above 0; give e.g. 60"),
         ({"minutes": float("inf")}, "minutes: inf is not finite; give e.g. 60"),
         ({"minutes": "x"}, "minutes: 'x' is no number; give e.g. 60"),
@@ -113,6 +116,8 @@ def test_the_tokenizer_of_a_model_in_memory_may_be_a_folder(tiny_model_folder: P
         (["a.jsonl", "b.jsonl"], False),
         ([TALKS, "a.jsonl"], False),
         ([TALKS, TALKS], False),
+        ([ROWS, ROWS], False),
+        ([[{"prompt": "a", "completion": "b"}], [{"prompt": "c", "completion": "d"}]], False),
         ([pandas.DataFrame(ROWS), TALKS], False),
         ([{"path": "a.jsonl", "take": 3}, TALKS], False),
     ],
@@ -132,6 +137,32 @@ def test_dates_and_numbers_of_numpy_beside_the_texts_are_written(tmp_path: Path)
     write_rows([row], tmp_path / "rows.jsonl", replace=False)
     written = json.loads((tmp_path / "rows.jsonl").read_text())
     assert written == {"prompt": "a", "completion": "b", "n": 3, "day": "2024-01-02T00:00:00", "v": [1.0, 1.0]}
+    table = datasets.Dataset.from_list(
+        [{"call": {"x": 1}}, {"call": {"y": 2}}]
+    )  # each row gets the other's field, null
+    write_rows(table, tmp_path / "table.jsonl", replace=False)
+    assert (tmp_path / "table.jsonl").read_text() == '{"call": {"x": 1}}\n{"call": {"y": 2}}\n'
     said = "row 1 in memory: cannot be written as JSON (a bytes is none of its values); give texts, or leave the column"
     with pytest.raises(UserError, match=re.escape(said)):
         write_rows([{"prompt": b"a"}], tmp_path / "other.jsonl", replace=False)
+
+
+def test_a_setting_of_both_method_and_training_is_refused(tmp_path: Path) -> None:
+    training = {"learning_rate": 5e-4}
+    with pytest.raises(UserError, match=r"^learning_rate of the method and training\.learning_rate: is given twice"):
+        peft_study.finetune("nowhere", ROWS, LoRA(learning_rate=1e-3), training=training, output=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "said"),
+    [
+        ("run.yaml", {"base": "b"}, "base (--base): says nothing of a file of settings; leave it out"),
+        (["finetune"], {"columns": {"loss": "l"}}, "columns (--map): says nothing of a command; leave it out"),
+        ("log.jsonl", {"batches": []}, "batches: says nothing of what lies in a file or folder; leave it out"),
+        (torch.nn.Linear(1, 1), {"training_args": "a"}, "training_args (--training-args): says nothing of a model; "),
+    ],
+)
+def test_the_doctor_refuses_what_it_would_not_read(what: Any, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        peft_study.diagnose(what, **given)
+    assert str(error.value).startswith(said)
