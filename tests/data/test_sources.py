@@ -206,9 +206,9 @@ def test_folder_of_files_and_several_sources(tmp_path: Path) -> None:
     for path in (deep, packed):
         path.write_bytes(lines(ROWS[:1]) if path is deep else gzip.compress(lines(ROWS[:1])))
     names = [s.name for s in open_sources([str(other), str(deep), str(packed), str(folder / "a.jsonl.gz")])]
-    assert len(set(names)) == 4
-    assert names[0] == f"{tmp_path.name}/other/b"
-    assert names[3] == "a"
+    assert names == ["b", "b-1", "b-2", "a"]
+    names = [s.name for s in open_sources([str(other), str(deep), str(folder / "b.jsonl")])]
+    assert names == [f"{tmp_path.name}/other/b", "deep/other/b", "many/b"]
 
 
 def test_splits_by_file_name_and_the_name_of_an_only_split(tmp_path: Path) -> None:

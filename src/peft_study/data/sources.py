@@ -125,16 +125,16 @@ def _with_unique_names(sources: list[Source]) -> list[Source]:
     """Puts folders before names that two sources share, as many as it takes to tell their rows apart, or a number."""
     plain = {source.spec: source.name for source in sources}
     folders = {spec: Path(spec).resolve().parent.parts[1:] for spec in plain}
+    for number, spec in enumerate(_shared({spec: (folders[spec], plain[spec]) for spec in plain}), start=1):
+        plain[spec] += f"-{number}"  # one.jsonl and one.jsonl.gz in one folder
     names = dict(plain)
     for depth in range(1, max(map(len, folders.values()), default=0) + 1):
         for spec in _shared(names):
             names[spec] = "/".join((*folders[spec][-depth:], plain[spec]))
-    for number, spec in enumerate(_shared(names), start=1):  # one.jsonl and one.jsonl.gz in one folder
-        names[spec] += f"-{number}"
     return [replace(source, name=names[source.spec]) for source in sources]
 
 
-def _shared(names: Mapping[str, str]) -> list[str]:
+def _shared(names: Mapping[str, Any]) -> list[str]:
     """Returns the keys whose values are not theirs alone."""
     counts = Counter(names.values())
     return [key for key, name in names.items() if counts[name] > 1]
