@@ -205,18 +205,21 @@ def rise(curves: pd.DataFrame | None) -> dict[str, Any]:
 def transfer() -> dict[str, Any]:
     """Returns the test loss of each method's defaults beside that of its search: both means of three seeds.
 
-    `difference` is the defaults' loss minus the search's, paired by example and over seeds, with its 95 % interval.
+    `difference` is the defaults' loss minus the search's, paired by example and over seeds, with its 95 % interval;
+    `changed` are the settings of the search that are not the defaults, beside the rate.
     """
     found: dict[str, Any] = {}
     for path in sorted((HERE / "transfer").glob("block-*-finalists.json")):
         finalists = {final["method"]: final for final in json.loads(path.read_text())}
         method = next(name for name in finalists if not name.endswith("-defaults"))
         searched, defaults = finalists[method], finalists[f"{method}-defaults"]
+        chosen, usual = searched["settings"], defaults["settings"]
         found[method] = {
+            "changed": {k: v for k, v in chosen.items() if v != usual[k] and k != "learning_rate"},
             "searched": searched["test"]["value"],
-            "searched_rate": searched["settings"]["learning_rate"],
+            "searched_rate": chosen["learning_rate"],
             "defaults": defaults["test"]["value"],
-            "defaults_rate": defaults["settings"]["learning_rate"],
+            "defaults_rate": usual["learning_rate"],
             "difference": _minus(defaults["test_minus_winner"], searched["test_minus_winner"]),
         }
     return found

@@ -61,7 +61,7 @@ ZH = {
     "highest held-out loss": "留出损失的最高值",
     "at the end": "结束时",
     "default rate": "默认学习率",
-    "rate of the search": "搜索得到的学习率",
+    "setting of the search": "搜索得到的设置",
     "test loss, defaults": "测试损失（默认值）",
     "test loss, search": "测试损失（搜索）",
     "difference": "差",
@@ -243,9 +243,10 @@ def rising(summary: Summary) -> Rows:
 
 def transfer(summary: Summary) -> Rows:
     """Yields the defaults beside a search, on a data set that no default comes from."""
-    yield "method", "default rate", "rate of the search", "test loss, defaults", "test loss, search", "difference"
+    yield "method", "default rate", "setting of the search", "test loss, defaults", "test loss, search", "difference"
     for method, found in summary["transfer"].items():
-        rates = (f"{found[name]:.2g}" for name in ("defaults_rate", "searched_rate"))
+        changed = (f"`{name}` {value}" for name, value in found["changed"].items())
+        rates = f"{found['defaults_rate']:.2g}", ", ".join((f"{found['searched_rate']:.2g}", *changed))
         losses = (f"{found[name]:.3f}" for name in ("defaults", "searched"))
         value, low, high = (found["difference"][name] for name in ("value", "low", "high"))
         share = value / found["searched"]
