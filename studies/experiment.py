@@ -10,8 +10,8 @@ covers the whole space. `sample` asks whether the best of three rates on 300 row
 `rising` trains all weights and an attached prompt, and keeps their curves. `transfer` puts the defaults beside a search
 of 32 trials, on a data set that no default comes from.
 
-A block trains for at most about 40 minutes on two cores. Nothing is stopped early but in `transfer`. A run that was killed goes on where
-it stopped.
+A block trains for at most about 40 minutes on two cores. Nothing is stopped early but in `transfer`. A run that was
+killed goes on where it stopped.
 """
 
 from __future__ import annotations
