@@ -85,16 +85,7 @@ def save(
     target, temporary = folder / f"step_{number}", folder / f".step-{secrets.token_hex(4)}"
     try:
         temporary.mkdir(parents=True)
-        trials, digests = [], {}
-        whole = engine.processes.count == 1  # else each has a part of a batch's gradients: the batch begins anew
-        for slot, (trial, served) in engine.places.items():
-            path = temporary / f"slot-{slot}.safetensors"
-            tensors = _tensors(trial, gradients=whole)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
-            _sync(path)
-            digests[path.name] = file_digest(path)
-            progress = trial.progress() if whole else replace(trial.progress(), sums={}, waiting=())
-            trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(progress)})
+        trials, digests = _save_trials(engine, temporary)
         if beside is not None:
             digests |= _put_beside(beside, temporary / beside.name)
         follow_umask(temporary)
@@ -122,6 +113,21 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _save_trials(engine: Engine, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Writes the tensors of each slot; returns the state beside them, and the digests of the files by name."""
+    trials, digests = list[dict[str, Any]](), dict[str, str]()
+    whole = engine.processes.count == 1  # else each has a part of a batch's gradients: the batch begins anew
+    for slot, (trial, served) in engine.places.items():
+        path = folder / f"slot-{slot}.safetensors"
+        tensors = _tensors(trial, gradients=whole)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+        _sync(path)
+        digests[path.name] = file_digest(path)
+        progress = trial.progress() if whole else replace(trial.progress(), sums={}, waiting=())
+        trials.append({"name": trial.name, "slot": slot, "served": served, **asdict(progress)})
+    return trials, digests
 
 
 def load(engine: Engine, found: Checkpoint, trials: Mapping[str, Trial]) -> None:
