@@ -87,7 +87,7 @@ def test_a_continued_run_is_bit_equal(name: str, dtype: torch.dtype, tmp_path: P
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 1), (2, 2)])
-def test_processes_that_share_a_batch_begin_it_anew(saved: int, loaded: int, tmp_path: Path) -> None:
+def test_processes_that_share_a_batch_start_it_again(saved: int, loaded: int, tmp_path: Path) -> None:
     """Each has a part of its gradients, and only one writes."""
     first = trial_of(base := tw.base("llama"), CONFIGS["prompt"])
     engine = engine_of(first, base)

@@ -51,7 +51,20 @@ def test_another_place_another_mask(changed: dict[str, Any]) -> None:
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
 def test_the_share_kept_is_one_minus_p(probability: float) -> None:
     kept = torch.cat([mask(probability, example=i).flatten() for i in range(20)])
+    assert kept.dtype == torch.bool
     assert stats.binomtest(int(kept.sum()), kept.numel(), 1 - probability).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.1, 0.5, 0.9])
+def test_what_is_kept_is_scaled_so_that_the_mean_is_one(probability: float) -> None:
+    base = tw.base("llama", dtype=torch.bfloat16)
+    adapter = pr.adapter_of(LoraConfig(rank=4, dropout=probability), base, seed=1)
+    name = adapter.adapted_modules()[0]
+    linear, plain = hooks.LinearHooks(base.model), adapter.linear_update(name)
+    assert plain is not None
+    with linear.row([hooks.Span(0, 50, adapter, (HERE,))]):
+        ((span,),) = (group.spans for group in linear._updates(name, torch.zeros(1, 50, plain.A.shape[1])))
+    assert span.update.scale == pytest.approx(plain.scale / (1 - probability))
 
 
 def test_recomputed_layers_keep_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,9 +137,8 @@ def test_dates_and_numbers_of_numpy_beside_the_texts_are_written(tmp_path: Path)
     write_rows([row], tmp_path / "rows.jsonl", replace=False)
     written = json.loads((tmp_path / "rows.jsonl").read_text())
     assert written == {"prompt": "a", "completion": "b", "n": 3, "day": "2024-01-02T00:00:00", "v": [1.0, 1.0]}
-    table = datasets.Dataset.from_list(
-        [{"call": {"x": 1}}, {"call": {"y": 2}}]
-    )  # each row gets the other's field, null
+    # each row of a table gets the other's field, null
+    table = datasets.Dataset.from_list([{"call": {"x": 1}}, {"call": {"y": 2}}])
     write_rows(table, tmp_path / "table.jsonl", replace=False)
     assert (tmp_path / "table.jsonl").read_text() == '{"call": {"x": 1}}\n{"call": {"y": 2}}\n'
     said = "row 1 in memory: cannot be written as JSON (a bytes is none of its values); give texts, or leave the column"
@@ -149,7 +148,7 @@ def test_dates_and_numbers_of_numpy_beside_the_texts_are_written(tmp_path: Path)
 
 def test_a_setting_of_both_method_and_training_is_refused(tmp_path: Path) -> None:
     training = {"learning_rate": 5e-4}
-    with pytest.raises(UserError, match=r"^learning_rate of the method and training\.learning_rate: is given twice"):
+    with pytest.raises(UserError, match=r"^learning_rate and training\.learning_rate: is given twice"):
         peft_study.finetune("nowhere", ROWS, LoRA(learning_rate=1e-3), training=training, output=tmp_path / "run")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_study.data.formats import detect_format
-from peft_study.data.readers import without_nulls
+from peft_study.data.readers import table_row
 from peft_study.errors import DataError, OutputError
 from peft_study.storage.files import atomic_writer, made_folder
 
@@ -85,7 +85,7 @@ def _plain(rows: Any) -> Iterator[dict[str, Any]]:
         rows = Dataset.from_pandas(rows, preserve_index=False)
     for number, row in enumerate(rows, start=1):
         if isinstance(row, Mapping):
-            yield {name: without_nulls(value) for name, value in row.items()} if table else dict(row)
+            yield table_row(row) if table else dict(row)
         elif isinstance(row, (list, tuple)):
             yield {"messages": row}
         else:

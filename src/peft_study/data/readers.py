@@ -12,7 +12,7 @@ import itertools
 import json
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -283,18 +283,23 @@ def _columnar_rows(path: Path, tick: Tick, batches: Callable[[Path, Tick], Itera
                 for start in range(0, batch.num_rows, _BATCH):
                     for values in batch.slice(start, _BATCH).to_pylist():
                         number += 1
-                        yield RawRow(path, number, {name: without_nulls(value) for name, value in values.items()})
+                        yield RawRow(path, number, table_row(values))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         where = f"{path} after row {number}" if number else str(path)
         raise DataError(f"cannot be read ({reason})", where=where, remedy=_AGAIN) from error
 
 
-def without_nulls(value: Any) -> Any:
+def table_row(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a row of a table as the same row in JSON has it: null fields inside a column only fill its type."""
+    return {name: _without_nulls(value) for name, value in values.items()}
+
+
+def _without_nulls(value: Any) -> Any:
     """Leaves out the null fields of every mapping inside ``value``; nulls in lists stay."""
     if isinstance(value, dict):
-        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

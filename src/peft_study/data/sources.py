@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft_study.data.readers import RawRow, Tick, data_suffix, read_file, without_nulls
+from peft_study.data.readers import RawRow, Tick, data_suffix, read_file, table_row
 from peft_study.errors import DataError, nearest, nearest_path
 
 _METADATA = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -331,7 +331,7 @@ def _hub_rows(name: str, split: str) -> Iterator[RawRow]:
 
     try:
         for number, values in enumerate(datasets.load_dataset(name, split=split, streaming=True), start=1):
-            yield RawRow(Path(name), number, {column: without_nulls(value) for column, value in values.items()})
+            yield RawRow(Path(name), number, table_row(values))
     except Exception as error:  # as above
         raise _hub_error(name, error) from error
 

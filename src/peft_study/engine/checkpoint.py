@@ -118,7 +118,7 @@ def save(
 def _save_trials(engine: Engine, folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Writes the tensors of each slot; returns the state beside them, and the digests of the files by name."""
     trials, digests = list[dict[str, Any]](), dict[str, str]()
-    whole = engine.processes.count == 1  # else each has a part of a batch's gradients: the batch begins anew
+    whole = engine.processes.count == 1  # else each has a part of a batch's gradients: the batch starts again
     for slot, (trial, served) in engine.places.items():
         path = folder / f"slot-{slot}.safetensors"
         tensors = _tensors(trial, gradients=whole)

@@ -56,7 +56,7 @@ class Group:
 
     def without_masks(self) -> Group:
         """Returns the group without its masks."""
-        if all(span.mask_LI is None for span in self.spans):
+        if self.spans[0].mask_LI is None:
             return self
         return replace(self, spans=tuple(replace(span, mask_LI=None) for span in self.spans))
 

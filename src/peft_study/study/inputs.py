@@ -156,11 +156,7 @@ def one_setting(method: Any, training: dict[str, Any], model_type: Callable[[], 
         raise ConfigError(what, where="method", remedy="give one value of each, or compare them with Study")
     fixed = space.at({}, TrainingConfig())
     optimizer = {name: getattr(fixed.training, name) for name in TRAINING_DIMENSIONS if name in space.model_fields_set}
-    for name in optimizer.keys() & training.keys():
-        raise ConfigError(
-            "is given twice", where=f"{name} of the method and training.{name}", remedy="keep one of them"
-        )
-    return {"method": fixed.method.model_dump(mode="json"), "training": {**training, **optimizer}}
+    return {"method": fixed.method.model_dump(mode="json"), "training": merged("training", training, optimizer)}
 
 
 def merged(section: str, given: Any, named: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,16 +70,12 @@ def seconds_a_token(session: Session, settings: TrialSettings) -> float:
     adapter = create(settings.method, session.base, session.material, settings.training.seed)
     training = settings.training.model_copy(update={"steps": TIMED_STEPS + 1})
     trial = Trial("timed", adapter, training, session.train)
-    engine.admit(trial)
-    try:
+    with _admitted(engine, trial):
         _step(engine)
         before, started = trial.tokens, time.perf_counter()
         while not trial.finished:
             _step(engine)
         return (time.perf_counter() - started) / max(1, trial.tokens - before)
-    finally:
-        if trial in engine.trials:
-            engine.evict(trial)
 
 
 def measure_costs(session: Session, settings: Mapping[str, TrialSettings]) -> dict[str, TrialCost]:
@@ -160,15 +156,22 @@ def _due(seconds: Sequence[float]) -> bool:
 
 def _timed_step(engine: Engine, trial: Trial) -> float:
     """Returns the seconds of an optimizer step over all examples of the trial, which is alone in the engine."""
-    engine.admit(trial)
-    try:
+    with _admitted(engine, trial):
         _wait(engine.base.device)
         started = time.perf_counter()
         _step(engine)
         _wait(engine.base.device)
         return time.perf_counter() - started
+
+
+@contextmanager
+def _admitted(engine: Engine, trial: Trial) -> Iterator[None]:
+    """Puts the trial into the engine for the block."""
+    engine.admit(trial)
+    try:
+        yield
     finally:
-        if trial in engine.trials:
+        if trial in engine.trials:  # else `_step` has told why it left
             engine.evict(trial)
 
 
