@@ -105,7 +105,7 @@ class FinetuneArguments:
     # the PEFT additions
     use_prefix_tuning: bool = _arg(False, "method: prefix tuning")
     use_prompt_tuning: bool = _arg(False, "method: prompt tuning")
-    num_virtual_tokens: int = _arg(0, "virtual tokens; 0: the method's default (prefix 30, prompt 8)")
+    num_virtual_tokens: int = _arg(0, "virtual tokens; 0: the method's default (prefix 30, prompt 50)")
 
 
 @dataclass(frozen=True)
