@@ -15,13 +15,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pictures
 import tables
-from experiment import HERE, POINTS, SAMPLED, SAMPLES, SETS, STEPS
+import yaml
+from experiment import HERE, POINTS, SAMPLED, SAMPLES, SETS, STEPS, TRANSFERS
 from surfaces import REFERENCE, Surface, rows
 
 RECORDED = HERE.parents[1] / "shared" / "references" / "recorded"
@@ -203,18 +205,19 @@ def rise(curves: pd.DataFrame | None) -> dict[str, Any]:
 
 
 def transfer() -> dict[str, Any]:
-    """Returns the test loss of each method's defaults beside that of its search: both means of three seeds.
+    """Returns the test loss of each method's defaults beside that of its search, by data and method: means of 3 seeds.
 
     `difference` is the defaults' loss minus the search's, paired by example and over seeds, with its 95 % interval;
     `changed` are the settings of the search that are not the defaults, beside the rate.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in TRANSFERS}
     for path in sorted((HERE / "transfer").glob("block-*-finalists.json")):
+        block = yaml.safe_load(path.with_name(path.name.replace("-finalists.json", ".yaml")).read_text())
         finalists = {final["method"]: final for final in json.loads(path.read_text())}
         method = next(name for name in finalists if not name.endswith("-defaults"))
         searched, defaults = finalists[method], finalists[f"{method}-defaults"]
         chosen, usual = searched["settings"], defaults["settings"]
-        found[method] = {
+        found[Path(block["data"]["train"]).stem][method] = {
             "changed": {k: v for k, v in chosen.items() if v != usual[k] and k != "learning_rate"},
             "searched": searched["test"]["value"],
             "searched_rate": chosen["learning_rate"],

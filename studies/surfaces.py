@@ -69,17 +69,19 @@ class RateRule:
 
 
 REFERENCE = {
-    "prompt_tuning": At(8, "text"),
+    "prompt_tuning": At(50, "text"),
     "prefix_tuning": At(30, "text"),
     "lora": At(16, None),
 }
 """Around which one setting at a time is changed: the defaults, and the longest runs."""
+SIZES = {"prompt_tuning": (2, 8, 20, 50, 100), "prefix_tuning": (2, 8, 30, 100), "lora": (4, 16, 64)}
+"""Of `levels`: virtual tokens or ranks, the default among them."""
 
 
 def levels(method: str) -> dict[str, tuple[Any, ...]]:
     """Returns the levels of each setting that are looked at, one setting at a time."""
     return {
-        "size": (4, 16, 64) if method == "lora" else (2, 8, 30, 100),
+        "size": SIZES[method],
         "init": INITS.get(method, ()),
         "warmup_ratio": (0.0, 0.05, 0.2),
         "weight_decay": (0.0, 0.01, 0.1),

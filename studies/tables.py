@@ -72,6 +72,7 @@ ZH = {
 NAMES = {
     "prompt_tuning": "prompt tuning", "prefix_tuning": "prefix tuning", "lora": "LoRA", "size": "tokens or rank",
     "warmup_ratio": "warm-up", "weight_decay": "weight decay", "batch_size": "batch", "learning_rate": "learning rate",
+    "transfer": "Code Alpaca", "transfer-codegen": "GPTeacher codegen",
 }  # fmt: skip
 
 
@@ -242,15 +243,16 @@ def rising(summary: Summary) -> Rows:
 
 
 def transfer(summary: Summary) -> Rows:
-    """Yields the defaults beside a search, on a data set that no default comes from."""
-    yield "method", "default rate", "setting of the search", "test loss, defaults", "test loss, search", "difference"
-    for method, found in summary["transfer"].items():
+    """Yields the defaults beside a search, on data sets that no default comes from."""
+    heads = "default rate", "setting of the search", "test loss, defaults", "test loss, search", "difference"
+    yield "data", "method", *heads
+    for data, method, found in ((d, m, f) for d, methods in summary["transfer"].items() for m, f in methods.items()):
         changed = (f"`{name}` {value}" for name, value in found["changed"].items())
         rates = f"{found['defaults_rate']:.2g}", ", ".join((f"{found['searched_rate']:.2g}", *changed))
         losses = (f"{found[name]:.3f}" for name in ("defaults", "searched"))
         value, low, high = (found["difference"][name] for name in ("value", "low", "high"))
         share = value / found["searched"]
-        yield NAMES[method], *rates, *losses, f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {share:+.1%}"
+        yield NAMES[data], NAMES[method], *rates, *losses, f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {share:+.1%}"
 
 
 def _range(interval: list[float]) -> str:

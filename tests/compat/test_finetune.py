@@ -57,7 +57,7 @@ def test_lora_defaults_are_the_originals_not_ours() -> None:
 
 def test_zero_virtual_tokens_mean_the_methods_default() -> None:
     assert run("--use_prefix_tuning").config.method == PrefixTuningConfig(tokens=30)
-    assert run("--use_prompt_tuning", "--num_virtual_tokens", "0").config.method == PromptTuningConfig(tokens=8)
+    assert run("--use_prompt_tuning", "--num_virtual_tokens", "0").config.method == PromptTuningConfig(tokens=50)
     assert run("--use_prompt_tuning", "--num_virtual_tokens", "5").config.method == PromptTuningConfig(tokens=5)
 
 
@@ -65,7 +65,7 @@ def test_inits() -> None:
     made = run("--use_prefix_tuning", "--prefix_init", "zero")
     assert made.config.method == PrefixTuningConfig(tokens=30, init="zero")
     made = run("--use_prompt_tuning", "--prompt_init", "text", "--init_text", "Do it")
-    assert made.config.method == PromptTuningConfig(tokens=8, init="text", init_text="Do it")
+    assert made.config.method == PromptTuningConfig(tokens=50, init="text", init_text="Do it")
 
 
 def test_a_left_out_rate_is_the_methods_own_and_a_given_one_is_kept() -> None:
