@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from peft_study.display.evaluation import _judged
-from peft_study.evaluation.scores import scores_of
+from peft_study.evaluation.scores import EvaluationResult, scores_of
 from peft_study.evaluation.scoring import METRICS, last_number
 
 
@@ -19,6 +21,8 @@ def judged(metric: str, output: str, gold: str, pattern: str | None = None) -> b
         ("She makes $18 a day.", 18),
         ("9 * 2 = 18\n#### 18", 18),
         ("#### 7 apples, not 8", 7),
+        ("#### Step 1: eggs\n16-3-4=9\n#### Step 2: money\n9*2=18\nThe answer is **18**.", 18),
+        ("####$5", 5),
         ("1,234.50 dollars", 1234.5),
         ("-3", -3),
         ("costs $1,000", 1000),
@@ -132,3 +136,5 @@ def test_a_system_that_had_no_room_for_any_answer_leaves_the_groups_of_the_other
 
     found = scores_of("t", [*rows("base", False), *rows("lora", True), *rows("prompt", None)], has_answers=True)
     assert {score.system: score.group for score in found} == {"lora": 1, "base": 2, "prompt": None}
+    (task,) = EvaluationResult(Path(), tuple(found), {}).tables
+    assert [score.system for score in task] == ["lora", "base", "prompt"]

@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -87,6 +88,36 @@ def test_the_page_shows_what_was_won_and_lost(file: Path, cli: CommandLine, tmp_
     assert score["group"] == 1
 
 
+def test_the_page_shows_what_a_metric_that_gives_shares_has_won(tmp_path: Path) -> None:
+    rows = [
+        {"system": system, "id": f"q{n}", "prompt": "?", "gold": "1", "output": "1", "score": score}
+        for n, scores in enumerate([(0.0, 1.0, 0.25), (1.0, 0.0, None), (0.5, 0.0, 1.0)])
+        for system, score in zip(("base", "lora", "prompt"), scores, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "own.parquet")
+    scores = [Score("own", name, None, "accuracy", None, right=1, judged=3, unjudged=0) for name in ("lora", "prompt")]
+    scores.append(Score("own", "base", None, "accuracy", None, right=1, judged=3, unjudged=0))
+    shown = page_tasks._examples(tmp_path, scores, {"lora": 0, "prompt": 1}, Words("en"))
+    assert [example.title for example in shown] == [
+        "lora is right, the base is wrong: q0",
+        "the base is right, lora is wrong: q1",
+    ]
+    assert [answer.loss for answer in shown[0].answers] == ["right", "25%", "wrong"]
+
+
+def test_a_study_cuts_no_text_of_a_task_to_the_length_of_its_training(
+    file: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "a word " * 60}) + "\n")
+    task = f"text={tmp_path / 'texts.jsonl'}"
+    cli("run", changed(file, evaluation={"tasks": [task]})).ok()
+    study = open_study(tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "evaluation" / "text.parquet").to_pylist()
+    again = study.evaluate(task, output=tmp_path / "again", verbose=False).answers("text").to_dict("records")
+    assert [row["tokens"] for row in table] == [row["tokens"] for row in again]
+    assert min(row["tokens"] for row in table) > 64
+
+
 def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
     file: Path, cli: CommandLine, tmp_path: Path
 ) -> None:
@@ -95,6 +126,10 @@ def test_what_is_wrong_with_a_task_is_said_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
     changed(file, evaluation={"tasks": []})
     assert "evaluation.tasks" in cli("run", file).error()
+    rows = [{**row, "answer": "a third"} for row in CHOICES]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed(file, evaluation={"tasks": [str(tmp_path / "picks.yaml")]})
+    assert "no row's answer is one of its choices: the first has 'a third'" in cli("run", file).error()
     changed(file, evaluation=None, finals={"task": "lm_eval:mmlu"})
     assert "a task of lm-eval may have several scores" in cli("run", file).error()
 

@@ -74,6 +74,46 @@ def test_choices_are_a_list_a_mapping_or_texts(tmp_path: Path) -> None:
     assert (found.choices, found.gold_choice) == (("(A) no", "(B) yes"), 1)
 
 
+def test_choices_may_have_the_form_of_the_hub(tmp_path: Path) -> None:
+    """Of ARC, OpenBookQA and CommonsenseQA."""
+    rows = [{"q": "x", "c": {"text": ["no", "yes"], "label": ["1", "2"]}, "key": "2"}]
+    (found,) = questions(tmp_path, rows, prompt="{q}\n{c}", metric="choice", choices="c", answer="{key}")
+    assert (found.choices, found.gold_choice) == (("no", "yes"), 1)
+    assert found.turns == (("user", "x\n(1) no\n(2) yes"),)
+
+
+def test_a_right_answer_in_another_case_is_found_where_one_choice_alone_has_it(tmp_path: Path) -> None:
+    """Booleans of JSON become True and False."""
+    for answer, choices, place in (
+        (True, ["false", "true"], 1), ("b", ["no", "yes"], 1), ("YES", ["no", "yes"], 1), ("Ab", ["ab", "AB"], None)
+    ):  # fmt: skip
+        (found,) = questions(tmp_path, [{"q": "x", "answer": answer}], metric="choice", choices=choices)
+        assert found.gold_choice == place
+
+
+def test_all_texts_of_a_task_have_columns_whatever_their_names(tmp_path: Path) -> None:
+    row = {"Question": "one?", "Best Answer": "a", "in-lang": "French", "option1": "one", "option2": "two"}
+    texts = {"prompt": "{Question} Reply as {'json': 1}.", "answer": "{Best Answer}", "system": "In {in-lang}."}
+    (found,) = questions(tmp_path, [row], **texts)
+    assert found.turns == (("system", "In French."), ("user", "one? Reply as {'json': 1}."))
+    assert found.gold == "a"
+    choices = ["{option1}", "{option2}"]
+    (found,) = questions(tmp_path, [row], prompt="{Question}", answer="two", metric="choice", choices=choices)
+    assert (found.choices, found.gold_choice) == (("one", "two"), 1)
+    with pytest.raises(DataError, match="has no column 'Worst Answer'"):
+        questions(tmp_path, [row], prompt="{Worst Answer}")
+
+
+def test_metrics_of_one_name_beside_two_task_files_are_two(tmp_path: Path) -> None:
+    for name, verdict in (("one", True), ("two", False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "judging.py").write_text(f"def ok(output, gold):\n    return {verdict}\n")
+        path = written(tmp_path / name, [{"q": "x", "answer": "x"}], metric="judging:ok")
+        assert find_task(str(path)).judge("x", Question("1", (), "x")) == verdict
+    (tmp_path / "two" / "judging.py").write_text("def ok(output, gold):\n    return 0.5\n")
+    assert find_task(str(path)).judge("x", Question("1", (), "x")) == 0.5, "it is read again"
+
+
 def test_a_number_that_is_no_text_counts_among_the_choices(tmp_path: Path) -> None:
     """As MMLU's rows are on the hub: the answer 2 is the third choice, though the second says 2."""
     choices = {"metric": "choice", "choices": "c"}
@@ -95,6 +135,7 @@ def test_a_number_that_is_no_text_counts_among_the_choices(tmp_path: Path) -> No
         ({"q": "x", "c": {}}, "no list of two choices"),
         ({"q": "x", "c": [None, None, "a"]}, "no list of two choices"),
         ({"q": "x", "c": ["a", ""]}, "a choice without text"),
+        ({"q": "x", "c": [["a", "b"], ["c"]]}, "choices that are lists themselves"),
         ({"q": "x", "c": None}, "column 'c' is empty"),
         ({"q": None, "c": ["a", "b"]}, "column 'q' is empty"),
     ],
@@ -179,6 +220,10 @@ def test_worked_examples_may_be_conversations(tmp_path: Path) -> None:
         (tmp_path / "train.jsonl").write_text(json.dumps(form) + "\nnot needed")
         (example,) = task.worked_examples(1)
         assert (example.turns[-1][1], example.answered) == ("x", "no"), "the task's own columns go first"
+    alpaca = {"instruction": "x", "input": "", "output": "no"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(alpaca) + "\n")
+    path = written(tmp_path, [{"instruction": "x", "answer": "1"}], prompt="{instruction}", examples="train.jsonl")
+    assert [found.answered for found in find_task(str(path)).worked_examples(1)] == ["no"], "it has no column answer"
     (tmp_path / "train.jsonl").write_text(json.dumps({"messages": rows[0]["messages"][2:]}) + "\n")
     with pytest.raises(DataError, match="row 1: does not begin with a question and its answer"):
         task.worked_examples(1)

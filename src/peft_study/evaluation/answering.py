@@ -142,7 +142,7 @@ def _measured(runner: RowRunner, task: EvaluationTask, due: Sequence[Query]) -> 
         for start in range(0, len(own), CHUNK):
             began = time.perf_counter()
             part = own[start : start + CHUNK]
-            room = room_after(runner.base, own[0].system, 0)
+            room = min(room_after(runner.base, own[0].system, 0), runner.base.context or sys.maxsize)
             examples = [examples_of(asked, room) for asked in part]
             sums = _losses(runner, own[0].system, [example for each in examples for example in each])
             seconds = round((time.perf_counter() - began) / len(part), 4)

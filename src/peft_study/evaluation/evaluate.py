@@ -18,7 +18,7 @@ from typing import Any
 from peft_study.config import EvaluationConfig, StudyConfig
 from peft_study.data.chat import ChatEncoder
 from peft_study.engine.row import RowRunner
-from peft_study.errors import ConfigError, ModelError, OutputError
+from peft_study.errors import ConfigError, DataError, ModelError, OutputError
 from peft_study.evaluation.answer_costs import TOKENS, measure_cost
 from peft_study.evaluation.answer_files import Row, append_answers, keep_complete, read_answers
 from peft_study.evaluation.answering import Query, answers, judged, room_after
@@ -109,12 +109,22 @@ def check_tasks(study: StudyConfig) -> None:
         raise ConfigError(what, where="finals.task", remedy="give a task of this program, or a task file")
     for config in filter(None, (study.evaluation, choosing)):
         for task in find_tasks(config):
-            questions = task.questions(config.limit)
+            questions = _questions(task, config)
             task.worked_examples(config.shots)
             if config is choosing and task.config.has_answers and not any(q.answered for q in questions):
                 what = f"no row of task {task.name} has a right answer, so it cannot choose a winner"
                 raise ConfigError(what, where="finals.task", remedy="give rows with answers")
         refuse_overlap(_harness_tasks(config))
+
+
+def _questions(task: EvaluationTask, config: EvaluationConfig) -> list[Question]:
+    """Returns the questions of a task; raises DataError where answers are given, but none is among its choices."""
+    found = task.questions(config.limit)
+    if all(question.choices and question.gold and question.gold_choice is None for question in found):
+        what = f"no row's answer is one of its choices: the first has {found[0].gold[:60]!r}"
+        remedy = f"give the label, the text or the number of a choice: {', '.join(found[0].choices)[:200]}"
+        raise DataError(what, where=str(task.data), remedy=remedy)
+    return found
 
 
 def _harness_tasks(config: EvaluationConfig) -> list[HarnessTask]:
@@ -138,7 +148,7 @@ class Evaluation:
     def __init__(self, folder: Path, config: EvaluationConfig) -> None:
         self.folder, self.config, self.tasks = folder, config, find_tasks(config)
         self._harness = _harness_tasks(config)
-        self.questions = {task.name: task.questions(config.limit) for task in self.tasks}
+        self.questions = {task.name: _questions(task, config) for task in self.tasks}
         self._worked = {task.name: task.worked_examples(config.shots) for task in self.tasks}
         self._plan: dict[str, Any] = {
             "questions": {name: _digest(questions) for name, questions in self.questions.items()},

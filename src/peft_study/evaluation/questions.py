@@ -18,8 +18,8 @@ from peft_study.data.stream import read_conversations
 from peft_study.errors import DataError
 from peft_study.evaluation.task_file import CHOICE, LOSS, TaskConfig
 
-_COLUMN = re.compile(r"\{(\w+)\}")
-"""A column that a text of a task names."""
+_COLUMN = re.compile(r"\{(\w[\w .-]*)\}")
+"""A column that a text of a task names; some data sets have names of several words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def _rows(path: Path) -> Iterator[RawRow]:
 
 def _worked(config: TaskConfig, row: RawRow) -> Question:
     """Returns a worked example: a row of the task, or of a conversation the first question with its answer."""
-    of_task = all(name in row.values for name in _COLUMN.findall(config.prompt or ""))
+    of_task = all(name in row.values for name in _COLUMN.findall(f"{config.prompt}{config.answer}"))
     if of_task or detect_format(row.values) is None:  # of neither form, or broken: says what is wrong
         return _question(config, row)
     found = to_conversation(row.values, row_id=str(row.row), default_source="", where=row.where)
@@ -111,7 +111,7 @@ def _question(config: TaskConfig, row: RawRow) -> Question:
     values = row.values
     assert config.prompt is not None
     prompt = _filled(config.prompt, values, row)
-    turns = [("system", config.system)] if config.system else []
+    turns = [("system", _filled(config.system, values, row))] if config.system else []
     gold = _filled(config.answer, values, row, missing="").strip()
     identity = _text(values.get("id", row.row))
     if config.metric != CHOICE:
@@ -136,21 +136,34 @@ def _choices(config: TaskConfig, prompt: str, row: RawRow) -> dict[str, str]:
         column = found
         if (found := row.values.get(column)) is None:
             raise _no_column(column, row)
+    else:
+        found = tuple(_filled(text, row.values, row) for text in found or ())
     labelled = _labelled(found) if isinstance(found, (Mapping, list, tuple)) else {}
     if len(labelled) < 2:
         raise DataError("has no list of two choices or more", where=row.where)
-    return labelled
+    if any(isinstance(choice, (Mapping, list)) for choice in labelled.values()):
+        raise DataError("has choices that are lists themselves", where=row.where, remedy="give texts")
+    return {label: _text(choice) for label, choice in labelled.items()}
 
 
-def _labelled(choices: Mapping[Any, Any] | Sequence[Any]) -> dict[str, str]:
-    """Returns choices by their labels: A, B, ... where they have none."""
+def _labelled(choices: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
+    """Returns choices by their labels: A, B, ... where they have none.
+
+    ``{"text": [...], "label": [...]}`` is the form of ARC, OpenBookQA and CommonsenseQA on the hub.
+    """
+    if isinstance(choices, Mapping) and choices.keys() == {"text", "label"} and _are_lists(*choices.values()):
+        choices = dict(zip(choices["label"], choices["text"], strict=False))
     if not isinstance(choices, Mapping):
         choices = {chr(ord("A") + place): text for place, text in enumerate(choices)}
-    return {_text(label): _text(text) for label, text in choices.items() if text is not None}
+    return {_text(label): text for label, text in choices.items() if text is not None}
+
+
+def _are_lists(*values: Any) -> bool:
+    return all(isinstance(value, list) for value in values)
 
 
 def _place(config: TaskConfig, values: Mapping[str, Any], gold: str, choices: Mapping[str, str]) -> int | None:
-    """Returns the place of the right choice: by its label, its text, or its number from 0.
+    """Returns the place of the right choice: by its label, its text, either in another case, or its number from 0.
 
     A number that is no text, as MMLU's rows have it on the hub, counts among the choices of a list, empty ones too; but
     where the choices are numbers themselves, it is one of them.
@@ -165,6 +178,10 @@ def _place(config: TaskConfig, values: Mapping[str, Any], gold: str, choices: Ma
     for names in (list(choices), list(choices.values())):
         if gold in names:
             return names.index(gold)
+    for names in (list(choices), list(choices.values())):
+        same = [place for place, name in enumerate(names) if name.casefold() == gold.casefold()]
+        if len(same) == 1:
+            return same[0]
     return int(gold) if gold.isdecimal() and int(gold) < len(choices) else None
 
 
@@ -183,7 +200,7 @@ def _filled(text: str, values: Mapping[str, Any], row: RawRow, missing: str | No
 def _shown(value: Any) -> str:
     """Returns a value as a prompt has it: choices with their letters, a line each."""
     if isinstance(value, (list, tuple, Mapping)):
-        return "\n".join(f"({label}) {text}" for label, text in _labelled(value).items())
+        return "\n".join(f"({label}) {_text(text)}" for label, text in _labelled(value).items())
     return _text(value)
 
 

@@ -134,7 +134,7 @@ class EvaluationResult:
     def tables(self) -> list[list[Score]]:
         """The scores of each task, of a loss also those of each source, in lists of their own, best first."""
         groups = itertools.groupby(self.scores, key=lambda score: (score.task, score.source))
-        return [sorted(group, key=lambda score: (score.group or 0, score.to_minimise)) for _, group in groups]
+        return [sorted(group, key=_rank) for _, group in groups]
 
     def dataframe(self) -> pandas.DataFrame:
         """Returns a row a task and system; `value` is a share of right answers or a loss in nats a token."""
@@ -155,6 +155,10 @@ class EvaluationResult:
             there = sorted({score.task for score in self.scores})
             raise ConfigError(f"no task {task!r}", remedy=nearest(task, there))
         return pandas.read_parquet(path)
+
+
+def _rank(score: Score) -> tuple[float, float]:
+    return math.inf if score.group is None else score.group, score.to_minimise  # nothing judged: in no group, and last
 
 
 def most_frequent(scores: Sequence[Score]) -> float | None:

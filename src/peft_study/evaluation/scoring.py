@@ -11,18 +11,18 @@ from collections.abc import Callable
 
 TOLERANCE = 1e-3
 """By which numbers may differ, as in LLM-Adapters' evaluation: gold answers there are rounded."""
-_NUMBER = re.compile(r"-?\$?(?:\d[\d,]*\.?\d*|\.\d+)")
-_MARK = "####"
-"""GSM8K's mark before the final answer."""
+_NUMBER = r"-?\$?(?:\d[\d,]*\.?\d*|\.\d+)"
+_MARKED = re.compile(rf"####\s*({_NUMBER})")
+"""GSM8K's final answer; a heading in Markdown may have the same mark, and no number behind it."""
 
 
 def last_number(text: str) -> float | None:
-    """Returns the number after ``####`` where there is one, else the last number of a text; None: it has none.
+    """Returns the number right after ``####`` where there is one, else the last of a text; None: it has none.
 
     lm-eval's `flexible-extract` takes the last number of GSM8K's answers, its `strict-match` only that after the mark.
     """
-    marked = _NUMBER.search(text.partition(_MARK)[2]) if _MARK in text else None
-    found = [marked[0]] if marked else _NUMBER.findall(text)
+    marked = _MARKED.search(text)
+    found = [marked[1]] if marked else re.findall(_NUMBER, text)
     if not found:
         return None
     return float(found[-1].replace(",", "").replace("$", ""))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import math
 import sys
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -173,19 +174,32 @@ def find_task(spec: str, examples: str | None = None) -> EvaluationTask:
 
 
 def _function(metric: str, task: str, folder: Path) -> Callable[..., Any] | None:
-    """Returns the metric that is a function, of a module that is installed, beside the task file, or in this folder."""
+    """Returns the metric that is a function, of a module beside the task file, that is installed, or in this folder."""
     module, colon, name = metric.partition(":")
     if not colon:
         return None
     remedy = "give MODULE:FUNCTION of (output, gold) or (output, gold, row), in a module beside the task file"
     try:
         with _importing(folder):
-            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+            own = folder / f"{module}.py"
+            loaded = _loaded(own) if own.is_file() else importlib.import_module(module)
+        found: Callable[..., Any] = getattr(loaded, name)
     except Exception as error:  # noqa: BLE001  (whatever a module of the user's may raise)
         raise ConfigError(f"metric {metric}: {first_line(error)}", where=task, remedy=remedy) from None
     if not callable(found):
         raise ConfigError(f"metric {metric} is no function", where=task, remedy=remedy)
     return found
+
+
+def _loaded(path: Path) -> ModuleType:
+    """Returns the module of a file, read now: another task may have another module of the same name beside it."""
+    name = f"{path.stem} of {path.parent.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -109,8 +109,8 @@ def _examples(folder: Path, scores: Sequence[Score], places: Mapping[str, int], 
     for row in table:
         by_question.setdefault(row["id"], {})[row["system"]] = row
     both = [rows for rows in by_question.values() if rows.keys() >= {best, BASE}]
-    won = [rows for rows in both if rows[best]["score"] and rows[BASE]["score"] is False]
-    lost = [rows for rows in both if rows[BASE]["score"] and rows[best]["score"] is False]
+    won = [rows for rows in both if rows[best]["score"] == 1 and rows[BASE]["score"] == 0]
+    lost = [rows for rows in both if rows[BASE]["score"] == 1 and rows[best]["score"] == 0]
     systems = [score.system for score in scores]
     return [
         _example(rows, [name for name in systems if name in rows], places, t(key, winner=best), t)
@@ -127,13 +127,20 @@ def _example(
         ShownAnswer(
             t("untouched") if name == BASE else name,
             shortened(rows[name]["output"] or ""),
-            t({True: "right", False: "wrong", None: "not_judged"}[rows[name]["score"]]),
+            _verdict(rows[name]["score"], t),
             places.get(name),
         )
         for name in systems
     )
     shown = shortened(f"{title}: {first['id']}", 200)
     return ShownExample(shown, (("user", shortened(first["prompt"])),), shortened(first["gold"]), said)
+
+
+def _verdict(score: float | None, t: Words) -> str:
+    """Returns a word for a score, or the share that a metric of the user's gave."""
+    if score is None:
+        return t("not_judged")
+    return t("right") if score == 1 else t("wrong") if score == 0 else f"{score:.0%}"
 
 
 def _costs(costs: Mapping[str, AnswerCost], places: Mapping[str, int], t: Words) -> TaskTable:
