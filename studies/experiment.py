@@ -96,8 +96,11 @@ TRANSFERS = {
     "transfer": DataSet("codealpaca-2k/train.jsonl.gz", 96, 75),
     "transfer-codegen": DataSet("gpteacher/codegen.jsonl.gz", 108, 92),
 }
-"""Of `transfer`, by the name of the file of rows. On the first, prompt tuning lost with 8 virtual tokens, its default
-then. The second has had no part in the choice of those of today."""
+"""Of `transfer`, by the name of the file of rows. The second has had no part in the choice of any default."""
+FORMER = {"prompt_tuning": {"tokens": 8}}
+"""Defaults of the time when the methods were searched on the first."""
+FOUND = {"tokens": 100, "learning_rate": 0.0146, "warmup_ratio": 0.1}
+"""The best of that search of prompt tuning."""
 
 
 def points(method: str, seed: int) -> list[dict[str, Any]]:
@@ -165,15 +168,22 @@ def write_sample() -> None:
 
 
 def write_transfer() -> None:
-    """Writes the blocks of `transfer`: a method's search and its defaults, both retrained with three seeds."""
+    """Writes the blocks of `transfer`: a method's search and its defaults, both retrained with three seeds.
+
+    The last one has no search: it puts the defaults of today beside what the first one's search found.
+    """
     (HERE / "transfer").mkdir(exist_ok=True)
     first, second = TRANSFERS
-    for number, (rows, method) in enumerate([*((first, name) for name in POINTS), (second, "prompt_tuning")], start=1):
-        defaults = {"method": method, "learning_rate": METHODS[method].learning_rates.default}
-        trials = {method: {"space": "default"}, f"{method}-defaults": defaults}
+    finals = {"finals": {"best": 1, "seeds": 3, "answers": 0}}
+    search = {"budget": {"trials": 32}, "search": {}, **finals}
+    blocks = [(first, name, {"space": "default"}, search, FORMER.get(name, {})) for name in POINTS]
+    blocks.append((second, "prompt_tuning", {"space": "default"}, search, {}))
+    blocks.append((first, "prompt_tuning", FOUND, {**DESIGNED, **finals}, {}))
+    for number, (rows, method, beside, searched, former) in enumerate(blocks, start=1):
+        defaults = {"method": method, "learning_rate": METHODS[method].learning_rates.default, **former}
         most = TRANSFERS[rows].most
         data = {"train": f"runs/studies/{rows}.jsonl", "held_out": HELD_OUT, "test": 200, "max_length": most}
-        searched = {"budget": {"trials": 32}, "search": {}, "finals": {"best": 1, "seeds": 3, "answers": 0}}
+        trials = {method: beside, f"{method}-defaults": defaults}
         _write("transfer", number, data, {"steps": 48, "batch_size": 8}, trials, searched)
 
 

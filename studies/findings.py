@@ -23,7 +23,7 @@ import pandas as pd
 import pictures
 import tables
 import yaml
-from experiment import HERE, POINTS, SAMPLED, SAMPLES, SETS, STEPS, TRANSFERS
+from experiment import HERE, POINTS, SAMPLED, SAMPLES, SETS, STEPS
 from surfaces import REFERENCE, Surface, rows
 
 RECORDED = HERE.parents[1] / "shared" / "references" / "recorded"
@@ -204,27 +204,34 @@ def rise(curves: pd.DataFrame | None) -> dict[str, Any]:
     return found
 
 
-def transfer() -> dict[str, Any]:
-    """Returns the test loss of each method's defaults beside that of its search, by data and method: means of 3 seeds.
+def transfer() -> list[dict[str, Any]]:
+    """Returns the test loss of a method's defaults beside that of its search, a block each: means of three seeds.
 
     `difference` is the defaults' loss minus the search's, paired by example and over seeds, with its 95 % interval;
-    `changed` are the settings of the search that are not the defaults, beside the rate.
+    `changed` are the settings of the search that are not the defaults, beside the rate; `defaults_size` is the number
+    of virtual tokens, or the rank, of the defaults.
     """
-    found: dict[str, dict[str, Any]] = {name: {} for name in TRANSFERS}
+    found: list[dict[str, Any]] = []
     for path in sorted((HERE / "transfer").glob("block-*-finalists.json")):
         block = yaml.safe_load(path.with_name(path.name.replace("-finalists.json", ".yaml")).read_text())
         finalists = {final["method"]: final for final in json.loads(path.read_text())}
         method = next(name for name in finalists if not name.endswith("-defaults"))
         searched, defaults = finalists[method], finalists[f"{method}-defaults"]
         chosen, usual = searched["settings"], defaults["settings"]
-        found[Path(block["data"]["train"]).stem][method] = {
-            "changed": {k: v for k, v in chosen.items() if v != usual[k] and k != "learning_rate"},
-            "searched": searched["test"]["value"],
-            "searched_rate": chosen["learning_rate"],
-            "defaults": defaults["test"]["value"],
-            "defaults_rate": usual["learning_rate"],
-            "difference": _minus(defaults["test_minus_winner"], searched["test_minus_winner"]),
-        }
+        difference = _minus(defaults["test_minus_winner"], searched["test_minus_winner"])
+        found.append(
+            {
+                "data": Path(block["data"]["train"]).stem,
+                "method": method,
+                "changed": {k: v for k, v in chosen.items() if v != usual[k] and k != "learning_rate"},
+                "searched": searched["test"]["value"],
+                "searched_rate": chosen["learning_rate"],
+                "defaults": defaults["test"]["value"],
+                "defaults_rate": usual["learning_rate"],
+                "defaults_size": usual.get("tokens") or usual["rank"],
+                "difference": difference,
+            }
+        )
     return found
 
 

@@ -60,7 +60,7 @@ ZH = {
     "run": "运行",
     "highest held-out loss": "留出损失的最高值",
     "at the end": "结束时",
-    "default rate": "默认学习率",
+    "default rate, tokens or rank": "默认学习率、虚拟词元数或秩",
     "setting of the search": "搜索得到的设置",
     "test loss, defaults": "测试损失（默认值）",
     "test loss, search": "测试损失（搜索）",
@@ -244,15 +244,18 @@ def rising(summary: Summary) -> Rows:
 
 def transfer(summary: Summary) -> Rows:
     """Yields the defaults beside a search, on data sets that no default comes from."""
-    heads = "default rate", "setting of the search", "test loss, defaults", "test loss, search", "difference"
-    yield "data", "method", *heads
-    for data, method, found in ((d, m, f) for d, methods in summary["transfer"].items() for m, f in methods.items()):
+    losses = "test loss, defaults", "test loss, search", "difference"
+    yield "data", "method", "default rate, tokens or rank", "setting of the search", *losses
+    for found in summary["transfer"]:
         changed = (f"`{name}` {value}" for name, value in found["changed"].items())
-        rates = f"{found['defaults_rate']:.2g}", ", ".join((f"{found['searched_rate']:.2g}", *changed))
-        losses = (f"{found[name]:.3f}" for name in ("defaults", "searched"))
         value, low, high = (found["difference"][name] for name in ("value", "low", "high"))
-        share = value / found["searched"]
-        yield NAMES[data], NAMES[method], *rates, *losses, f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {share:+.1%}"
+        yield (
+            *(NAMES[found[name]] for name in ("data", "method")),
+            f"{found['defaults_rate']:.2g}, {found['defaults_size']}",
+            ", ".join((f"{found['searched_rate']:.2g}", *changed)),
+            *(f"{found[name]:.3f}" for name in ("defaults", "searched")),
+            f"{value:+.3f} ({low:+.3f} to {high:+.3f}), {value / found['searched']:+.1%}",
+        )
 
 
 def _range(interval: list[float]) -> str:
