@@ -73,6 +73,15 @@ def test_what_next_is_said_in_commands_that_work(
             "(--set data.split=...)",
         ),
         (
+            ["run", "s.yaml", "--methods", "lora"],
+            "--methods: goes without a study file, but s.yaml is given; leave it out, or change the file "
+            "(--set 'methods={lora: {}}')",
+        ),
+        (
+            ["run", "d.jsonl"],
+            "d.jsonl: is data, not a study file; `peft-study run --model MODEL --data d.jsonl`",
+        ),
+        (
             ["run", "--model", "m", "--data", "d.jsonl", "--methods", "-o", "x"],
             "--methods: is given without a value; give one or several",
         ),

@@ -190,6 +190,11 @@ def test_set_that_cannot_be(file: Any, assignment: str, said: str) -> None:
     ("assignment", "said"),
     [
         ("methods.lora.rank=0", "--set, methods.lora.rank: Input should be greater than or equal to 1 (value: 0)"),
+        (
+            "search.pruner=medain",
+            "--set, search.pruner: Input should be 'auto', 'probability', 'successive_halving', 'median' or 'none' "
+            "(value: 'medain'); did you mean 'median'?",
+        ),
         ("methods.lora.rang=3", "--set, methods.lora.rang: unknown key 'rang'; did you mean 'rank'?"),
         ("methods.loraa.rank=3", "--set, methods.loraa: unknown method 'loraa'; did you mean 'lora'?"),
         ("methods.lora.rank={low: 3}", "--set, methods.lora.rank.high: Field required"),

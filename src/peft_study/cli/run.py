@@ -111,8 +111,12 @@ def run(
         keys = {"model": "model.name", "data": "data.train", "split": "data.split", "minutes": "budget.minutes"}
         for name, value in alone.items():
             if value is not None:
-                remedy = f"leave it out, or change the file (--set {keys.get(name, name)}=...)"
+                instead = "'methods={lora: {}}'" if name == "methods" else f"{keys[name]}=..."
+                remedy = f"leave it out, or change the file (--set {instead})"
                 raise ConfigError(f"goes without a study file, but {study} is given", where=f"--{name}", remedy=remedy)
+        if study.suffix in (".jsonl", ".parquet", ".arrow", ".gz"):
+            remedy = f"`peft-study run --model MODEL --data {study}`"
+            raise ConfigError("is data, not a study file", where=str(study), remedy=remedy)
         file = load_yaml(study)
         _change(file, options, settings or ())
     found = Study.from_file(file)

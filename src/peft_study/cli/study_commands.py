@@ -9,11 +9,12 @@ import typer
 
 from peft_study.model.embedded import EMBEDDED
 
+_WHERE = "Output folder of a study; left out: the current folder, or the only study under runs/."
 _Folder = Annotated[
     Path | None,
     typer.Argument(
         metavar="[STUDY_FOLDER]",
-        help="Output folder of a study or run; left out: the current folder, or the only study under runs/.",
+        help=_WHERE.replace("a study;", "a study or run;"),
         show_default=False,
     ),
 ]
@@ -176,7 +177,7 @@ def rerun(trial: _Trial, study: _Study = None) -> None:
 
 
 def clean(
-    study: _Folder = None,
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY_FOLDER]", help=_WHERE, show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
     force: Annotated[
         bool,

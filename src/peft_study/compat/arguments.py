@@ -40,10 +40,10 @@ class FinetuneArguments:
     tokenizer_revision: str | None = _arg(None, "git revision of the tokenizer; only the model's own can be used")
     chat_template_name: str = _arg("tulu", "a named chat template or a file")
     use_flash_attn: bool = _arg(True, NO_EFFECT + "chosen by the device")
-    use_slow_tokenizer: bool = _arg(True, NO_EFFECT + "chosen by the device")
+    use_slow_tokenizer: bool = _arg(True, NO_EFFECT + "the fast tokenizer is needed for the loss mask")
     model_revision: str | None = _arg(None, "git revision of the model on the hub")
     trust_remote_code: bool = _arg(False, "run code that ships with the model")
-    low_cpu_mem_usage: bool = _arg(False, NO_EFFECT + "chosen by the device")
+    low_cpu_mem_usage: bool = _arg(False, NO_EFFECT + "safetensors are mapped")
     # data
     dataset_name: str | None = _arg(None, "data set: hub id, folder, or skills (embedded)")
     dataset_mixer: dict | None = _arg(None, "{data set: share or count}, as YAML or JSON")  # type: ignore[type-arg]
@@ -58,7 +58,7 @@ class FinetuneArguments:
     add_bos: bool = _arg(False, "put BOS first where the template does not")
     # optimisation
     clip_grad_norm: float = _arg(-1, "largest gradient norm; -1: off (1.0 under DeepSpeed, as in the original)")
-    gradient_accumulation_steps: int = _arg(1, "micro-batches an update; only their product counts here")
+    gradient_accumulation_steps: int = _arg(1, "micro-batches an update; only its product with the batch counts here")
     learning_rate: float = _arg(2e-5, "peak rate of AdamW; left out: the method's own default, not this number")
     logging_steps: int | None = _arg(None, "optimizer steps between log lines; left out: 1")
     lora_rank: int = _arg(64, "rank of LoRA")
@@ -73,12 +73,12 @@ class FinetuneArguments:
     use_8bit_optimizer: bool = _arg(False, NO_EFFECT + "32-bit optimizer states")
     warmup_ratio: float = _arg(0.03, "share of the steps over which the rate rises")
     weight_decay: float = _arg(0.0, "decoupled weight decay of AdamW")
-    timeout: int = _arg(1800, NO_EFFECT + "one process")
+    timeout: int = _arg(1800, NO_EFFECT + "torch's own holds")
     reduce_loss: str = _arg(
         "mean", "mean: over the supervised tokens of the batch; sum: divided by the accumulation", ("mean", "sum")
     )
     gradient_checkpointing: bool = _arg(
-        False, "recompute layers in the backward pass; with every method, and without it where rows do not fit"
+        False, "recompute layers in the backward pass; left out: where rows do not fit otherwise"
     )
     max_train_steps: int | None = _arg(None, "optimizer steps; overrides the epochs")
     seed: int = _arg(42, "seed of initialisation, dropout, data order and held-out rows")
@@ -130,7 +130,7 @@ class ExtraArguments:
         None, "start of prompt tuning", get_args(PromptTuningConfig.model_fields["init"].annotation)
     )
     init_text: str | None = _arg(None, "text of --prefix_init text and --prompt_init text; left out: from the data")
-    row_tokens: int | None = _arg(None, "tokens packed into one row; left out: measured")
+    row_tokens: int | None = _arg(None, "tokens packed into one row; left out: cpu 1,024, mps 2,048, cuda 8,192")
     chat_template: str | None = _arg(
         None, "instead of --chat_template_name: a name, a file, or own (the tokenizer's own)"
     )

@@ -8,6 +8,7 @@ A complaint comes up through pydantic to `validate`, which tells the file, the l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -106,7 +107,10 @@ def complaint(error: ValidationError, values: Any) -> SettingError:
         if what.startswith(_SHOULD_BE) and _written(values, other["loc"]) == path:
             what += f" or {other['msg'].removeprefix(_SHOULD_BE)}"
     tells_value = first["type"] != "missing" and not isinstance(first["input"], (dict, BaseModel))
-    return SettingError(f"{what} (value: {_short(first['input'])})" if tells_value else what, inside=path)
+    names = re.findall("'([^']+)'", what) if first["type"] == "literal_error" else []
+    remedy = nearest(str(first["input"]), names) if names else None
+    what += f" (value: {_short(first['input'])})" if tells_value else ""
+    return SettingError(what, inside=path, remedy=remedy)
 
 
 def _short(value: Any) -> str:

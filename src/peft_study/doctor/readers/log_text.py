@@ -30,6 +30,7 @@ _MARKS = (
     (b"\x7fELF", "a program"),
 )
 GIVE = "give a trainer_state.json, event files of TensorBoard, JSON lines or CSV"
+SUBJECTS = "name a study file, a run, a log or an adapter's folder"
 
 
 class LogFile:

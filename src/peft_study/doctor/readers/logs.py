@@ -23,7 +23,7 @@ from peft_study.doctor.observations import LossCurve, Observations, UsedSettings
 from peft_study.doctor.readers.adapter_config import method_settings
 from peft_study.doctor.readers.columns import plain
 from peft_study.doctor.readers.log_curve import curve_of_points, reasons_of
-from peft_study.doctor.readers.log_text import GIVE, JsonArray, LogFile, document_of
+from peft_study.doctor.readers.log_text import GIVE, SUBJECTS, JsonArray, LogFile, document_of
 from peft_study.doctor.readers.tables import csv_rows, flat, json_rows, points_of_rows
 from peft_study.doctor.readers.tensorboard_log import NAME as EVENTS
 from peft_study.doctor.readers.tensorboard_log import event_files, event_rows
@@ -63,7 +63,7 @@ def read_log(
     """
     if not path.exists():
         near = nearest_path(path)
-        raise DataError("is not there", where=str(path), remedy=f"did you mean {near}?" if near else GIVE)
+        raise DataError("is not there", where=str(path), remedy=f"did you mean {near}?" if near else SUBJECTS)
     log = _find(path)
     folder = path if path.is_dir() else path.parent
     folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
