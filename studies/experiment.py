@@ -97,10 +97,13 @@ TRANSFERS = {
     "transfer-codegen": DataSet("gpteacher/codegen.jsonl.gz", 108, 92),
 }
 """Of `transfer`, by the name of the file of rows. The second has had no part in the choice of any default."""
-FORMER = {"prompt_tuning": {"tokens": 8}}
-"""Defaults of the time when the methods were searched on the first."""
-FOUND = {"tokens": 100, "learning_rate": 0.0146, "warmup_ratio": 0.1}
-"""The best of that search of prompt tuning."""
+PROMPT_DEFAULTS = [{"tokens": 8, "learning_rate": 0.1}, {"tokens": 50, "learning_rate": 0.1}]
+"""Former defaults of prompt tuning: at the time of its first search, and of its second."""
+FOUND = {
+    "transfer": {"tokens": 100, "learning_rate": 0.0146, "warmup_ratio": 0.1},
+    "transfer-codegen": {"tokens": 50, "learning_rate": 0.0201, "warmup_ratio": 0.03, "weight_decay": 0.001},
+}
+"""What the two searches of prompt tuning found."""
 
 
 def points(method: str, seed: int) -> list[dict[str, Any]]:
@@ -170,21 +173,29 @@ def write_sample() -> None:
 def write_transfer() -> None:
     """Writes the blocks of `transfer`: a method's search and its defaults, both retrained with three seeds.
 
-    The last one has no search: it puts the defaults of today beside what the first one's search found.
+    The last three have no search: they put later defaults of prompt tuning beside what its searches found.
     """
     (HERE / "transfer").mkdir(exist_ok=True)
     first, second = TRANSFERS
-    finals = {"finals": {"best": 1, "seeds": 3, "answers": 0}}
-    search = {"budget": {"trials": 32}, "search": {}, **finals}
-    blocks = [(first, name, {"space": "default"}, search, FORMER.get(name, {})) for name in POINTS]
-    blocks.append((second, "prompt_tuning", {"space": "default"}, search, {}))
-    blocks.append((first, "prompt_tuning", FOUND, {**DESIGNED, **finals}, {}))
-    for number, (rows, method, beside, searched, former) in enumerate(blocks, start=1):
+    before, between = PROMPT_DEFAULTS
+    default = {"space": "default"}
+    blocks: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+        (first, "prompt_tuning", default, before),
+        (first, "prefix_tuning", default, {}),
+        (first, "lora", default, {}),
+        (second, "prompt_tuning", default, between),
+        (first, "prompt_tuning", FOUND[first], between),
+        (first, "prompt_tuning", FOUND[first], {}),
+        (second, "prompt_tuning", FOUND[second], {}),
+    ]
+    for number, (rows, method, beside, former) in enumerate(blocks, start=1):
         defaults = {"method": method, "learning_rate": METHODS[method].learning_rates.default, **former}
         most = TRANSFERS[rows].most
         data = {"train": f"runs/studies/{rows}.jsonl", "held_out": HELD_OUT, "test": 200, "max_length": most}
+        searched = {"budget": {"trials": 32}, "search": {}} if beside is default else DESIGNED
         trials = {method: beside, f"{method}-defaults": defaults}
-        _write("transfer", number, data, {"steps": 48, "batch_size": 8}, trials, searched)
+        kept = {**searched, "finals": {"best": 1, "seeds": 3, "answers": 0}}
+        _write("transfer", number, data, {"steps": 48, "batch_size": 8}, trials, kept)
 
 
 def write_rising() -> None:

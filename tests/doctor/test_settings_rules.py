@@ -97,7 +97,7 @@ def test_rates_of_runs_that_learned_nothing_are_told(method: str, rate: float) -
 def test_the_case_of_the_original_names_the_range() -> None:
     (problem,) = told(method="prompt_tuning", learning_rate=1e-4, tokens=8).problems
     assert (problem.check, problem.level) == ("rate_too_low", "error")
-    assert "0.0001, and prompt tuning is known to learn between 0.001 and 3, usually at 0.1" in problem.evidence.en
+    assert "0.0001, and prompt tuning is known to learn between 0.001 and 3, usually at 0.05" in problem.evidence.en
     assert problem.paste == "learning_rate: 0.1"
 
 

@@ -83,7 +83,7 @@ def test_what_diverged_is_the_worst_and_what_failed_says_nothing() -> None:
         ("lora", 120, 1e-3),
         ("lora", 480, 1e-3 * 4**-0.26),
         ("prefix_tuning", 5000, 4e-2),
-        ("prompt_tuning", 36, 0.1),
+        ("prompt_tuning", 36, 0.05),
     ],
 )
 def test_the_first_trial_is_the_known_default(method: str, steps: int, rate: float) -> None:

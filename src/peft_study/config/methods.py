@@ -74,7 +74,7 @@ class PrefixTuningConfig(Strict):
 class PromptTuningConfig(Strict):
     """Trained input embeddings before the text (Lester et al. 2021, arXiv:2104.08691)."""
 
-    learning_rates: ClassVar[LearningRates] = LearningRates(0.1, 1e-3, 3.0, 50, 0.0, {"random": 2.5})
+    learning_rates: ClassVar[LearningRates] = LearningRates(0.05, 1e-3, 3.0, 50, 0.0, {"random": 2.5})
     method: Literal["prompt_tuning"] = "prompt_tuning"
     tokens: int = Field(50, ge=1, description="virtual tokens")
     init: Literal["text", "vocab", "random"] = Field("text", description="vocab: frequent tokens of the data")
