@@ -98,7 +98,7 @@ def test_the_case_of_the_original_names_the_range() -> None:
     (problem,) = told(method="prompt_tuning", learning_rate=1e-4, tokens=8).problems
     assert (problem.check, problem.level) == ("rate_too_low", "error")
     assert "0.0001, and prompt tuning is known to learn between 0.001 and 3, usually at 0.05" in problem.evidence.en
-    assert problem.paste == "learning_rate: 0.1"
+    assert problem.paste == "learning_rate: 0.05"
 
 
 def test_lesters_rate_and_optimizer_are_fine_and_others_are_not_judged() -> None:

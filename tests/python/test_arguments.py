@@ -170,7 +170,7 @@ def test_what_is_no_base_is_refused(tiny_model_folder: Path) -> None:
 def test_a_method_shows_its_settings_where_it_is_called() -> None:
     parameters = inspect.signature(PromptTuning).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == {
-        "tokens": 8,
+        "tokens": 50,
         "init": "text",
         "init_text": None,
         "learning_rate": None,
