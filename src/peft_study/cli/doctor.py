@@ -38,6 +38,7 @@ def doctor(
     import json
     import shutil
 
+    from peft_study.doctor.readers.log_text import SUBJECTS
     from peft_study.doctor.rule import table_of_checks
     from peft_study.errors import ConfigError, nearest
     from peft_study.report.wording import LANGUAGES
@@ -49,7 +50,7 @@ def doctor(
         typer.echo(table_of_checks(), nl=False)
         return
     if what is None:
-        remedy = "name a study file, a run, a log or an adapter's folder; --help tells more"
+        remedy = f"{SUBJECTS}; --help tells more"
         raise ConfigError("is not given", where="WHAT", remedy=remedy)
     if context.args and what != "finetune":
         names = [option for parameter in context.command.params for option in parameter.opts]

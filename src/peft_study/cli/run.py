@@ -108,15 +108,7 @@ def run(
             file = study_file(Request(*asked, output), change, display.say, overwrite=overwrite, write=not dry_run)
     else:
         alone = {"model": model, "data": data, "split": split, "methods": methods, "minutes": minutes}
-        keys = {"model": "model.name", "data": "data.train", "split": "data.split", "minutes": "budget.minutes"}
-        for name, value in alone.items():
-            if value is not None:
-                instead = "'methods={lora: {}}'" if name == "methods" else f"{keys[name]}=..."
-                remedy = f"leave it out, or change the file (--set {instead})"
-                raise ConfigError(f"goes without a study file, but {study} is given", where=f"--{name}", remedy=remedy)
-        if study.suffix in (".jsonl", ".parquet", ".arrow", ".gz"):
-            remedy = f"`peft-study run --model MODEL --data {study}`"
-            raise ConfigError("is data, not a study file", where=str(study), remedy=remedy)
+        _refuse_no_study(study, [name for name, value in alone.items() if value is not None])
         file = load_yaml(study)
         _change(file, options, settings or ())
     found = Study.from_file(file)
@@ -124,6 +116,26 @@ def run(
         show_estimate(found.estimate())
     else:
         found.run(overwrite=overwrite, extend=go_on)
+
+
+def _refuse_no_study(study: Path, alone: Sequence[str]) -> None:
+    """Refuses options that go without a study file beside one, and data in place of one (a study may be .json)."""
+    from peft_study.data.readers import COMPRESSED_SUFFIXES, data_suffix
+    from peft_study.errors import ConfigError
+
+    settings = {
+        "model": "model.name=...",
+        "data": "data.train=...",
+        "split": "data.split=...",
+        "methods": "'methods={lora: {}}'",
+        "minutes": "budget.minutes=...",
+    }
+    if alone:
+        remedy = f"leave it out, or change the file (--set {settings[alone[0]]})"
+        raise ConfigError(f"goes without a study file, but {study} is given", where=f"--{alone[0]}", remedy=remedy)
+    if study.suffix != ".json" and (data_suffix(study) or study.suffix in COMPRESSED_SUFFIXES):
+        remedy = f"`peft-study run --model MODEL --data {study}`"
+        raise ConfigError("is data, not a study file", where=str(study), remedy=remedy)
 
 
 def _change(file: SettingsFile, options: Mapping[str, object], assignments: Sequence[str]) -> None:

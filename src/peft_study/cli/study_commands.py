@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from peft_study.model.embedded import EMBEDDED
 
-_WHERE = "Output folder of a study; left out: the current folder, or the only study under runs/."
-_Folder = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[STUDY_FOLDER]",
-        help=_WHERE.replace("a study;", "a study or run;"),
-        show_default=False,
-    ),
-]
+
+def _folder(of: str) -> Any:
+    """Returns the argument that names a folder of what a command looks at."""
+    where = f"Output folder of {of}; left out: the current folder, or the only study under runs/."
+    return typer.Argument(metavar="[STUDY_FOLDER]", help=where, show_default=False)
+
+
+_Folder = Annotated[Path | None, _folder("a study or run")]
 _Study = Annotated[
     Path | None,
     typer.Option("-s", "--study", help="Folder of the study; left out: as for `status`.", show_default=False),
@@ -177,7 +176,7 @@ def rerun(trial: _Trial, study: _Study = None) -> None:
 
 
 def clean(
-    study: Annotated[Path | None, typer.Argument(metavar="[STUDY_FOLDER]", help=_WHERE, show_default=False)] = None,
+    study: Annotated[Path | None, _folder("a study")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
     force: Annotated[
         bool,

@@ -73,7 +73,7 @@ class FinetuneArguments:
     use_8bit_optimizer: bool = _arg(False, NO_EFFECT + "32-bit optimizer states")
     warmup_ratio: float = _arg(0.03, "share of the steps over which the rate rises")
     weight_decay: float = _arg(0.0, "decoupled weight decay of AdamW")
-    timeout: int = _arg(1800, NO_EFFECT + "torch's own holds")
+    timeout: int = _arg(1800, NO_EFFECT + "torch's default holds")
     reduce_loss: str = _arg(
         "mean", "mean: over the supervised tokens of the batch; sum: divided by the accumulation", ("mean", "sum")
     )
@@ -130,7 +130,7 @@ class ExtraArguments:
         None, "start of prompt tuning", get_args(PromptTuningConfig.model_fields["init"].annotation)
     )
     init_text: str | None = _arg(None, "text of --prefix_init text and --prompt_init text; left out: from the data")
-    row_tokens: int | None = _arg(None, "tokens packed into one row; left out: cpu 1,024, mps 2,048, cuda 8,192")
+    row_tokens: int | None = _arg(None, "tokens packed into one row; left out: the default of the device")
     chat_template: str | None = _arg(
         None, "instead of --chat_template_name: a name, a file, or own (the tokenizer's own)"
     )

@@ -220,12 +220,12 @@ class ChatEncoder:
         return Example(np.array(whole, dtype=np.int32), supervised_L)
 
     def plain(self, text: str) -> Example:
-        """Returns a text without a template, behind BOS where the tokenizer puts it; all but the first is supervised.
+        """Returns a whole text without a template, behind BOS where the tokenizer puts it.
 
-        Cut on the right to ``max_length`` tokens, if given.
+        All but the first token is supervised.
         """
         bos = [self.ends.bos] if self.ends.adds_bos else []
-        tokens_L = np.array([*bos, *self._encode_text(text).ids][: self.max_length], dtype=np.int32)
+        tokens_L = np.array([*bos, *self._encode_text(text).ids], dtype=np.int32)
         return Example(tokens_L, np.arange(len(tokens_L)) > 0)
 
     def _encode_text(self, text: str) -> Any:

@@ -181,7 +181,7 @@ def _choices(asked: Query, room: int) -> list[Example]:
 
 def _conversation(asked: Query, room: int) -> list[Example]:
     assert asked.question.conversation is not None
-    return [_cut(asked.system.encoder.encode(asked.question.conversation), room)]
+    return [_cut(asked.system.encoder.encode_whole(asked.question.conversation), room)]
 
 
 def _text(asked: Query, room: int) -> list[Example]:

@@ -20,6 +20,8 @@ from peft_study.evaluation.task_file import CHOICE, LOSS, TaskConfig
 
 _COLUMN = re.compile(r"\{(\w[\w .-]*)\}")
 """A column that a text of a task names; some data sets have names of several words."""
+_HUB_FORM = {"text": list, "label": list}
+"""Choices of ARC, OpenBookQA and CommonsenseQA on the hub."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +149,12 @@ def _choices(config: TaskConfig, prompt: str, row: RawRow) -> dict[str, str]:
 
 
 def _labelled(choices: Mapping[Any, Any] | Sequence[Any]) -> dict[str, Any]:
-    """Returns choices by their labels: A, B, ... where they have none.
-
-    ``{"text": [...], "label": [...]}`` is the form of ARC, OpenBookQA and CommonsenseQA on the hub.
-    """
-    if isinstance(choices, Mapping) and choices.keys() == {"text", "label"} and _are_lists(*choices.values()):
+    """Returns choices by their labels: A, B, ... where they have none."""
+    if isinstance(choices, Mapping) and {key: type(value) for key, value in choices.items()} == _HUB_FORM:
         choices = dict(zip(choices["label"], choices["text"], strict=False))
     if not isinstance(choices, Mapping):
         choices = {chr(ord("A") + place): text for place, text in enumerate(choices)}
     return {_text(label): text for label, text in choices.items() if text is not None}
-
-
-def _are_lists(*values: Any) -> bool:
-    return all(isinstance(value, list) for value in values)
 
 
 def _place(config: TaskConfig, values: Mapping[str, Any], gold: str, choices: Mapping[str, str]) -> int | None:

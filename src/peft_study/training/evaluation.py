@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def evaluate_trained(
         UserError: as `Evaluation`.
     """
     evaluation = Evaluation(folder, config)
-    base, encoder = session.base, copy.copy(session.encoder)
-    encoder.max_length = None  # it cuts what trains; a task has whole texts, as for adapters by themselves
+    base, encoder = session.base, session.encoder
     with RunFolder(folder).locked(), lent(base.model):
         own = [(name, path) for name, method, path in trained if not is_exclusive(method.method)]
         systems = [System(name, load_adapter(path, base), encoder, path) for name, path in own]
