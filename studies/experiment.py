@@ -96,8 +96,8 @@ TRANSFERS = {
     "transfer": DataSet("codealpaca-2k/train.jsonl.gz", 96, 75),
     "transfer-codegen": DataSet("gpteacher/codegen.jsonl.gz", 108, 92),
 }
-"""Of `transfer`, by the name of the file of rows. No default is fitted to them, but what they showed had prompt tuning's
-looked at again."""
+"""Of `transfer`, by the name of the file of rows. No default is fitted to them, but what they showed had
+those of prompt tuning looked at again."""
 PROMPT_DEFAULTS = [{"tokens": 8, "learning_rate": 0.1}, {"tokens": 50, "learning_rate": 0.1}]
 """Former defaults of prompt tuning: at the time of its first search, and of its second."""
 FOUND = {
