@@ -270,7 +270,7 @@ def test_rates_out_of_range_are_warned_of(cli: CommandLine, flags: tuple[Any, ..
     ran = cli(*flags, "--use_prompt_tuning", "--output_dir", tmp_path / "b", "--max_train_steps", 20).ok()
     assert _lines(ran, "WARNING") == 0
     resolved = json.loads((tmp_path / "b" / "config.resolved.json").read_text())
-    assert resolved["training"]["learning_rate"] == 0.1
+    assert resolved["training"]["learning_rate"] == 0.05
 
 
 def test_divergence_is_named(cli: CommandLine, flags: tuple[Any, ...], tmp_path: Path) -> None:
