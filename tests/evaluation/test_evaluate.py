@@ -114,6 +114,13 @@ def test_losses_of_answers_and_of_texts_are_pefts(
             ids = tokenizer(row["text"]).input_ids
             assert texts[row["id"]]["tokens"] == len(ids) - 1
             assert texts[row["id"]]["loss"] == pytest.approx(plain_loss(folder, tiny_model_folder, ids), rel=1e-4)
+    scores = {s["system"]: s for s in json.loads((out / "scores.json").read_text())["scores"] if s["task"] == "text"}
+    of = {name: [row for row in rows_of(out, "text") if row["system"] == name] for name in ("base", "lora")}
+    forgotten = sum(own["loss"] - base["loss"] for own, base in zip(of["lora"], of["base"], strict=True))
+    value, low, high = scores["lora"]["minus_base"]
+    assert value == pytest.approx(forgotten / sum(row["tokens"] for row in of["base"]), rel=1e-4)
+    assert low <= value <= high
+    assert high - low < scores["lora"]["value"][2] - scores["lora"]["value"][1], "what is hard for both is taken away"
 
 
 def test_the_base_has_worked_examples_and_a_system_prompt_as_baselines(
@@ -165,6 +172,19 @@ def test_a_study_is_evaluated_by_its_finals(
     shutil.rmtree(study.finals[0].adapter_path)
     with pytest.warns(UserWarning, match=f"{study.finals[0].name} is left out"):
         assert set(study.adapters()) == names - {study.finals[0].name}
+
+
+def test_a_study_without_finals_is_evaluated_by_the_best_trial_of_each_method(
+    tasks: list[Path], tiny_model_folder: Path, tiny_data: Path, cli: CommandLine, tmp_path: Path
+) -> None:
+    file = study_file(tmp_path, tiny_model_folder, tiny_data)
+    cli("run", file, "--set", "finals.best=0").ok()
+    cli("evaluate", tmp_path / "out", *words(tasks[:1], tmp_path / "asked")).ok()
+    trials = open_study(tmp_path / "out").trials_dataframe()
+    best = trials.loc[trials.groupby("method")["dev"].idxmin()]
+    best = best[best["method"] != "none"]
+    expected = {f"{method}-{number:03}" for method, number in zip(best["method"], best["number"], strict=True)}
+    assert {row["system"] for row in rows_of(tmp_path / "asked", "sums")} == {"base", *expected}
 
 
 def test_a_model_trained_as_a_whole_stands_beside_adapters(

@@ -82,6 +82,15 @@ def test_bad_input_is_one_line(
     assert "no adapter is given" in cli("evaluate", *words(tasks, out)).error()
     assert "is given twice" in cli("evaluate", adapters[0], *words([tasks[0], tasks[0]], out)).error()
     assert "holds no" in cli("evaluate", tmp_path, *words(tasks, out)).error()
+    shutil.copytree(adapters[0], half := tmp_path / "half")
+    shutil.rmtree(half / "adapter")
+    assert "holds no adapter" in cli("evaluate", half, *words(tasks, out)).error()
+    shutil.copytree(adapters[0], cut := tmp_path / "cut")
+    weights = cut / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert str(cut / "adapter") in cli("evaluate", cut, *words(tasks, out)).error()
+    assert str(adapters[0]) in cli("evaluate", adapters[0], *words(tasks, out), "--base", wide_model_folder).error()
+    assert not out.exists()
     other = tmp_path / "other" / "adapter"
     other.mkdir(parents=True)
     config = json.loads((adapters[0] / "adapter" / "adapter_config.json").read_text())

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from command_line import CommandLine
 
 lm_eval = pytest.importorskip("lm_eval")
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 METHODS = ("lora", "prefix_tuning", "prompt_tuning")
 ROWS = [
@@ -83,7 +84,6 @@ def evaluated(cli: CommandLine, harness: Path, adapters: list[Path], name: str, 
 def theirs(harness: Path, base: Path, adapter: Path | None, name: str) -> list[dict[str, Any]]:
     """Returns the samples that lm-eval gets of its own model class, one sequence at a time."""
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -161,6 +161,14 @@ def test_choices_of_our_tasks_are_those_of_lm_eval(adapters: list[Path], harness
         own = np.array(ours[row["system"], row["id"]]["losses"])
         assert own - own[0] == pytest.approx(losses - losses[0], rel=1e-4, abs=1e-4)
         assert ours[row["system"], row["id"]]["score"] == row["score"]
+    task = TaskManager(include_path=str(harness), include_defaults=False).load(["picks"])["tasks"]["picks"]
+    raw, by_length = set(), set()
+    for (system, name), row in ours.items():  # by their length, as lm-eval judges the same losses
+        judged = task.process_results(ROWS[int(name)], [(-loss, False) for loss in row["losses"]])
+        assert (row["score"], row["normalised"]) == (judged["acc"], judged["acc_norm"])
+        raw.add((system, name, row["score"]))
+        by_length.add((system, name, row["normalised"]))
+    assert raw != by_length, "length makes a difference"
 
 
 def test_a_stopped_evaluation_asks_no_system_twice(adapters: list[Path], harness: Path, cli: CommandLine) -> None:
@@ -171,6 +179,20 @@ def test_a_stopped_evaluation_asks_no_system_twice(adapters: list[Path], harness
     again = evaluated(cli, harness, adapters[:1], "picks")
     assert [{**row, "seconds": 0} for row in again] == [{**row, "seconds": 0} for row in rows]
     assert path.read_text().splitlines(keepends=True)[: len(ROWS)] == lines[: len(ROWS)]
+
+
+def test_data_that_the_hub_would_have_is_named(
+    adapters: list[Path], cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm-eval's own task, on a machine without a network and with an empty cache."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    asked = cli("evaluate", adapters[0], "--tasks", "lm_eval:hellaswag", "-o", tmp_path / "out").error()
+    assert "the data of lm-eval's task hellaswag could not be loaded" in asked
+    assert "Rowan/hellaswag" in asked
+    assert "take the folder HF_HOME with you" in asked
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_what_is_missing_is_one_line(adapters: list[Path], harness: Path, cli: CommandLine) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,35 @@ def test_base_and_finals_are_asked_at_the_end(file: Path, cli: CommandLine, tmp_
         assert f'<section id="tasks"><h2>{word}</h2>' in page
         for name in ("picks", *(final.name for final in study.finals)):
             assert name in page.split('<section id="tasks">')[1].split("</section>")[0]
+
+
+def test_a_study_that_is_killed_while_it_asks_goes_on_there(file: Path, cli: CommandLine, tmp_path: Path) -> None:
+    dies = (
+        "import os, signal, sys\n"
+        "from peft_study.evaluation import evaluate\n"
+        "whole = evaluate._with_progress\n"
+        "def cut(rows, *given):\n"
+        "    for number, row in enumerate(whole(rows, *given)):\n"
+        "        if number == 5:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        yield row\n"
+        "evaluate._with_progress = cut\n"
+        "from peft_study.cli import main\n"
+        "main()\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", dies, "run", str(file)], capture_output=True, text=True, check=False)
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    answers = tmp_path / "out" / "evaluation" / "picks.jsonl"
+    kept = answers.read_bytes()
+    assert kept.count(b"\n") == 5
+    trained = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").rglob("*.safetensors")}
+    cli("run", file).ok()
+    assert answers.read_bytes().startswith(kept), "no question is asked twice"
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "trials").rglob("*.safetensors")}
+    assert again == trained, "nothing is trained again"
+    assert (
+        len(open_study(tmp_path / "out").evaluate(str(tmp_path / "picks.yaml"), verbose=False).answers("picks")) == 27
+    )
 
 
 def test_the_page_shows_what_was_won_and_lost(file: Path, cli: CommandLine, tmp_path: Path) -> None:
