@@ -5,15 +5,18 @@
 Nothing is timed: operations are counted on a two-layer model on CPU, with the paths that a card takes (one attention
 kernel for all lengths, the model's own norms). Views do not count, an operator counts as what it launches: one. The row
 is the same 64 examples, shared by 1 to 64 trials, each of which completes its batch and takes an AdamW step. Rows of
-`launches.jsonl` have the operations forward, backward and of the optimizer, and how often the host waits for a value
-inside the row. `launches.png` has them beside those of the oldest rows.
+`launches.jsonl` have the operations forward, backward and of the optimizer, and how often the host waits for a value:
+once, for the losses, when the device has all its work. Rows `shape` have the operations of the row alone, without those
+of the optimizer, of models of 1 and 8 billion parameters in bfloat16: counted on tensors that have shapes and no
+numbers, with one and two layers, from which those of all layers follow. `launches.png` has the first kind beside
+those of the oldest rows.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -25,20 +28,27 @@ from common import Rows, arguments, read_rows
 from peers import LEARNING_RATE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from worlds import METHODS, adapter_of, examples_of_length, open_world, vocabulary_of
+from worlds import METHODS, adapter_of, examples_of_length, open_world, shape_of, vocabulary_of
 
 from peft_study.config import LoraConfig, MethodConfig, TrainingConfig
 from peft_study.engine.engine import Engine
+from peft_study.engine.footprint import weightless_adapter
+from peft_study.engine.row import RowResult
 from peft_study.engine.trial import Trial
 from peft_study.methods import low_rank
 from peft_study.model import attention
 from peft_study.model.load import Base
+from peft_study.model.precision import Placement
+from peft_study.model.weightless import Outline, outline_of_shape
 
 EXAMPLES, LENGTH = 64, 16
 """Of the row, and tokens of each."""
 COUNTS = 1, 4, 16, 64
 _FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "is_same_size", "sym_size", "set_")
 _WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
+_READS = ("cpu", "tolist", "numpy")
+"""Methods that wait on a card and are no operators on CPU."""
+_VALUES = Tensor.tolist
 
 
 class Launches(TorchDispatchMode):
@@ -90,6 +100,22 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bounds: tuple[list[int], 
     return torch.cat(pieces)
 
 
+class _Shapes(torch.autograd.Function):
+    """Stands in for the card's kernel on tensors without numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Any) -> Tensor:
+        count["varlen"] += 1
+        ctx.count = count
+        ctx.save_for_backward(query, key, value)
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.count["varlen"] += 1
+        return (*(torch.empty_like(x) for x in ctx.saved_tensors), None)
+
+
 @contextmanager
 def as_on_a_card(count: Counter[str]) -> Iterator[None]:
     """Makes attention take the card's path; norms are the model's own where `wrap` ran inside."""
@@ -109,7 +135,7 @@ def as_on_a_card(count: Counter[str]) -> Iterator[None]:
         num_splits: int | None = None,
     ) -> Tensor:
         with _disable_current_modes():
-            bounds = cu_seq_q.tolist(), cu_seq_k.tolist()
+            bounds = _VALUES(cu_seq_q), _VALUES(cu_seq_k)
         out: Tensor = _Varlen.apply(query, key, value, bounds, scale, count)
         return out
 
@@ -147,6 +173,21 @@ def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) 
     with Launches() as launches:
         run, backward = engine._run, Tensor.backward
 
+        def waiting(name: str) -> Callable[..., Any]:
+            read = getattr(Tensor, name)
+
+            def call(tensor: Tensor, *given: Any, **how: Any) -> Any:
+                launches.waits[name] += 1
+                return read(tensor, *given, **how)
+
+            return call
+
+        def row(*given: Any, **how: Any) -> Any:
+            with ExitStack() as patches:
+                for name in _READS:
+                    patches.enter_context(patch.object(Tensor, name, waiting(name)))
+                return run(*given, **how)
+
         def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any, **how: Any) -> Any:
                 before = launches.found.total() + count.total()
@@ -158,7 +199,7 @@ def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) 
 
         with (
             patch.object(Tensor, "backward", noted("backward", backward)),
-            patch.object(engine, "_run", noted("row", run)),
+            patch.object(engine, "_run", noted("row", row)),
         ):
             events = engine.step()
     assert len(events) == len(chosen), "every trial took its step"
@@ -173,10 +214,37 @@ def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) 
     }
 
 
+def operations_of_shape(model: str, chosen: Sequence[MethodConfig]) -> int:
+    """Returns the operations of a row, forward and backward, on a model of this shape with all its layers."""
+    outline = outline_of_shape(shape_of(model), Placement(torch.device("cuda"), torch.bfloat16))
+    one, two = (_row_of_layers(outline, layers, chosen) for layers in (1, 2))
+    return one + (outline.layers - 1) * (two - one)
+
+
+def _row_of_layers(outline: Outline, layers: int, chosen: Sequence[MethodConfig]) -> int:
+    count, batch = Counter[str](), EXAMPLES // len(chosen)
+
+    def varlen(query: Tensor, key: Tensor, value: Tensor, *_given: Any, **_how: Any) -> Tensor:
+        out: Tensor = _Shapes.apply(query, key, value, count)
+        return out
+
+    with as_on_a_card(count), patch.object(attention, "varlen_attn", varlen), outline.base(layers) as base:
+        engine = Engine(base, row_tokens=EXAMPLES * (LENGTH + 40))
+        training = TrainingConfig(learning_rate=LEARNING_RATE, steps=3, batch_size=batch)
+        examples = examples_of_length(batch, LENGTH, vocabulary_of(base))
+        for number, config in enumerate(chosen):
+            engine.admit(Trial(f"trial {number}", weightless_adapter(config, base), training, examples))
+        filled = engine._taken()
+        with Launches() as launches, patch.object(RowResult, "item_losses", [0.0] * EXAMPLES):
+            engine._run(filled)
+    return launches.found.total() + count.total()
+
+
 def main(words: list[str] | None = None) -> None:
     """Counts every kind and number of trials."""
     parser = arguments(__doc__, "launches")
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--shapes", nargs="*", default=["llama-1b", "llama-8b"], help="models of these shapes, too")
     options = parser.parse_args(words)
     rows, count = Rows(options), Counter[str]()
     with as_on_a_card(count):
@@ -184,6 +252,11 @@ def main(words: list[str] | None = None) -> None:
         for kind in ("equal", "unequal", "mixed"):
             for number in options.counts:
                 rows.add(row="launches", trials=kind, count=number, **operations(base, settings(kind, number), count))
+    for model in options.shapes:
+        for kind in ("equal", "mixed"):
+            for number in options.counts:
+                found = operations_of_shape(model, settings(kind, number))
+                rows.add(row="shape", model=model, trials=kind, count=number, operations=found)
     pictures.launches(read_rows(rows.path), rows.path.with_suffix(".png"))
 
 

@@ -68,7 +68,7 @@ def growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def launches(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws the operations of a row against the number of trials: the newest run, and dashed the oldest."""
-    panels = []
+    rows, panels = [row for row in rows if row["row"] == "launches"], []
     for kind, label in {"equal": "equal LoRA", "unequal": "LoRA of ranks 4 to 32", "mixed": "three methods"}.items():
         own = [row for row in rows if row["trials"] == kind]
         points = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from launches import as_on_a_card, operations, settings
+from launches import as_on_a_card, operations, operations_of_shape, settings
 from worlds import World, adapter_of, examples_of_length, vocabulary_of
 
 from peft_study.config import TrainingConfig
@@ -36,7 +36,13 @@ def test_sixteen_trials_take_few_more_operations_than_one(
     base, count = card
     one, many = (operations(base, settings(kind, number), count) for number in (1, 16))
     assert many["operations"] <= growth * one["operations"]
-    assert one["waits"] == many["waits"] == 0, "inside the row; then losses and norms are read, once each"
+    assert one["waits"] == many["waits"] == 1, "the row's losses are read, once it has been sent to the device"
+
+
+@pytest.mark.parametrize(("kind", "growth"), [("equal", 1.2), ("mixed", 2.0)])
+def test_a_row_of_a_model_of_a_billion_parameters_grows_as_little(kind: str, growth: float) -> None:
+    one, many = (operations_of_shape("llama-1b", settings(kind, number)) for number in (1, 16))
+    assert 16 * 100 < one < many <= growth * one, "of 16 layers"
 
 
 def trained(base: Base, kind: str, *, recompute: bool) -> list[list[float]]:

@@ -154,7 +154,7 @@ def _weights(base: Base, a_number: float | None) -> int:
 
 def _peaks(engine: Engine, method: MethodConfig, lengths: Sequence[int]) -> list[int]:
     method = _as_counted(method)
-    adapter = _adapter(method, engine.base)
+    adapter = weightless_adapter(method, engine.base)
     # a prefix keeps its table once more, with a gradient: the trial's, not the row's
     kept = 0 if adapter.exclusive else size(method, engine.base).kept
     adapter.attach()
@@ -181,7 +181,8 @@ def _tokens(method: MethodConfig, examples: int) -> int:
     return examples * (_EXAMPLE + (method.tokens if isinstance(method, PromptTuningConfig) else 0))
 
 
-def _adapter(method: MethodConfig, base: Base) -> Adapter:
+def weightless_adapter(method: MethodConfig, base: Base) -> Adapter:
+    """Returns an adapter of a base without weights."""
     if isinstance(method, PromptTuningConfig):  # its initialisations look at the weights
         return PromptAdapter(method, torch.zeros(method.tokens, base.hidden))
     return create(method, base, None, 0)
