@@ -129,9 +129,12 @@ class World:
         path = f"{self.name} of the benchmarks"
         if quantization is None:
             return wrap(self.model(), None, self.placement, path=path)
-        with tempfile.TemporaryDirectory() as folder:
-            self.model().save_pretrained(folder)
-            model = place_model(folder, self.name, self.placement, quantization=quantization)
+        if self.name == EMBEDDED:
+            model = place_model(resolve_model(EMBEDDED), EMBEDDED, self.placement, quantization=quantization)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                self.model().save_pretrained(folder)
+                model = place_model(folder, self.name, self.placement, quantization=quantization)
         return wrap(model, None, self.placement, path=path, quantization=quantization)
 
     def tokenizer(self) -> Any:
