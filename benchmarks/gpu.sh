@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under 8 minutes: the gpu tests, then the benchmarks on Llama-shaped
+# Everything that needs a GPU, in one command of under 10 minutes: the gpu tests, then the benchmarks on Llama-shaped
 # models with random weights. Every part has its own time limit and writes its rows as it goes, so that what was
 # measured before a limit is kept. Results go to $OUT (default: benchmarks/results). Packages that the machine lacks
 # (pydantic and what it needs) come in through PYTHONPATH; without trl its peers are named and left out.
@@ -38,6 +38,11 @@ tests=${PIPESTATUS[0]}
 # 42 examples are 8,100 tokens on average; a row may be longer than that, so that no batch is cut in two
 part 80 one_trial --model "$MODEL" --methods lora --batch-size 42 --loop-batch-size 8 --row-tokens 12288 --pool "$POOL"
 part 60 fit --models "$MODEL"    # the memory that was expected, beside what was measured
+if "$PYTHON" -c "import bitsandbytes" 2>/dev/null; then
+    part 50 fit --models "$MODEL" --methods lora --quantization nf4
+else
+    echo "== no bitsandbytes: quantised bases are left out"
+fi
 part 120 many_trials --model "$MODEL" --parts speed --variants equal unequal mixed --trials 16 --step-tokens "$STEP" \
     --length 128 --row-tokens "$ROW" --solo-rows "$ROW" --rounds 2
 part 70 many_trials --model "$MODEL" --parts slots --step-tokens 128 --length 64 --most-slots "$MOST"
