@@ -25,7 +25,7 @@ from peft_study.storage.files import atomic_writer
 LONGER = 10
 """Times the steps of the study, at most."""
 LOST = 0.04
-"""Nats that keeping the rate lost in a run of `LONGER` times the steps: the most of three methods and six pairs of seeds."""
+"""Nats that keeping the rate lost in `LONGER` times the steps: the most of three methods, six pairs of seeds each."""
 _ALWAYS = ("learning_rate", "steps", "batch_size", "schedule", "warmup_ratio", "weight_decay")
 """Settings of the training that the file names even where they are the defaults."""
 _TOPICS = ("base", "final", "recommendation", "range", "edge", "never_learned", "diverged", "cost", "limits")
