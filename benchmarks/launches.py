@@ -35,7 +35,7 @@ from peft_study.engine.engine import Engine
 from peft_study.engine.footprint import weightless_adapter
 from peft_study.engine.row import RowResult
 from peft_study.engine.trial import Trial
-from peft_study.methods import low_rank
+from peft_study.methods import Adapter, low_rank
 from peft_study.model import attention
 from peft_study.model.load import Base
 from peft_study.model.precision import Placement
@@ -159,34 +159,44 @@ def settings(kind: str, count: int) -> list[MethodConfig]:
     return [list(METHODS.values())[number % len(METHODS)] for number in range(count)]
 
 
-def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) -> dict[str, Any]:
-    """Returns the operations of the second row of some trials: the first makes the optimizer's state."""
-    batch = EXAMPLES // len(chosen)
+def _admitted(base: Base, adapters: Sequence[Adapter]) -> Engine:
+    """Returns an engine with a trial for each adapter; together their batches are the examples of one row."""
+    batch = EXAMPLES // len(adapters)
     engine = Engine(base, row_tokens=EXAMPLES * (LENGTH + 40))
     training = TrainingConfig(learning_rate=LEARNING_RATE, steps=3, batch_size=batch)
     examples = examples_of_length(batch, LENGTH, vocabulary_of(base))
-    for number, config in enumerate(chosen):
-        engine.admit(Trial(f"trial {number}", adapter_of(config, base, number), training, examples))
+    for number, adapter in enumerate(adapters):
+        engine.admit(Trial(f"trial {number}", adapter, training, examples))
+    return engine
+
+
+@contextmanager
+def _reads_counted(waits: Counter[str]) -> Iterator[None]:
+    """Counts the calls of `_READS`."""
+
+    def counted(name: str) -> Callable[..., Any]:
+        read = getattr(Tensor, name)
+
+        def call(tensor: Tensor, *given: Any, **how: Any) -> Any:
+            waits[name] += 1
+            return read(tensor, *given, **how)
+
+        return call
+
+    with ExitStack() as patches:
+        for name in _READS:
+            patches.enter_context(patch.object(Tensor, name, counted(name)))
+        yield
+
+
+def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) -> dict[str, Any]:
+    """Returns the operations of the second row of some trials: the first makes the optimizer's state."""
+    engine = _admitted(base, [adapter_of(config, base, number) for number, config in enumerate(chosen)])
     engine.step()
     parts: dict[str, int] = {}
     count.clear()
     with Launches() as launches:
         run, backward = engine._run, Tensor.backward
-
-        def waiting(name: str) -> Callable[..., Any]:
-            read = getattr(Tensor, name)
-
-            def call(tensor: Tensor, *given: Any, **how: Any) -> Any:
-                launches.waits[name] += 1
-                return read(tensor, *given, **how)
-
-            return call
-
-        def row(*given: Any, **how: Any) -> Any:
-            with ExitStack() as patches:
-                for name in _READS:
-                    patches.enter_context(patch.object(Tensor, name, waiting(name)))
-                return run(*given, **how)
 
         def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any, **how: Any) -> Any:
@@ -199,7 +209,7 @@ def operations(base: Base, chosen: Sequence[MethodConfig], count: Counter[str]) 
 
         with (
             patch.object(Tensor, "backward", noted("backward", backward)),
-            patch.object(engine, "_run", noted("row", row)),
+            patch.object(engine, "_run", noted("row", _reads_counted(launches.waits)(run))),
         ):
             events = engine.step()
     assert len(events) == len(chosen), "every trial took its step"
@@ -222,18 +232,14 @@ def operations_of_shape(model: str, chosen: Sequence[MethodConfig]) -> int:
 
 
 def _row_of_layers(outline: Outline, layers: int, chosen: Sequence[MethodConfig]) -> int:
-    count, batch = Counter[str](), EXAMPLES // len(chosen)
+    count = Counter[str]()
 
     def varlen(query: Tensor, key: Tensor, value: Tensor, *_given: Any, **_how: Any) -> Tensor:
         out: Tensor = _Shapes.apply(query, key, value, count)
         return out
 
     with as_on_a_card(count), patch.object(attention, "varlen_attn", varlen), outline.base(layers) as base:
-        engine = Engine(base, row_tokens=EXAMPLES * (LENGTH + 40))
-        training = TrainingConfig(learning_rate=LEARNING_RATE, steps=3, batch_size=batch)
-        examples = examples_of_length(batch, LENGTH, vocabulary_of(base))
-        for number, config in enumerate(chosen):
-            engine.admit(Trial(f"trial {number}", weightless_adapter(config, base), training, examples))
+        engine = _admitted(base, [weightless_adapter(config, base) for config in chosen])
         filled = engine._taken()
         with Launches() as launches, patch.object(RowResult, "item_losses", [0.0] * EXAMPLES):
             engine._run(filled)

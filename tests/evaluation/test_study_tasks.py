@@ -67,7 +67,7 @@ def test_base_and_finals_are_asked_at_the_end(file: Path, cli: CommandLine, tmp_
 
 def test_a_study_that_is_killed_while_it_asks_goes_on_there(file: Path, cli: CommandLine, tmp_path: Path) -> None:
     dies = (
-        "import os, signal, sys\n"
+        "import os, signal\n"
         "from peft_study.evaluation import evaluate\n"
         "whole = evaluate._with_progress\n"
         "def cut(rows, *given):\n"
